@@ -1,0 +1,114 @@
+"""The whole method on artificial related languages, in a few minutes on two CPU cores.
+
+accelerate launch recipes/demo.py --config recipes/configs/demo.yaml
+"""
+
+import copy
+import time
+from dataclasses import dataclass, field
+
+from datasets import disable_progress_bars
+from peft import get_peft_model
+from transformers import set_seed
+
+import neuron_specialization as ns
+from neuron_specialization.translation.arguments import parse
+from neuron_specialization.translation.checkpoints import new_model
+from neuron_specialization.translation.data import load_parallel
+from neuron_specialization.translation.evaluation import SCORES, evaluate
+from neuron_specialization.translation.identification import record_corpus
+from neuron_specialization.translation.results import table, write_results
+from neuron_specialization.translation.tokenization import train_tokenizer
+from neuron_specialization.translation.toy import PIVOT, ToyLanguages
+from neuron_specialization.translation.training import SpecializationTrainingArguments, fit
+
+
+@dataclass
+class DemoArguments:
+    """Sizes of the languages, the model and the runs."""
+
+    families: int = field(default=2, metadata={"help": "Language families."})
+    languages_per_family: int = field(default=3, metadata={"help": "Languages in each."})
+    sentences: int = field(default=4000, metadata={"help": "Training sentences, in every language."})
+    held_out: int = field(default=200, metadata={"help": "Validation sentences, and as many test sentences."})
+    vocab_size: int = field(default=1000, metadata={"help": "Entries of the shared BPE."})
+    layers: int = field(default=2, metadata={"help": "Encoder layers, and decoder layers."})
+    d_model: int = field(default=128, metadata={"help": "Width of the model."})
+    d_ff: int = field(default=512, metadata={"help": "FFN neurons per layer."})
+    pretrain_steps: int = field(default=1000, metadata={"help": "Updates of the baseline."})
+    continue_steps: int = field(default=300, metadata={"help": "Updates of fine-tuning, and of specialization."})
+    k: float = field(default=0.95, metadata={"help": "Share of activations that the kept neurons make up."})
+
+
+def main() -> None:
+    demo, training = parse(DemoArguments, SpecializationTrainingArguments)
+    set_seed(training.seed)
+    disable_progress_bars()  # of tokenizing, which takes no time here; training shows its own
+    started = time.perf_counter()
+    toy = ToyLanguages(demo.families, demo.languages_per_family, training.seed)
+    data = write_data(toy, demo, str(training.output_dir))
+    tokenizer = train_tokenizer(
+        (text for code in toy.languages for text in toy.sentences(demo.sentences, "train")[code]),
+        toy.languages,
+        demo.vocab_size,
+    )
+
+    def run(name: str, model, steps: int) -> dict:
+        print(f"\n== {name}: {steps} updates", flush=True)
+        args = copy.deepcopy(training)
+        args.max_steps, args.output_dir = steps, f"{training.output_dir}/{name}"
+        fit(model, tokenizer, data["train"], data["validation"], args, max_length=64)
+        result = evaluate(model, tokenizer, data["test"], pivot=PIVOT, num_beams=1, batch_size=200)
+        return {key: result[key] for key in ("averages", "directions")}
+
+    baseline = new_model(tokenizer, demo.layers, demo.d_model, demo.d_ff, heads=4, dropout=0.1, max_length=64)
+    results = {"baseline": run("baseline", baseline, demo.pretrain_steps)}
+    fine_tuned, specialized = copy.deepcopy(baseline), copy.deepcopy(baseline)
+
+    print("\n== identify")
+    (counts,) = record_corpus(baseline, tokenizer, data["validation"])
+    masks = ns.CumulativeThreshold(demo.k).select(counts)
+    masks.save(f"{training.output_dir}/masks")
+
+    results["fine_tune"] = run("fine_tune", fine_tuned, demo.continue_steps)
+    config = ns.NeuronSpecializationConfig(masks=masks, trainable="full", task_type="SEQ_2_SEQ_LM")
+    results["specialized"] = run("specialized", get_peft_model(specialized, config), demo.continue_steps)
+
+    rows = [
+        {"run": name, **{f"{group} {s}": v[s] for group, v in result["averages"].items() for s in SCORES}}
+        for name, result in results.items()
+    ]
+    results["iou"] = {side: family_overlap(masks, toy, side) for side in ("encoder", "decoder")}
+    results["kept"] = {pair: 1 - sum((s := masks.sparsity(pair)).values()) / len(s) for pair in masks.language_pairs}
+    print("\n" + table(rows))
+    print("\nIoU of the neurons of two languages' pairs, mean over layers")
+    print(table([{"stack": side, **iou} for side, iou in results["iou"].items()]))
+    seconds = round(time.perf_counter() - started, 1)
+    path = write_results(str(training.output_dir), {**results, "seed": training.seed, "seconds": seconds})
+    print(f"\n{seconds} s; wrote {path}")
+
+
+def write_data(toy: ToyLanguages, demo: DemoArguments, directory: str) -> dict:
+    """Write the languages to JSONL files, to try the other recipes on, and load every direction from them."""
+    data = {}
+    for split, count in (("train", demo.sentences), ("validation", demo.held_out), ("test", demo.held_out)):
+        path = f"{directory}/data/{split}.jsonl"
+        toy.sentences(count, split).to_json(path)
+        data[split] = load_parallel(path, toy.language_pairs)
+    return data
+
+
+def family_overlap(masks: ns.NeuronMasks, toy: ToyLanguages, stack: str) -> dict[str, float]:
+    """Return the mean IoU within and across families, of pairs into the pivot (encoder) or out of it (decoder)."""
+    pairs = {c: f"{c}-{PIVOT}" if stack == "encoder" else f"{PIVOT}-{c}" for c in toy.languages if c != PIVOT}
+    found: dict[str, list[float]] = {"within": [], "across": []}
+    for a in pairs:
+        for b in pairs:
+            if a < b:
+                iou = [v for name, v in masks.iou(pairs[a], pairs[b]).items() if masks.stacks[name] == stack]
+                found["within" if toy.family[a] == toy.family[b] else "across"].append(sum(iou) / len(iou))
+    return {name: sum(values) / len(values) for name, values in found.items()}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Score a model on test data: BLEU and chrF++ with signatures, per direction and averaged.
+
+accelerate launch recipes/evaluate.py --config recipes/configs/evaluate/multi30k.yaml --model path/to/checkpoint \
+    --adapter build/specialized/adapter --test data/test.parquet --output_dir build/scores
+"""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from accelerate import PartialState
+
+from neuron_specialization.translation.arguments import DataArguments, ModelArguments, parse
+from neuron_specialization.translation.checkpoints import load_adapted
+from neuron_specialization.translation.data import load_parallel
+from neuron_specialization.translation.evaluation import evaluate, score_rows
+from neuron_specialization.translation.results import table, write_results
+
+
+@dataclass
+class EvaluateArguments:
+    """How to translate."""
+
+    output_dir: str = field(metadata={"help": "Where results.json and the translations go."})
+    num_beams: int = field(default=5, metadata={"help": "Beams."})
+    batch_size: int = field(default=64, metadata={"help": "Sentences per batch; changes speed only."})
+
+
+def main() -> None:
+    args, where, data = parse(EvaluateArguments, ModelArguments, DataArguments)
+    test = load_parallel(
+        data.test, data.language_pairs, split="test", columns=data.columns, max_sentences=data.max_sentences
+    )
+    model, tokenizer = load_adapted(where.model, where.adapter)
+    started = time.perf_counter()
+    result = evaluate(
+        model.to(PartialState().device),
+        tokenizer,
+        test,
+        pivot=data.pivot,
+        language_tokens=data.language_tokens,
+        batch_size=args.batch_size,
+        num_beams=args.num_beams,
+    )
+    seconds = time.perf_counter() - started
+    if not PartialState().is_main_process:
+        return
+    for pair, texts in result.pop("translations").items():
+        path = Path(args.output_dir) / "translations" / f"{pair}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(f"{' '.join(text.splitlines())}\n" for text in texts))
+    print(table(score_rows(result)))
+    settings = {"seconds": seconds, "arguments": [vars(args), vars(where), vars(data)]}
+    print(f"wrote {write_results(args.output_dir, {**result, **settings})}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Find the neurons that each language pair uses: an adapter directory with their masks, and the activation counts.
+
+accelerate launch recipes/identify.py --config recipes/configs/identify/multi30k.yaml --model path/to/checkpoint \
+    --validation data/validation.parquet --output_dir build/masks --stability true
+"""
+
+import time
+from dataclasses import dataclass, field
+
+from accelerate import PartialState
+
+import neuron_specialization as ns
+from neuron_specialization.neurons.stability import stability
+from neuron_specialization.translation.arguments import DataArguments, ModelArguments, parse
+from neuron_specialization.translation.checkpoints import load_adapted
+from neuron_specialization.translation.data import load_parallel
+from neuron_specialization.translation.identification import record_corpus
+from neuron_specialization.translation.results import table, write_results
+
+
+@dataclass
+class IdentifyArguments:
+    """What counts as specialized."""
+
+    output_dir: str = field(metadata={"help": "Adapter directory to write."})
+    k: float = field(default=0.95, metadata={"help": "Share of all activations that the kept neurons make up."})
+    encoder_k: float | None = field(default=None, metadata={"help": "Another share for the encoder."})
+    decoder_k: float | None = field(default=None, metadata={"help": "Another share for the decoder."})
+    count_padding: bool = field(default=False, metadata={"help": "Count padding too, as the released code does."})
+    batch_size: int = field(default=64, metadata={"help": "Sentence pairs per batch; changes speed only."})
+    stability: bool = field(default=False, metadata={"help": "Compare masks of halves and of growing samples."})
+    parts: int = field(default=8, metadata={"help": "Parts that the sample is cut into for --stability."})
+    seed: int = field(default=0, metadata={"help": "Order in which the sample is cut into parts."})
+
+
+def main() -> None:
+    args, where, data = parse(IdentifyArguments, ModelArguments, DataArguments)
+    selector = ns.CumulativeThreshold(args.k, args.encoder_k, args.decoder_k)
+    corpus = load_parallel(
+        data.validation,
+        data.language_pairs,
+        split="validation",
+        columns=data.columns,
+        max_sentences=data.max_sentences,
+    )
+    model, tokenizer = load_adapted(where.model, where.adapter)
+    started = time.perf_counter()
+    parts = record_corpus(
+        model.to(PartialState().device),
+        tokenizer,
+        corpus,
+        language_tokens=data.language_tokens,
+        source_tag=data.source_tag,
+        max_length=data.max_length,
+        batch_size=args.batch_size,
+        count_padding=args.count_padding,
+        parts=args.parts if args.stability else 1,
+        seed=args.seed,
+    )
+    seconds = time.perf_counter() - started
+    counts = parts[0].merge(*parts[1:])
+    masks = selector.select(counts)
+    if not PartialState().is_main_process:
+        return
+    masks.save(args.output_dir)
+    counts.save(f"{args.output_dir}/counts.safetensors")
+    kept = {pair: {name: 1 - share for name, share in masks.sparsity(pair).items()} for pair in masks.language_pairs}
+    print("share of neurons kept")
+    print(table([{"block": name, **{pair: kept[pair][name] for pair in kept}} for name in masks.rows]))
+    results = {
+        "kept": kept,
+        "tokens": {stack: t.tolist() for stack, t in counts.tokens.items()},
+        "seconds": seconds,
+        "selector": masks.selector,
+        "arguments": [vars(args), vars(where), vars(data)],
+    }
+    if args.stability:
+        results["stability"] = report_stability(stability(parts, selector))
+    print(f"wrote {args.output_dir} ({seconds:.1f} s) and {write_results(args.output_dir, results)}")
+
+
+def report_stability(result: dict) -> dict:
+    """Print what `stability` found."""
+    print("IoU of split halves with each other, and of growing samples with the full mask")
+    growing = {f"{step['share']:.3f} of sample": step["iou"] for step in result["growing"][:-1]}
+    pairs = result["halves"]
+    print(table([{"pair": p, "halves": pairs[p], **{name: iou[p] for name, iou in growing.items()}} for p in pairs]))
+    if result["unstable"]:
+        print(
+            f"WARNING: half of the sample gives masks with an IoU below 0.9 for {', '.join(result['unstable'])}; "
+            "use more sentences."
+        )
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Train a multilingual baseline, from scratch or from a checkpoint, to validation patience.
+
+accelerate launch recipes/pretrain.py --config recipes/configs/pretrain/multi30k.yaml --train data/train.parquet \
+    --validation data/validation.parquet --output_dir build/baseline
+"""
+
+from dataclasses import dataclass, field
+
+from transformers import set_seed
+
+from neuron_specialization.translation.arguments import DataArguments, parse
+from neuron_specialization.translation.checkpoints import load_checkpoint, new_model
+from neuron_specialization.translation.data import check_parallel, data_check_rows, load_parallel
+from neuron_specialization.translation.results import table, write_results
+from neuron_specialization.translation.tokenization import train_tokenizer
+from neuron_specialization.translation.training import SpecializationTrainingArguments, fit
+
+
+@dataclass
+class PretrainArguments:
+    """The model: a checkpoint to go on from, or the shape of a new one."""
+
+    model: str | None = field(default=None, metadata={"help": "Checkpoint to start from; without it, a new model."})
+    vocab_size: int = field(default=8000, metadata={"help": "Entries of a new model's shared BPE."})
+    layers: int = field(default=6, metadata={"help": "Layers of a new model's encoder, and of its decoder."})
+    d_model: int = field(default=512, metadata={"help": "Width of a new model."})
+    d_ff: int = field(default=2048, metadata={"help": "FFN neurons per layer of a new model."})
+    heads: int = field(default=8, metadata={"help": "Attention heads of a new model."})
+    dropout: float = field(default=0.1, metadata={"help": "Dropout of a new model."})
+
+
+def main() -> None:
+    pretrain, data, training = parse(PretrainArguments, DataArguments, SpecializationTrainingArguments)
+    set_seed(training.seed)
+    options = {"columns": data.columns, "max_sentences": data.max_sentences}
+    train = load_parallel(data.train, data.language_pairs, split="train", **options)
+    validation = load_parallel(data.validation, data.language_pairs, split="validation", columns=data.columns)
+    held_out = [validation]
+    if data.test:
+        held_out.append(load_parallel(data.test, data.language_pairs, split="test", columns=data.columns))
+    train, checks = check_parallel(train, held_out, drop=data.drop_faulty)
+    if training.process_index == 0:
+        print(table(data_check_rows(checks)))
+    if pretrain.model:
+        model, tokenizer = load_checkpoint(pretrain.model)
+    else:
+        languages = dict.fromkeys(code for pair in data.language_pairs for code in pair.split("-"))
+        tags = [(data.language_tokens or {}).get(code, code) for code in languages]
+        text = (sentence for rows in train.values() for side in ("source", "target") for sentence in rows[side])
+        tokenizer = train_tokenizer(text, tags, pretrain.vocab_size, data.max_length)
+        shape = (pretrain.layers, pretrain.d_model, pretrain.d_ff, pretrain.heads, pretrain.dropout)
+        model = new_model(tokenizer, *shape, data.max_length)
+    metrics = fit(
+        model,
+        tokenizer,
+        train,
+        validation,
+        training,
+        language_tokens=data.language_tokens,
+        source_tag=data.source_tag,
+        max_length=data.max_length,
+    )
+    if training.process_index == 0:
+        model.save_pretrained(f"{training.output_dir}/model")
+        tokenizer.save_pretrained(f"{training.output_dir}/model")
+        settings = {"arguments": [vars(pretrain), vars(data), training.to_dict()]}
+        results = {**metrics, "data": data_check_rows(checks), **settings}
+        print(table([{k: metrics[k] for k in ("updates", "best_validation_loss", "train_runtime")}]))
+        print(f"wrote {training.output_dir}/model and {write_results(training.output_dir, results)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Sparse continued training under the masks of each pair; `--masks none` is the fine-tuning baseline.
+
+accelerate launch recipes/specialize.py --config recipes/configs/specialize/multi30k.yaml --model path/to/checkpoint \
+    --masks build/masks --train data/train.parquet --validation data/validation.parquet --output_dir build/specialized
+"""
+
+from dataclasses import dataclass, field
+
+from peft import get_peft_model
+from transformers import set_seed
+
+import neuron_specialization as ns
+from neuron_specialization.translation.arguments import DataArguments, ModelArguments, parse
+from neuron_specialization.translation.checkpoints import load_checkpoint
+from neuron_specialization.translation.data import check_parallel, data_check_rows, load_parallel
+from neuron_specialization.translation.results import table, write_results
+from neuron_specialization.translation.tokenization import resolve_tokens
+from neuron_specialization.translation.training import SpecializationTrainingArguments, fit
+
+
+@dataclass
+class SpecializeArguments:
+    """The masks, and what trains under them."""
+
+    masks: str = field(metadata={"help": "Adapter directory or Hub id with masks, or 'none' to fine-tune densely."})
+    trainable: str = field(default="full", metadata={"help": "full (the paper), delta, or low_rank."})
+    r: int = field(default=8, metadata={"help": "Rank of low_rank."})
+
+
+def main() -> None:
+    args, where, data, training = parse(
+        SpecializeArguments, ModelArguments, DataArguments, SpecializationTrainingArguments
+    )
+    set_seed(training.seed)
+    options = {"columns": data.columns, "max_sentences": data.max_sentences}
+    train = load_parallel(data.train, data.language_pairs, split="train", **options)
+    validation = load_parallel(data.validation, data.language_pairs, split="validation", columns=data.columns)
+    train, checks = check_parallel(train, [validation], drop=data.drop_faulty)
+    if training.process_index == 0:
+        print(table(data_check_rows(checks)))
+    model, tokenizer = load_checkpoint(where.model)
+    tokens = resolve_tokens(tokenizer, data.language_pairs, data.language_tokens)
+    dense = args.masks == "none"
+    adapted = not dense or args.trainable != "full"
+    if adapted:
+        config = ns.NeuronSpecializationConfig(
+            masks=None if dense else args.masks,
+            language_pairs=data.language_pairs if dense else None,
+            trainable=args.trainable,
+            r=args.r,
+            language_tokens=ns.language_tokens(tokenizer, tokens),
+            source_tag=data.source_tag,
+            task_type="SEQ_2_SEQ_LM",
+        )
+        model = get_peft_model(model, config)
+        model.print_trainable_parameters()
+    metrics = fit(
+        model,
+        tokenizer,
+        train,
+        validation,
+        training,
+        language_tokens=tokens,
+        source_tag=data.source_tag,
+        max_length=data.max_length,
+    )
+    if training.process_index == 0:
+        directory = f"{training.output_dir}/{'adapter' if adapted else 'model'}"
+        if adapted:
+            ns.save_adapter(model, directory)
+        else:
+            model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        settings = {"arguments": [vars(args), vars(where), vars(data), training.to_dict()]}
+        results = {**metrics, "data": data_check_rows(checks), **settings}
+        print(table([{k: metrics[k] for k in ("updates", "best_validation_loss", "train_runtime")}]))
+        print(f"wrote {directory} and {write_results(training.output_dir, results)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Translate a text file, one sentence per line.
+
+accelerate launch recipes/translate.py --model path/to/checkpoint --adapter build/specialized/adapter --pair en-de \
+    --input sentences.en --output sentences.de
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from accelerate import PartialState
+
+import neuron_specialization as ns
+from neuron_specialization.translation.arguments import ModelArguments, parse
+from neuron_specialization.translation.checkpoints import load_adapted
+
+
+@dataclass
+class TranslateArguments:
+    """What to translate."""
+
+    pair: str = field(metadata={"help": "Direction, such as en-de."})
+    input: str = field(default="-", metadata={"help": "File to read, or - for standard input."})
+    output: str = field(default="-", metadata={"help": "File to write, or - for standard output."})
+    language_tokens: dict | None = field(default=None, metadata={"help": "JSON: language code → language token."})
+    num_beams: int = field(default=5, metadata={"help": "Beams."})
+    batch_size: int = field(default=32, metadata={"help": "Sentences per batch."})
+
+
+def main() -> None:
+    args, where = parse(TranslateArguments, ModelArguments)
+    text = sys.stdin.read() if args.input == "-" else Path(args.input).read_text()
+    model, tokenizer = load_adapted(where.model, where.adapter)
+    translations = ns.translate(
+        model.to(PartialState().device),
+        tokenizer,
+        text.splitlines(),
+        args.pair,
+        language_tokens=args.language_tokens,
+        batch_size=args.batch_size,
+        num_beams=args.num_beams,
+    )
+    written = "".join(f"{' '.join(line.splitlines())}\n" for line in translations)
+    if args.output == "-":
+        sys.stdout.write(written)
+    else:
+        Path(args.output).write_text(written)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""The adapter's configuration: what the user chooses, and what adapter_config.json keeps beside the tensors."""
+
+from dataclasses import dataclass, field, fields
+from os import PathLike
+from typing import Any
+
+from peft import PeftConfig
+
+from ..neurons import adapter_file
+from ..neurons.language_pairs import DEFAULT_PAIR, Routes, check_source_tag
+from ..neurons.masks import NeuronMasks, check_format_version, routes_from_config
+from .registration import NATIVE_OR_OWN
+
+TRAINABLE = ("none", "delta", "low_rank", "full")
+EXECUTION = ("auto", "masked")
+BASE_PAIR = "base"
+
+
+@dataclass
+class NeuronSpecializationConfig(PeftConfig):
+    """Configuration of a neuron specialization adapter.
+
+    Built with nothing, it has one pair, "default", that keeps every neuron.
+
+    Args:
+        masks: the neurons of each pair: `NeuronMasks`, or the directory or Hub id of an adapter that holds them. Never
+            written to JSON.
+        language_pairs: without masks, names of pairs that keep every neuron. In a file, a list of
+            `[pair, encoder row, decoder row]`.
+        trainable: what trains under the masks. "none": nothing. "delta": one ΔW1 per FFN block, shared by all pairs
+            and masked per pair; the base stays intact. "low_rank": ΔW1 = B·A. "full": every base parameter (the
+            paper's continued training); the adapter directory then holds them all.
+        r: rank of "low_rank".
+        mask_bias: silence masked neurons wholly. By default one emits the constant act(b1), as in the paper.
+        execution: "auto" or "masked".
+        language_tokens: language code → id of its token in the tokenizer (see `language_tokens`).
+        source_tag: what the tag on the source side names: "source" (NLLB, M2M100, mBART) or "target" (Marian, T5).
+        default_pair: pair to fall back to; "base" runs the untouched base.
+        target_modules: modules to mask instead of every FFN block: a list of names or suffixes, or a regular
+            expression. May name any linear layer.
+        exclude_modules: modules that `target_modules` would match, but shall be left alone.
+        modules_to_save: other modules to train and to save whole.
+        trainable_token_indices: embedding rows to train and to save.
+        init_weights: False fills masks and deltas at random, to make their effect visible in tests.
+
+    The remaining fields describe the stored masks and are filled in by the package: `format_version`, `encoder_rows`,
+    `decoder_rows`, `d_ff` and `stacks` per block, `selector`, `fingerprint` of the base, `weights_digest`.
+    """
+
+    masks: NeuronMasks | str | PathLike[str] | None = field(default=None, repr=False)
+    language_pairs: list | None = None
+    trainable: str = "delta"
+    r: int = 8
+    mask_bias: bool = False
+    execution: str = "auto"
+    language_tokens: dict[str, int] | None = None
+    source_tag: str = "source"
+    default_pair: str | None = None
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    init_weights: bool = True
+    format_version: int = adapter_file.FORMAT_VERSION
+    encoder_rows: list[str] | None = None
+    decoder_rows: list[str] | None = None
+    d_ff: dict[str, int] | None = None
+    stacks: dict[str, str] | None = None
+    selector: dict[str, Any] | None = None
+    fingerprint: dict[str, str | int] | None = None
+    weights_digest: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = NATIVE_OR_OWN
+        self._check_choices()
+        check_format_version(self.format_version, adapter_file.CONFIG_NAME)
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.masks, str | PathLike):
+            self.masks = NeuronMasks.from_pretrained(self.masks)
+        if self.masks is not None:
+            self._take_masks(self.masks)
+        elif self.encoder_rows is None:
+            self._take_routes(Routes.per_pair(self.language_pairs or [DEFAULT_PAIR], self.source_tag))
+        self._check_default_pair()
+
+    def routes(self) -> Routes:
+        """Return which rows each pair uses."""
+        return routes_from_config(vars(self))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return every field but `masks`, whose place is the weights file."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "masks"}
+        if isinstance(values["target_modules"], set):
+            values["target_modules"] = sorted(values["target_modules"])
+        return values
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json. PEFT calls this last, so the digest of the weights beside it is known by now."""
+        weights = adapter_file.weights_file(save_directory)
+        in_memory, self.weights_digest = self.weights_digest, adapter_file.file_digest(weights) if weights else None
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.weights_digest = in_memory
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> "NeuronSpecializationConfig":
+        """Read adapter_config.json, and check that the weights beside it are the ones it was written for."""
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if isinstance(config, cls) and config.weights_digest is not None:
+            download, _, _ = cls._split_kwargs(kwargs)
+            location = f"{pretrained_model_name_or_path}/{subfolder}" if subfolder else pretrained_model_name_or_path
+            if adapter_file.weights_file(location) is None:
+                location, download = pretrained_model_name_or_path, {**download, "subfolder": subfolder}
+            adapter_file.verify_digest(config.weights_digest, location, **download)
+            config.weights_digest = None
+        return config
+
+    def _check_choices(self) -> None:
+        for name, value, known in (
+            ("trainable", self.trainable, TRAINABLE),
+            ("execution", self.execution, EXECUTION),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}.")
+        check_source_tag(self.source_tag)
+        if not isinstance(self.r, int) or self.r < 1:
+            raise ValueError(f"r is the rank of trainable='low_rank', a whole number from 1 on; got {self.r!r}.")
+        if self.trainable == "full" and (self.modules_to_save or self.trainable_token_indices):
+            raise ValueError(
+                "trainable='full' already trains and saves every parameter of the base: leave out modules_to_save and "
+                "trainable_token_indices."
+            )
+        if self.trainable == "full" and self.default_pair == BASE_PAIR:
+            raise ValueError("default_pair='base' needs an untouched base, which trainable='full' does not keep.")
+
+    def _check_default_pair(self) -> None:
+        if self.default_pair not in (None, BASE_PAIR):
+            self.routes().route(self.default_pair)
+
+    def _take_masks(self, masks: NeuronMasks) -> None:
+        if masks.routes.source_tag != self.source_tag:
+            raise ValueError(
+                f"These masks were identified with source_tag={masks.routes.source_tag!r}, but the config says "
+                f"{self.source_tag!r}. Pass the one that the tokenizer follows to both."
+            )
+        for name, value in masks.metadata().items():
+            setattr(self, name, value)
+
+    def _take_routes(self, routes: Routes) -> None:
+        self.encoder_rows, self.decoder_rows = routes.encoder_rows, routes.decoder_rows
+        self.language_pairs = [[pair, *rows] for pair, rows in routes.listed.items()]

@@ -1,0 +1,40 @@
+"""Keep rows of W1 that no language pair selects where they are, whatever the optimizer does.
+
+In `trainable="full"` their gradient is zero, but weight decay would shrink them and momentum from before would move
+them. Each optimizer step therefore saves and restores them.
+"""
+
+import weakref
+from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from .layer import NeuronSpecializationLayer
+
+_protected: "weakref.WeakSet[NeuronSpecializationLayer]" = weakref.WeakSet()
+_saved: "weakref.WeakKeyDictionary[torch.optim.Optimizer, list[tuple]]" = weakref.WeakKeyDictionary()
+_registered = False
+
+
+def protect(layer: NeuronSpecializationLayer) -> None:
+    """Hold the unselected rows of `layer`'s base weight still under every optimizer of this process."""
+    global _registered
+    _protected.add(layer)
+    if not _registered:
+        register_optimizer_step_pre_hook(_save)
+        register_optimizer_step_post_hook(_restore)
+        _registered = True
+
+
+def _save(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    layers = [layer for layer in _protected if id(layer.weight) in stepped and layer.weight.requires_grad]
+    rows = [(layer.weight, layer.unselected_rows()) for layer in layers]
+    _saved[optimizer] = [(weight, index, weight.detach()[index]) for weight, index in rows if len(index)]
+
+
+def _restore(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+    with torch.no_grad():
+        for weight, index, values in _saved.pop(optimizer, []):
+            weight[index] = values

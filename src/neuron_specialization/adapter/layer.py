@@ -1,0 +1,256 @@
+"""The masked projection: `act(m ⊙ (x W1ᵀ) + b1)` up to the activation, which the model applies itself.
+
+A masked row of `W1` makes its neuron emit the constant `act(b1)`; masking the output of the projection is the same
+thing and works for every base layer, quantized ones included.
+"""
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import nn
+from torch.nn import functional as F
+
+from ..neurons.adapter_file import DELTA, DELTA_A, DELTA_B, MASK, pack_rows, unpack_rows
+from ..neurons.ffn import STACKS
+from .routing import BASE_ROW, Routing
+
+RANDOM_INIT_STD = 0.1
+
+
+class NeuronSpecializationLayer(BaseTunerLayer):
+    """State of the method on one projection: per adapter, packed mask rows and the trained delta."""
+
+    adapter_layer_names = (DELTA, DELTA_A, DELTA_B)
+    other_param_names = (MASK, "mask_bias")
+
+    def __init__(self, base_layer: nn.Module, routing: Routing, stack: str) -> None:
+        self.base_layer = base_layer
+        self.routing = routing
+        self.stack = stack
+        self.neuron_specialization_mask = BufferDict(persistent=True)
+        self.neuron_specialization_delta = nn.ParameterDict()
+        self.neuron_specialization_delta_a = nn.ParameterDict()
+        self.neuron_specialization_delta_b = nn.ParameterDict()
+        self.mask_bias: dict[str, bool] = {}
+        self.merged_adapters = []
+        self._unmerged: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        linear: Any = self.get_base_layer()
+        self.in_features: int = linear.in_features
+        self.out_features: int = linear.out_features
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        mask: torch.Tensor,
+        *,
+        trainable: str,
+        r: int,
+        mask_bias: bool,
+        init_weights: bool,
+        inference_mode: bool,
+    ) -> None:
+        """Add an adapter. `mask` is bool [rows, d_ff]."""
+        self.neuron_specialization_mask[adapter_name] = pack_rows(mask)
+        self.mask_bias[adapter_name] = mask_bias
+        shape = (self.out_features, self.in_features)
+        if trainable == "delta":
+            delta = torch.zeros(shape) if init_weights else torch.randn(shape) * RANDOM_INIT_STD
+            self.neuron_specialization_delta[adapter_name] = nn.Parameter(delta)
+        elif trainable == "low_rank":
+            a, b = torch.empty(r, shape[1]), torch.zeros(shape[0], r)
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+            if not init_weights:
+                nn.init.normal_(b, std=RANDOM_INIT_STD)
+            self.neuron_specialization_delta_a[adapter_name] = nn.Parameter(a)
+            self.neuron_specialization_delta_b[adapter_name] = nn.Parameter(b)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.neuron_specialization_mask.keys())
+
+    def delta(self, adapter_name: str) -> torch.Tensor | None:
+        """Return ΔW1 [d_ff, d_model] of one adapter, or None where nothing of its own is trained."""
+        if adapter_name in self.neuron_specialization_delta:
+            return self.neuron_specialization_delta[adapter_name]
+        if adapter_name in self.neuron_specialization_delta_a:
+            b, a = self.neuron_specialization_delta_b[adapter_name], self.neuron_specialization_delta_a[adapter_name]
+            return b @ a
+        return None
+
+    def unselected_rows(self) -> torch.Tensor:
+        """Return the indices of the neurons that no pair of any adapter keeps: int64 [n]."""
+        kept = torch.zeros(self.out_features, dtype=torch.bool, device=self.weight.device)
+        for packed in self.neuron_specialization_mask.values():
+            kept |= unpack_rows(packed, self.out_features).any(0).to(kept.device)
+        return (~kept).nonzero().flatten()
+
+
+class Linear(nn.Module, NeuronSpecializationLayer):
+    """A masked projection around any linear base layer."""
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, routing: Routing, stack: str) -> None:
+        super().__init__()
+        NeuronSpecializationLayer.__init__(self, base_layer, routing, stack)
+        self._active_adapter = adapter_name
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Project x [..., d_model] to [..., d_ff] under the masks of the current language pairs."""
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if self.routing.adapter_names is not None:
+            return self._forward_per_sample_adapters(x, self.routing.adapter_names)
+        if self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        return self._forward_masked(x, [name for name in self.active_adapters if name in self.mask_bias])
+
+    def _forward_masked(
+        self, x: torch.Tensor, adapters: list[str], samples: torch.Tensor | None = None, batch: int | None = None
+    ) -> torch.Tensor:
+        """Run some adapters together: their deltas add up, and a neuron must be kept by each of them.
+
+        Args:
+            x: [batch, ..., d_model], the whole batch or some samples of it.
+            adapters: names of the adapters.
+            samples: where x is part of a batch, int64 indices of its samples in the whole.
+            batch: size of the whole batch, beams counted.
+        """
+        out = self._project(x, adapters)
+        for adapter in adapters:
+            rows = self.routing.rows(adapter, self.stack, x.device)
+            index = self._per_sample(rows.index, batch or x.shape[0])
+            if samples is not None and len(index) > 1:
+                index = index[samples]
+            packed = self.neuron_specialization_mask[adapter][index.clamp_min(0)]
+            mask = self._align(unpack_rows(packed, self.out_features), x)
+            bias = None if self.mask_bias[adapter] else self.bias
+            masked = torch.where(mask, out, 0 if bias is None else bias.to(out.dtype))
+            if rows.has_base:
+                masked = torch.where(self._align((index == BASE_ROW)[:, None], x), self.base_layer(x), masked)
+            out = masked
+        return out
+
+    def _project(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:
+        """Return x (W1 + Σ ΔW1)ᵀ + b1: in weight space, unless the weight is not plainly at hand."""
+        deltas = [delta for delta in map(self.delta, adapters) if delta is not None]
+        if not deltas:
+            return self.base_layer(x)
+        total = deltas[0] if len(deltas) == 1 else torch.stack(deltas).sum(0)
+        if is_plain_linear(self.base_layer):
+            weight = self.weight
+            return F.linear(x, (weight + total).to(weight.dtype), self.bias)
+        return self.base_layer(x) + F.linear(x, total.to(x.dtype))
+
+    def _forward_per_sample_adapters(self, x: torch.Tensor, names: list[str]) -> torch.Tensor:
+        """PEFT's `adapter_names`: one adapter per sample, "__base__" for none. Errors read as those of PEFT's LoRA."""
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        if x.shape[0] % len(names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(names)} and {x.shape[0]} respectively."
+            )
+        out = self.base_layer(x)
+        known = {name: i for i, name in enumerate(self.mask_bias)}
+        ids = torch.tensor([known.get(name, -1) for name in names], device=x.device)
+        ids = self._per_sample(ids, x.shape[0])
+        for adapter in dict.fromkeys(name for name in names if name in known):
+            samples = (ids == known[adapter]).nonzero().flatten()
+            masked = self._forward_masked(x[samples], [adapter], samples, x.shape[0])
+            out = out.index_copy(0, samples, masked.to(out.dtype))
+        return out
+
+    @staticmethod
+    def _per_sample(values: torch.Tensor, batch: int) -> torch.Tensor:
+        """Repeat each sample's value for each of its beams; a single value, for the whole batch, stays one."""
+        if batch % len(values):
+            raise ValueError(
+                f"Got language pairs for {len(values)} samples, but a batch of {batch}. Pass one per sample, or a "
+                "single one for the whole batch."
+            )
+        return values if len(values) in (1, batch) else values.repeat_interleave(batch // len(values))
+
+    @staticmethod
+    def _align(per_sample: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Shape [1 or batch, width] so that it broadcasts over x's projection."""
+        if len(per_sample) == 1:
+            return per_sample[0]
+        if x.ndim < 3:
+            raise ValueError(
+                "Several language pairs in one batch need inputs of shape [batch, length, d_model], but this layer "
+                f"got {list(x.shape)}, from which samples cannot be told apart. Run one language pair per batch."
+            )
+        return per_sample.reshape(len(per_sample), *[1] * (x.ndim - 2), per_sample.shape[-1])
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write the masked, trained projection of one language pair into the base layer.
+
+        Raises:
+            ValueError: if an adapter has several pairs and none is set; if the weight is sharded or not plain; and,
+                with `safe_merge`, if a merged weight is not finite.
+        """
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.mask_bias]
+        if not names:
+            return
+        base: Any = self.get_base_layer()
+        if isinstance(base.weight, torch.distributed.tensor.DTensor):
+            raise ValueError("Cannot merge into a sharded weight (FSDP). Save the adapter and merge in one process.")
+        if not is_plain_linear(base):
+            raise ValueError(f"Cannot merge into a {type(base).__name__}; load the base model unquantized to merge.")
+        if self._unmerged is None:
+            self._unmerged = (base.weight.data.clone(), None if base.bias is None else base.bias.data.clone())
+        weight, bias = self._merged_weights([*self.merged_adapters, *names])
+        if safe_merge and not torch.isfinite(weight).all():
+            if not self.merged_adapters:
+                self._unmerged = None
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken")
+        base.weight.data = weight
+        if base.bias is not None and bias is not None:
+            base.bias.data = bias
+        self.merged_adapters.extend(names)
+
+    def _merged_weights(self, adapters: list[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the weight and bias under `adapters`, computed from the unmerged ones so that unmerging is exact."""
+        assert self._unmerged is not None
+        original, bias = self._unmerged
+        kept = torch.ones(self.out_features, dtype=torch.bool, device=original.device)
+        weight = original
+        for adapter in adapters:
+            row = self.routing.single_route(adapter)[STACKS.index(self.stack)]
+            mask = unpack_rows(self.neuron_specialization_mask[adapter][row], self.out_features).to(kept.device)
+            kept &= mask
+            delta = self.delta(adapter)
+            weight = weight if delta is None else weight + delta.detach().to(original.device)
+            if self.mask_bias[adapter] and bias is not None:
+                bias = bias * mask
+        return (weight * kept[:, None]).to(original.dtype), bias
+
+    def unmerge(self) -> None:
+        """Put the weights back that `merge` replaced."""
+        if not self.merged or self._unmerged is None:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        base: Any = self.get_base_layer()
+        weight, bias = self._unmerged
+        base.weight.data = weight.to(base.weight.device)
+        if bias is not None:
+            base.bias.data = bias.to(base.bias.device)
+        self.merged_adapters.clear()
+        self._unmerged = None
+
+    def __repr__(self) -> str:
+        return "neuron_specialization." + super().__repr__()
+
+
+def is_plain_linear(layer: nn.Module) -> bool:
+    """Whether a layer is torch's own linear with nothing attached, so that its weight may be used directly."""
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return type(layer) is nn.Linear and not any(hooks)

@@ -1,0 +1,233 @@
+"""The tuner: injects masked projections into a model, and answers PEFT's calls about them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+
+from ..neurons.adapter_file import PREFIX
+from ..neurons.ffn import DECODER, ENCODER, FfnBlock, find_ffn_blocks, fingerprint
+from . import frozen_rows, routing, storage
+from .config import NeuronSpecializationConfig
+from .layer import Linear, NeuronSpecializationLayer
+
+
+class NeuronSpecializationModel(BaseTuner):
+    """Masks the FFN neurons of a model per language pair (Neuron Specialization, arXiv 2404.11201).
+
+    Users get one from `get_peft_model` and rarely touch it.
+    """
+
+    prefix = PREFIX
+    tuner_layer_cls = NeuronSpecializationLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def set_language_pair(self, pair: str | None) -> None:
+        """Choose the pair that runs wherever a call does not say one; None takes the choice back."""
+        routing.set_language_pair(self.model, pair)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Check that the masks fit the model, then replace its masked projections."""
+        config: Any = self.peft_config[adapter_name]
+        self._check_other_adapters(adapter_name)
+        self._blocks = _find_blocks(config, model)
+        shared = routing.attach(model)
+        shared.tables[adapter_name] = routing.table_of(config)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            self._forget(adapter_name)
+            raise
+        layers = [
+            n for n, m in model.named_modules() if isinstance(m, self.tuner_layer_cls) and adapter_name in m.mask_bias
+        ]
+        config.d_ff = {name: config.d_ff[name] for name in layers}
+        config.stacks = {name: config.stacks[name] for name in layers}
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter and its routes."""
+        super().delete_adapter(adapter_name)
+        routing.attach(self.model).tables.pop(adapter_name, None)
+
+    def _check_other_adapters(self, adapter_name: str) -> None:
+        trained = [n for n, c in self.peft_config.items() if getattr(c, "trainable", None) == "full"]
+        if trained and len(self.peft_config) > 1:
+            raise ValueError(
+                f"Adapter {trained[0]!r} has trainable='full', which changes the base itself, so no other adapter can "
+                f"share that base (here: {', '.join(n for n in self.peft_config if n != trained[0])}). Load it alone."
+            )
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = set(peft_config.masks.rows if peft_config.masks else self._blocks)
+        if not peft_config.fingerprint and self._blocks:
+            peft_config.fingerprint = fingerprint(self.model, list(self._blocks.values()))
+        peft_config.d_ff = peft_config.d_ff or {}
+        peft_config.stacks = peft_config.stacks or {}
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        linear: Any = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if not isinstance(getattr(linear, "out_features", None), int):
+            raise TypeError(
+                f"{current_key} is a {type(linear).__name__}; neurons are masked at the output of linear layers only. "
+                "Name linear layers in target_modules, or leave it out to mask every FFN block."
+            )
+        block = self._blocks.get(current_key)
+        stack = block.stack if block else DECODER
+        peft_config.d_ff[current_key] = linear.out_features
+        peft_config.stacks[current_key] = stack
+        fresh = not isinstance(target, NeuronSpecializationLayer)
+        layer: Any = Linear(target, adapter_name, routing.attach(self.model), stack) if fresh else target
+        layer.update_layer(
+            adapter_name,
+            _initial_mask(peft_config, current_key, stack, linear.out_features),
+            trainable=peft_config.trainable,
+            r=peft_config.r,
+            mask_bias=peft_config.mask_bias,
+            init_weights=peft_config.init_weights,
+            inference_mode=peft_config.inference_mode,
+        )
+        if fresh:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+        if peft_config.trainable == "full":
+            frozen_rows.protect(layer)
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        super()._mark_only_adapters_as_trainable(model)
+        for adapter in self.active_adapters:
+            config: Any = self.peft_config[adapter]
+            if config.trainable == "full" and not config.inference_mode:
+                model.requires_grad_(True)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        unknown = sorted({name for name in names if name != "__base__"} - set(self.peft_config))
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        # PEFT's own wrappers (modules_to_save, trained tokens) take the names as an argument
+        handles = [
+            module.register_forward_pre_hook(partial(_pass_adapter_names, list(names)), with_kwargs=True)
+            for module in self.modules()
+            if isinstance(module, AuxiliaryTrainingWrapper)
+        ]
+        try:
+            with routing.attach(self.model).per_sample_adapters(list(names)):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # new layers move to their base layer's device by themselves, and the inherited method would assign the weight
+        # of a PEFT wrapper that is being unloaded, which is not a parameter
+        setattr(parent, child_name, new_module)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
+        routing.detach(self.model)
+        return model
+
+    def _forget(self, adapter_name: str) -> None:
+        """Undo the routes of an injection that failed."""
+        shared = routing.attach(self.model)
+        shared.tables.pop(adapter_name, None)
+        if not shared.tables:
+            routing.detach(self.model)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        if config.trainable == "full":
+            selected |= {name: state_dict[name] for name in storage.base_parameter_names(model)}
+        return selected
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        storage.check_tensors(model, config, adapter_name, remapped)
+        return remapped
+
+
+def _pass_adapter_names(
+    names: list[str], module: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]]:
+    """Forward pre-hook: hand each sample's adapter name, once per beam, to one of PEFT's own wrappers."""
+    beams = max(1, len(args[0]) // len(names))
+    return args, {**kwargs, "adapter_names": [name for name in names for _ in range(beams)]}
+
+
+def _find_blocks(config: NeuronSpecializationConfig, model: nn.Module) -> dict[str, FfnBlock]:
+    """Return the model's FFN blocks by name, after checking that the config's masks were made for this model.
+
+    Raises:
+        ValueError: if no FFN block is found though none is named, or the masks were made for another model.
+    """
+    try:
+        blocks = {block.name: block for block in find_ffn_blocks(model)}
+    except ValueError:
+        if config.target_modules is None or config.fingerprint:
+            raise
+        return {}
+    if config.fingerprint:
+        found = fingerprint(model, list(blocks.values()))
+        modules = dict(model.named_modules())
+        widths = {name: getattr(modules.get(name), "out_features", None) for name in config.d_ff or {}}
+        if config.fingerprint != found or widths != config.d_ff:
+            raise ValueError(
+                "These masks were made for another model. They expect "
+                f"{_describe(config.fingerprint, config.d_ff or {})}, but this model has "
+                f"{_describe(found, {name: block.d_ff for name, block in blocks.items()})}. Load the checkpoint they "
+                "were identified on, or identify masks on this one."
+            )
+    return blocks
+
+
+def _initial_mask(config: NeuronSpecializationConfig, name: str, stack: str, width: int) -> torch.Tensor:
+    """Return bool [rows, width]: the config's masks, else all-true rows, or random ones if `init_weights` is off."""
+    if config.masks is not None:
+        if name not in config.masks.rows:  # type: ignore[union-attr]
+            raise ValueError(f"target_modules names {name}, but the masks have no row for it.")
+        return config.masks.rows[name]  # type: ignore[union-attr]
+    rows = len((config.encoder_rows if stack == ENCODER else config.decoder_rows) or [])
+    mask = torch.ones(rows, width, dtype=torch.bool)
+    if not config.init_weights:
+        mask = torch.rand(rows, width) < 0.5
+        mask[:, 0] = True
+    return mask
+
+
+def _describe(fingerprint: dict[str, str | int], d_ff: dict[str, int]) -> str:
+    widths = sorted(set(d_ff.values()))
+    return f"{', '.join(f'{k} {v}' for k, v in fingerprint.items())}, d_ff {widths} in {len(d_ff)} blocks"

@@ -1,0 +1,25 @@
+"""Register the method with PEFT from outside. Only this module touches PEFT's enum and mappings."""
+
+from enum import Enum
+from typing import Any
+
+from peft import PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+
+from ..neurons.adapter_file import PEFT_TYPE, PREFIX
+
+
+class NeuronSpecializationPeftType(str, Enum):
+    """The type of this method: PEFT's own enum is closed, and transformers reads `.value`."""
+
+    NEURON_SPECIALIZATION = PEFT_TYPE
+
+
+NATIVE_OR_OWN: Any = getattr(PeftType, PEFT_TYPE, NeuronSpecializationPeftType.NEURON_SPECIALIZATION)
+
+
+def register(config_class: type, tuner_class: type) -> None:
+    """Make PEFT know the method; doing it again changes nothing."""
+    PEFT_TYPE_TO_CONFIG_MAPPING[NATIVE_OR_OWN] = config_class
+    PEFT_TYPE_TO_TUNER_MAPPING[NATIVE_OR_OWN] = tuner_class
+    PEFT_TYPE_TO_PREFIX_MAPPING[NATIVE_OR_OWN] = PREFIX

@@ -1,0 +1,90 @@
+"""What is read is checked first, and what is written is written whole."""
+
+from os import PathLike
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+
+from ..neurons.adapter_file import MASK, PREFIX, atomic_directory, check_packed_rows
+from .layer import NeuronSpecializationLayer
+
+
+def save_adapter(model: PeftModel, directory: str | PathLike[str], **kwargs: Any) -> None:
+    """Save a model's adapters as `save_pretrained` does, swapping in the whole directory at the end.
+
+    What stood in `directory` is replaced; if saving fails it is left as it was.
+    """
+    with atomic_directory(directory) as fresh:
+        model.save_pretrained(str(fresh), **kwargs)
+
+
+def base_parameter_names(model: nn.Module) -> list[str]:
+    """Return the names of every parameter but the adapters' own, tied ones once."""
+    return [name for name, _ in model.named_parameters() if PREFIX not in name]
+
+
+def check_tensors(model: nn.Module, config: Any, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
+    """Check the tensors of a file, under the names they have in `model`, before any is copied.
+
+    Args:
+        model: model that the adapter was injected into.
+        config: the adapter's config.
+        adapter_name: its name in the model.
+        tensors: what is about to be loaded.
+
+    Raises:
+        ValueError: if keys are missing or left over, or a dtype, shape, padding bit or mask row is wrong.
+    """
+    expected = _expected(model, config, adapter_name)
+    missing = sorted(set(expected) - set(tensors))
+    extra = sorted(set(tensors) - set(expected) - _allowed(model, tensors))
+    if missing or extra:
+        raise ValueError(
+            "The adapter's file does not fit its config: "
+            + "; ".join(
+                f"{what} {_shorten(keys)}" for what, keys in (("missing", missing), ("unknown", extra)) if keys
+            )
+            + ". Nothing was loaded."
+        )
+    for key, (dtype, shape) in expected.items():
+        tensor = tensors[key]
+        if f".{MASK}." in key:
+            check_packed_rows(key, tensor, shape[0], shape[1])
+        elif tuple(tensor.shape) != shape or not tensor.is_floating_point():
+            raise ValueError(f"{key}: expected {dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}.")
+
+
+def _expected(model: nn.Module, config: Any, adapter_name: str) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Return model key → (dtype, shape); of masks the shape is (rows, d_ff)."""
+    expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, NeuronSpecializationLayer) or adapter_name not in layer.mask_bias:
+            continue
+        prefix = f"{name}." if name else ""
+        packed = layer.neuron_specialization_mask[adapter_name]
+        expected[f"{prefix}{MASK}.{adapter_name}"] = packed.dtype, (len(packed), layer.out_features)
+        for attribute in layer.adapter_layer_names:
+            if adapter_name in getattr(layer, attribute):
+                parameter = getattr(layer, attribute)[adapter_name]
+                expected[f"{prefix}{attribute}.{adapter_name}"] = parameter.dtype, tuple(parameter.shape)
+    if config.trainable == "full":
+        parameters = dict(model.named_parameters())
+        for name in base_parameter_names(model):
+            expected[name] = parameters[name].dtype, tuple(parameters[name].shape)
+    return expected
+
+
+def _allowed(model: nn.Module, tensors: dict[str, torch.Tensor]) -> set[str]:
+    """Return the keys that PEFT itself adds: modules_to_save, trained tokens, resized embeddings."""
+    prefixes = [f"{name}." for name, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        embedding = getattr(model, get)() if hasattr(model, get) else None
+        prefixes += [f"{name}." for name, m in model.named_modules() if embedding is not None and m is embedding]
+    return {key for key in tensors if key.startswith(tuple(prefixes))} if prefixes else set()
+
+
+def _shorten(keys: list[str]) -> str:
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")

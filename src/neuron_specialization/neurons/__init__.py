@@ -1,0 +1,1 @@
+"""What specialized neurons are: FFN blocks, activation counts, selectors and masks."""

@@ -1,0 +1,141 @@
+"""The adapter's file format: bit-packed mask rows, key names, digest, atomic directories.
+
+`adapter_model.safetensors` holds, per FFN block, `base_model.model.<block>.neuron_specialization_mask`: uint8
+[rows, ceil(d_ff / 8)]; bit `j` of byte `i` is neuron `8 i + j`, padding bits are zero. `adapter_config.json` holds the
+rest. Files are plain PEFT adapters: no key or value is translated on loading.
+"""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+
+FORMAT_VERSION = 1
+PEFT_TYPE = "NEURON_SPECIALIZATION"
+PREFIX = "neuron_specialization_"
+MASK = PREFIX + "mask"
+DELTA = PREFIX + "delta"
+DELTA_A = PREFIX + "delta_a"
+DELTA_B = PREFIX + "delta_b"
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLED_WEIGHTS_NAME = "adapter_model.bin"
+KEY_PREFIX = "base_model.model."
+
+
+def pack_rows(rows: torch.Tensor) -> torch.Tensor:
+    """Pack bool [..., d_ff] into uint8 [..., ceil(d_ff / 8)], least significant bit first."""
+    width = rows.shape[-1]
+    padded = torch.nn.functional.pad(rows.to(torch.uint8), (0, -width % 8))
+    bits = padded.reshape(*rows.shape[:-1], -1, 8)
+    return (bits << torch.arange(8, dtype=torch.uint8, device=rows.device)).sum(-1, dtype=torch.uint8)
+
+
+def unpack_rows(packed: torch.Tensor, width: int) -> torch.Tensor:
+    """Unpack uint8 [..., ceil(width / 8)] into bool [..., width]."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    bits = (packed.unsqueeze(-1) >> shifts) & 1
+    return bits.flatten(-2)[..., :width].bool()
+
+
+def check_packed_rows(key: str, packed: torch.Tensor, rows: int, width: int) -> None:
+    """Check one mask tensor of a file: dtype, shape, zero padding bits, at least one neuron kept per row.
+
+    Raises:
+        ValueError: if one of these does not hold.
+    """
+    expected = (rows, -(-width // 8))
+    if packed.dtype != torch.uint8 or tuple(packed.shape) != expected:
+        raise ValueError(f"{key}: expected uint8 {list(expected)}, got {packed.dtype} {list(packed.shape)}.")
+    if width % 8 and bool((packed[:, -1] >> (width % 8)).any()):
+        raise ValueError(f"{key}: the padding bits after neuron {width - 1} must be zero; the file is damaged.")
+    empty = (packed == 0).all(-1).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"{key}: rows {empty} keep no neuron at all; the file is damaged or was selected wrongly.")
+
+
+def weights_file(directory: str | PathLike[str]) -> Path | None:
+    """Return the weights file of a local adapter directory, the one PEFT would read, or None."""
+    candidates = (Path(directory) / name for name in (WEIGHTS_NAME, PICKLED_WEIGHTS_NAME))
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def verify_digest(digest: str | None, location: str | PathLike[str], **hub: Any) -> None:
+    """Check that an adapter's weights are the ones its config was written for.
+
+    Raises:
+        ValueError: if they are missing or differ: the save was interrupted, or files of two saves were mixed.
+    """
+    if digest is None:
+        return
+    path = weights_file(location) if Path(location).is_dir() else fetch(location, WEIGHTS_NAME, **hub)
+    if path is None or file_digest(path) != digest:
+        raise ValueError(
+            f"The weights in {location} {'are missing' if path is None else 'are not those'} that its {CONFIG_NAME} "
+            "was written for: the save was interrupted, or files of two saves were mixed. Save the adapter again."
+        )
+
+
+def fetch(location: str | PathLike[str], filename: str, **hub: Any) -> Path:
+    """Return the local path of one file of an adapter directory or of a Hub repository.
+
+    Raises:
+        ValueError: if `location` is a directory without that file, or neither a directory nor a reachable repository.
+    """
+    directory = Path(location)
+    if directory.is_dir():
+        if not (directory / filename).is_file():
+            raise ValueError(
+                f"{directory} is not an adapter directory: it has no {filename}. Expected what save_pretrained or "
+                "NeuronMasks.save writes."
+            )
+        return directory / filename
+    try:
+        return Path(hf_hub_download(str(location), filename, **hub))
+    except Exception as error:
+        raise ValueError(
+            f"No adapter at {str(location)!r}: it is neither a local directory nor a Hub repository that holds "
+            f"{filename} and can be reached ({type(error).__name__}: {error})."
+        ) from error
+
+
+@contextmanager
+def atomic_directory(directory: str | PathLike[str]) -> Iterator[Path]:
+    """Write a whole directory or nothing: yield an empty sibling, then put it in the place of `directory`.
+
+    Whatever stood there before is replaced. If the body raises, `directory` is left as it was.
+    """
+    target = Path(directory).absolute()
+    if target.is_file():
+        raise ValueError(f"{target} is a file; expected the path of a directory to write.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        os.chmod(fresh, 0o755)  # mkdtemp makes it private to the user
+        yield fresh
+        if target.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
+            os.replace(target, old / "replaced")
+            os.replace(fresh, target)
+            shutil.rmtree(old)
+        else:
+            os.replace(fresh, target)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)

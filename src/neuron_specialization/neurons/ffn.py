@@ -1,0 +1,184 @@
+"""Find the feed-forward (FFN) blocks of an encoder-decoder model by their structure.
+
+A block is an `up` projection a→b, an activation, and a `down` projection b→a; gated blocks have a second a→b
+projection whose output is activated and multiplied in (T5 v1.1, mT5, Gemma). No model class is named anywhere here.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+ENCODER, DECODER = "encoder", "decoder"
+STACKS = (ENCODER, DECODER)
+_GATE_NAMES = re.compile(r"gate|wi_0")
+
+
+@dataclass(frozen=True, eq=False)
+class FfnBlock:
+    """One feed-forward block.
+
+    Attributes:
+        name: qualified module name of the masked projection: the gate of a gated block, else the up projection.
+        stack: "encoder" or "decoder".
+        layer: index of the Transformer layer inside its stack.
+        up: projection from d_model to d_ff.
+        gate: for gated blocks, the projection whose output goes through the activation.
+        down: projection from d_ff to d_model; its input is what neurons emit.
+        activation: elementwise function between the projections.
+        d_ff: number of neurons.
+    """
+
+    name: str
+    stack: str
+    layer: int
+    up: nn.Module
+    gate: nn.Module | None
+    down: nn.Module
+    activation: Callable[[torch.Tensor], torch.Tensor]
+    d_ff: int
+
+    @property
+    def masked_projection(self) -> nn.Module:
+        """The projection that masks apply to: the gate where there is one, else the up projection."""
+        return self.gate if self.gate is not None else self.up
+
+
+def unwrap(model: nn.Module) -> Any:
+    """Return the transformers model inside compile, data-parallel and PEFT wrappers."""
+    model = getattr(model, "_orig_mod", model)
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        return unwrap(model.module)
+    get_base_model = getattr(model, "get_base_model", None)
+    return get_base_model() if callable(get_base_model) else model
+
+
+def find_ffn_blocks(model: nn.Module) -> list[FfnBlock]:
+    """Return every FFN block of an encoder-decoder model, encoder first, in the order of the layers.
+
+    Raises:
+        ValueError: if the model is not an encoder-decoder, or no FFN block is found in it.
+    """
+    model = unwrap(model)
+    if not is_encoder_decoder(model):
+        raise ValueError(
+            f"{type(model).__name__} is not an encoder-decoder model. Specialized neurons are defined for models with "
+            "an encoder and a decoder (NLLB, M2M100, mBART, Marian, T5, ...): load one with AutoModelForSeq2SeqLM."
+        )
+    prefixes = _stack_prefixes(model)
+    blocks = [
+        FfnBlock(name, *_locate(name, prefixes), *parts)
+        for parent_name, parent in model.named_modules()
+        for name, *parts in _blocks_of(parent_name, parent)
+    ]
+    if not blocks:
+        raise ValueError(
+            f"No FFN block found in {type(model).__name__}. Looked for sibling linear layers a→b and b→a with an "
+            "activation beside them. Name the projections to mask with target_modules=[...] instead."
+        )
+    return sorted(blocks, key=lambda block: STACKS.index(block.stack))
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether `model` says it has an encoder and a decoder."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def fingerprint(model: nn.Module, blocks: list[FfnBlock]) -> dict[str, str | int]:
+    """Describe the base model a mask was made for: model type, layers, width, activation.
+
+    The number of neurons of each block is stored beside the masks themselves.
+    """
+    activation = blocks[0].activation
+    up: Any = blocks[0].up
+    return {
+        "model_type": unwrap(model).config.model_type,
+        "encoder_blocks": sum(block.stack == ENCODER for block in blocks),
+        "decoder_blocks": sum(block.stack == DECODER for block in blocks),
+        "d_model": up.in_features,
+        "activation": getattr(activation, "__name__", type(activation).__name__),
+    }
+
+
+def _stack_prefixes(model: nn.Module) -> dict[str, str]:
+    names = {id(module): name for name, module in model.named_modules()}
+    prefixes = {}
+    for stack in STACKS:
+        module = getattr(model, f"get_{stack}")()
+        if id(module) in names:
+            prefixes[stack] = names[id(module)] + "."
+    return prefixes
+
+
+def _locate(name: str, prefixes: dict[str, str]) -> tuple[str, int]:
+    """Return (stack, layer). A block under neither the encoder nor the decoder counts as the decoder's."""
+    stack = ENCODER if ENCODER in prefixes and name.startswith(prefixes[ENCODER]) else DECODER
+    relative = name.removeprefix(prefixes.get(stack, ""))
+    layer = re.search(r"\.(\d+)\.", f".{relative}")
+    return stack, int(layer.group(1)) if layer else 0
+
+
+def _blocks_of(parent_name: str, parent: nn.Module) -> Iterator[tuple]:
+    """Yield (name, up, gate, down, activation, d_ff) for the block whose parts are children of `parent`, if any."""
+    activation = _activation_of(parent)
+    if activation is not None:
+        yield from _match(parent_name, list(_linear_children(parent)), activation)
+        return
+    # BERT keeps the two halves in sibling modules: intermediate (dense, activation) and output (dense)
+    children = list(parent.named_children())
+    for i, (first_name, first) in enumerate(children):
+        first_linears = list(_linear_children(first))
+        activation = _activation_of(first)
+        if activation is None or len(first_linears) != 1:
+            continue
+        for second_name, second in children[i + 1 :]:
+            second_linears = list(_linear_children(second))
+            if len(second_linears) == 1:
+                up = (f"{first_name}.{first_linears[0][0]}", first_linears[0][1])
+                down = (f"{second_name}.{second_linears[0][0]}", second_linears[0][1])
+                yield from _match(parent_name, [up, down], activation)
+
+
+def _match(
+    parent_name: str, linears: list[tuple[str, nn.Module]], activation: Callable[[torch.Tensor], torch.Tensor]
+) -> Iterator[tuple]:
+    """Pair the last linear b→a with the one (plain) or two (gated) linears a→b defined before it."""
+    for i in reversed(range(len(linears))):
+        down: Any = linears[i][1]
+        ups = [
+            (name, module)
+            for name, module in linears[:i]
+            if (module.in_features, module.out_features) == (down.out_features, down.in_features)
+        ]
+        if len(ups) not in (1, 2):
+            continue
+        gates = [pair for pair in ups if _GATE_NAMES.search(pair[0])] if len(ups) == 2 else []
+        if len(ups) == 2 and len(gates) != 1:
+            continue
+        name, masked = gates[0] if gates else ups[0]
+        up = next(module for _, module in ups if module is not masked) if gates else masked
+        qualified = f"{parent_name}.{name}" if parent_name else name
+        yield qualified, up, (masked if gates else None), down, activation, down.in_features
+        return
+
+
+def _linear_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield linear children: torch's, quantized ones, and linears wrapped by PEFT all expose their two widths."""
+    for name, child in module.named_children():
+        if isinstance(getattr(child, "in_features", None), int) and isinstance(
+            getattr(child, "out_features", None), int
+        ):
+            yield name, child
+
+
+def _activation_of(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """Return the activation stored beside the projections: an attribute named act..., activation..., or ..._act_fn."""
+    candidates = [*module.named_children(), *((k, v) for k, v in vars(module).items() if not k.startswith("_"))]
+    for name, value in candidates:
+        is_layer = isinstance(value, nn.Dropout) or isinstance(getattr(value, "in_features", None), int)
+        if "act" in name and callable(value) and not is_layer:
+            return value
+    return None

@@ -1,0 +1,236 @@
+"""Masks over FFN neurons: one boolean row per stack for each language pair, or for each language."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from . import adapter_file
+from .ffn import ENCODER, STACKS
+from .language_pairs import Routes, split_pair
+
+
+@dataclass
+class NeuronMasks:
+    """Which neurons each language pair keeps.
+
+    Attributes:
+        rows: block name → bool [rows, d_ff], True where the neuron is kept. Blocks of one stack have as many rows.
+        stacks: block name → "encoder" or "decoder".
+        routes: which row each pair uses in each stack.
+        selector: how the neurons were selected, as recorded in the file.
+        fingerprint: what identifies the base model (see `neurons.ffn.fingerprint`).
+    """
+
+    rows: dict[str, torch.Tensor]
+    stacks: dict[str, str]
+    routes: Routes
+    selector: dict[str, Any] = field(default_factory=dict)
+    fingerprint: dict[str, str | int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, rows in self.rows.items():
+            expected = len(self._row_names(self.stacks[name]))
+            if rows.dtype != torch.bool or rows.ndim != 2 or len(rows) != expected:
+                raise ValueError(
+                    f"{name}: expected bool [{expected}, d_ff] mask rows, got {rows.dtype} {list(rows.shape)}."
+                )
+
+    @property
+    def language_pairs(self) -> list[str]:
+        """The pairs with rows of their own or implied by factorised rows; a pair's id is its position here."""
+        return self.routes.language_pairs
+
+    @property
+    def d_ff(self) -> dict[str, int]:
+        """Block name → number of neurons."""
+        return {name: rows.shape[1] for name, rows in self.rows.items()}
+
+    def row(self, pair: str, block: str) -> torch.Tensor:
+        """Return the mask of one block for one pair: bool [d_ff]. Zero-shot pairs are composed.
+
+        Raises:
+            ValueError: if the pair or the block is unknown.
+        """
+        if block not in self.rows:
+            raise ValueError(f"There is no block {block!r} in these masks. Known blocks: {', '.join(self.rows)}.")
+        encoder_row, decoder_row = self.routes.route(pair)
+        return self.rows[block][encoder_row if self.stacks[block] == ENCODER else decoder_row]
+
+    def sparsity(self, pair: str) -> dict[str, float]:
+        """Return block name → share of its neurons that are masked (not kept) for `pair`."""
+        return {name: 1 - self.row(pair, name).double().mean().item() for name in self.rows}
+
+    def iou(self, pair_a: str, pair_b: str) -> dict[str, float]:
+        """Return block name → intersection over union of the two pairs' kept neurons (paper, section 5.3)."""
+        return {name: intersection_over_union(self.row(pair_a, name), self.row(pair_b, name)) for name in self.rows}
+
+    def union(self, other: "NeuronMasks") -> "NeuronMasks":
+        """Keep the neurons that either of two masks of the same model and rows keeps."""
+        return self._combine(other, torch.logical_or)
+
+    def intersection(self, other: "NeuronMasks") -> "NeuronMasks":
+        """Keep the neurons that both of two masks of the same model and rows keep."""
+        return self._combine(other, torch.logical_and)
+
+    def only(self, stack: str) -> "NeuronMasks":
+        """Restrict to one stack: the other keeps all its neurons (the paper's Ours-Enc and Ours-Dec)."""
+        if stack not in STACKS:
+            raise ValueError(f"Expected 'encoder' or 'decoder', got {stack!r}.")
+        rows = {
+            name: rows if self.stacks[name] == stack else torch.ones_like(rows) for name, rows in self.rows.items()
+        }
+        return replace(self, rows=rows, selector={**self.selector, "only": stack})
+
+    def factorise(self) -> "NeuronMasks":
+        """Return masks with one encoder row per source language and one decoder row per target language.
+
+        Where pairs that share a language disagree, the language keeps what any of them keeps.
+
+        Raises:
+            ValueError: if the source side carries the target's tag: encoder rows then depend on the target.
+        """
+        if self.routes.source_tag == "target":
+            raise ValueError(
+                "These masks cannot be factorised: in this model the source side carries the target's tag (the Marian "
+                "and MADLAD/T5 convention), so encoder rows depend on the target as well as on the source."
+            )
+        pairs = self.language_pairs
+        languages = [list(dict.fromkeys(split_pair(pair)[side] for pair in pairs)) for side in (0, 1)]
+        rows = {}
+        for name, old in self.rows.items():
+            side = 0 if self.stacks[name] == ENCODER else 1
+            merged = torch.zeros(len(languages[side]), old.shape[1], dtype=torch.bool)
+            for pair in pairs:
+                merged[languages[side].index(split_pair(pair)[side])] |= self.row(pair, name)
+            rows[name] = merged
+        return replace(self, rows=rows, routes=Routes(languages[0], languages[1]))
+
+    def compose(self, pair: str, pivot: str | None = None) -> "NeuronMasks":
+        """Return these masks with the zero-shot `pair` added: X→pivot's encoder row, pivot→Y's decoder row.
+
+        Raises:
+            ValueError: if a half is missing, if several pivots disagree, or if the source carries the target's tag.
+        """
+        listed = {**self.routes.listed, pair: self.routes.route(pair, pivot)}
+        return replace(self, routes=replace(self.routes, listed=listed))
+
+    def metadata(self) -> dict[str, Any]:
+        """Return the mask-related part of adapter_config.json."""
+        return {
+            "format_version": adapter_file.FORMAT_VERSION,
+            "encoder_rows": list(self.routes.encoder_rows),
+            "decoder_rows": list(self.routes.decoder_rows),
+            "language_pairs": [[pair, *rows] for pair, rows in self.routes.listed.items()],
+            "source_tag": self.routes.source_tag,
+            "d_ff": self.d_ff,
+            "stacks": dict(self.stacks),
+            "selector": dict(self.selector),
+            "fingerprint": dict(self.fingerprint),
+        }
+
+    def save(self, directory: str | PathLike[str]) -> None:
+        """Write an adapter directory that holds only masks; PEFT loads it like any adapter (`trainable="none"`)."""
+        tensors = {mask_key(name): adapter_file.pack_rows(rows) for name, rows in self.rows.items()}
+        config: dict[str, Any] = {
+            "peft_type": adapter_file.PEFT_TYPE,
+            "task_type": "SEQ_2_SEQ_LM",
+            "inference_mode": True,
+            "trainable": "none",
+            "target_modules": list(self.rows),
+            **self.metadata(),
+        }
+        for name, rows in self.rows.items():
+            adapter_file.check_packed_rows(mask_key(name), tensors[mask_key(name)], *rows.shape)
+        with adapter_file.atomic_directory(directory) as fresh:
+            save_file(tensors, fresh / adapter_file.WEIGHTS_NAME, metadata={"format": "pt"})
+            config["weights_digest"] = adapter_file.file_digest(fresh / adapter_file.WEIGHTS_NAME)
+            (fresh / adapter_file.CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, location: str | PathLike[str], **hub: Any) -> "NeuronMasks":
+        """Read the masks of an adapter directory or Hub repository; trained tensors beside them are not read.
+
+        Args:
+            location: directory, or Hub id.
+            **hub: passed to `huggingface_hub.hf_hub_download`, such as `revision` or `token`.
+
+        Raises:
+            ValueError: if it is not such an adapter, or its masks do not fit its config.
+        """
+        config = read_config(location, **hub)
+        adapter_file.verify_digest(config.get("weights_digest"), location, **hub)
+        path = adapter_file.fetch(location, adapter_file.WEIGHTS_NAME, **hub)
+        routes = routes_from_config(config)
+        rows = {}
+        with safe_open(path, framework="pt") as file:
+            present = set(file.keys())
+            for name, width in config["d_ff"].items():
+                key = mask_key(name)
+                if key not in present:
+                    raise ValueError(f"{path} lacks {key}, which its {adapter_file.CONFIG_NAME} lists.")
+                packed = file.get_tensor(key)
+                count = len(routes.encoder_rows if config["stacks"][name] == ENCODER else routes.decoder_rows)
+                adapter_file.check_packed_rows(key, packed, count, width)
+                rows[name] = adapter_file.unpack_rows(packed, width)
+        return cls(rows, config["stacks"], routes, config["selector"], config["fingerprint"])
+
+    def _row_names(self, stack: str) -> list[str]:
+        return self.routes.encoder_rows if stack == ENCODER else self.routes.decoder_rows
+
+    def _combine(self, other: "NeuronMasks", operation: Any) -> "NeuronMasks":
+        if self.routes != other.routes or self.d_ff != other.d_ff:
+            raise ValueError(
+                "Only masks of the same blocks and the same language pairs can be combined; got "
+                f"{len(self.rows)} blocks and {self.language_pairs} with {len(other.rows)} blocks and "
+                f"{other.language_pairs}."
+            )
+        rows = {name: operation(self.rows[name], other.rows[name]) for name in self.rows}
+        selector = {"name": operation.__name__.removeprefix("logical_"), "of": [self.selector, other.selector]}
+        return replace(self, rows=rows, selector=selector)
+
+
+def mask_key(block: str) -> str:
+    """Return the name of a block's mask in a weights file."""
+    return f"{adapter_file.KEY_PREFIX}{block}.{adapter_file.MASK}"
+
+
+def intersection_over_union(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Return |a ∧ b| / |a ∨ b| of two bool tensors of one shape; 1 where both are empty."""
+    union = (a | b).sum().item()
+    return (a & b).sum().item() / union if union else 1.0
+
+
+def read_config(location: str | PathLike[str], **hub: Any) -> dict[str, Any]:
+    """Read and check adapter_config.json of an adapter directory or Hub repository.
+
+    Raises:
+        ValueError: if the file is missing, is another method's, or is of an unknown format version.
+    """
+    path = adapter_file.fetch(location, adapter_file.CONFIG_NAME, **hub)
+    config = json.loads(path.read_text())
+    if config.get("peft_type") != adapter_file.PEFT_TYPE:
+        raise ValueError(f"{path} is an adapter of type {config.get('peft_type')}, not {adapter_file.PEFT_TYPE}.")
+    check_format_version(config.get("format_version"), path)
+    return config
+
+
+def check_format_version(version: Any, where: str | Path) -> None:
+    """Raise ValueError unless this release can read `version` of the adapter format."""
+    if version != adapter_file.FORMAT_VERSION:
+        raise ValueError(
+            f"{where} has format version {version}; this release reads version {adapter_file.FORMAT_VERSION}. "
+            "Update neuron-specialization if the file is newer."
+        )
+
+
+def routes_from_config(config: Mapping[str, Any]) -> Routes:
+    """Rebuild the routes that `NeuronMasks.metadata` wrote."""
+    listed = {pair: (int(encoder), int(decoder)) for pair, encoder, decoder in config["language_pairs"]}
+    return Routes(list(config["encoder_rows"]), list(config["decoder_rows"]), listed, config["source_tag"])

@@ -1,0 +1,183 @@
+"""Selectors: from activation counts to masks. Each is a small object with `select(counts) -> NeuronMasks`."""
+
+import warnings
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from .activations import ActivationCounts
+from .ffn import DECODER, ENCODER, STACKS
+from .language_pairs import Routes, split_pair
+from .masks import NeuronMasks
+
+
+@dataclass(frozen=True)
+class CumulativeThreshold:
+    """The paper's rule: the most active neurons that together make up a share `k` of all activations of a block.
+
+    Per pair and block, sort the counts descending; keep the smallest prefix whose sum is at least `k` times the total,
+    the neuron that crosses included (paper, section 3.2). Ties go to the neuron with the lower index. A block without
+    a single activation stays dense, with a warning.
+
+    Attributes:
+        k: share in (0, 1]; 1 keeps every neuron that was ever active.
+        encoder_k: another share for encoder blocks.
+        decoder_k: another share for decoder blocks.
+    """
+
+    k: float = 0.95
+    encoder_k: float | None = None
+    decoder_k: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, share in asdict(self).items():
+            if share is not None or name == "k":
+                _check_share(name, share)
+
+    def select(self, counts: ActivationCounts) -> NeuronMasks:
+        """Return one row per pair and stack."""
+        share = {
+            ENCODER: self.k if self.encoder_k is None else self.encoder_k,
+            DECODER: self.k if self.decoder_k is None else self.decoder_k,
+        }
+        rows = {name: _smallest_prefix(c, share[counts.stacks[name]]) for name, c in counts.counts.items()}
+        silent = [name for name, c in counts.counts.items() if bool((c.sum(1) == 0).any())]
+        if silent:
+            warnings.warn(
+                f"No neuron was ever active in {', '.join(silent)} for some pairs; these blocks stay dense there.",
+                stacklevel=2,
+            )
+        return _per_pair_masks(rows, counts, self)
+
+
+@dataclass(frozen=True)
+class TopShare:
+    """The most active `share` of each block's neurons, rounded up. Ties go to the neuron with the lower index."""
+
+    share: float
+
+    def __post_init__(self) -> None:
+        _check_share("share", self.share)
+
+    def select(self, counts: ActivationCounts) -> NeuronMasks:
+        """Return one row per pair and stack."""
+        rows = {}
+        for name, count in counts.counts.items():
+            order = count.argsort(dim=1, descending=True, stable=True)
+            kept = order[:, : -int(-self.share * count.shape[1] // 1)]
+            rows[name] = torch.zeros_like(count, dtype=torch.bool).scatter_(1, kept, True)
+        return _per_pair_masks(rows, counts, self)
+
+
+@dataclass(frozen=True)
+class RandomMatched:
+    """As many neurons per row as `like` keeps, drawn at random: the control for any other selector.
+
+    Attributes:
+        like: the masks to match, row by row.
+        seed: the draw depends on it and on nothing else.
+    """
+
+    like: NeuronMasks
+    seed: int = 0
+
+    def select(self, counts: ActivationCounts | None = None) -> NeuronMasks:
+        """Return random masks; `counts` is not used, and accepted so that all selectors are called alike."""
+        generator = torch.Generator().manual_seed(self.seed)
+        rows = {}
+        for name, like in self.like.rows.items():
+            rank = torch.rand(like.shape, generator=generator, dtype=torch.float64).argsort(dim=1).argsort(dim=1)
+            rows[name] = rank < like.sum(1, keepdim=True)
+        selector = {"name": "RandomMatched", "seed": self.seed, "like": self.like.selector}
+        return NeuronMasks(rows, dict(self.like.stacks), self.like.routes, selector, dict(self.like.fingerprint))
+
+
+@dataclass(frozen=True)
+class LAPE:
+    """Language activation probability entropy (Tang et al., 2024), applied to each stack by itself.
+
+    Counts are added up by source language in the encoder and by target language in the decoder. A neuron is language
+    specific if its activation probability is high for some language and the entropy of its probabilities over
+    languages is among the lowest. A language keeps every neuron that is not assigned exclusively to other languages,
+    so a model goes on working under these masks.
+
+    Attributes:
+        entropy_share: share of a stack's neurons, lowest entropy first, that count as language specific.
+        activity_quantile: quantile, over all layers, neurons and languages, that a probability must reach.
+    """
+
+    entropy_share: float = 0.01
+    activity_quantile: float = 0.95
+
+    def __post_init__(self) -> None:
+        _check_share("entropy_share", self.entropy_share)
+        _check_share("activity_quantile", self.activity_quantile)
+
+    def select(self, counts: ActivationCounts) -> NeuronMasks:
+        """Return factorised masks: one encoder row per source language, one decoder row per target language."""
+        if counts.source_tag == "target":
+            raise ValueError(
+                "LAPE adds up encoder counts by source language, but in this model the source side carries the "
+                "target's tag (the Marian and MADLAD/T5 convention), so they depend on the target too."
+            )
+        rows: dict[str, torch.Tensor] = {}
+        languages = {}
+        for stack in STACKS:
+            names = [name for name in counts.counts if counts.stacks[name] == stack]
+            languages[stack], probabilities = _language_probabilities(counts, stack, names)
+            kept = self._kept(probabilities)
+            rows.update(zip(names, kept.split([counts.counts[name].shape[1] for name in names], dim=1), strict=True))
+        routes = Routes(languages[ENCODER], languages[DECODER])
+        rows = {name: rows[name].contiguous() for name in counts.counts}
+        return NeuronMasks(rows, dict(counts.stacks), routes, _describe(self), dict(counts.fingerprint))
+
+    def _kept(self, probabilities: torch.Tensor) -> torch.Tensor:
+        """Return bool [languages, neurons] from float64 activation probabilities of the same shape."""
+        flat = probabilities.flatten()
+        threshold = flat.kthvalue(max(1, round(self.activity_quantile * len(flat)))).values
+        shares = probabilities / probabilities.sum(0, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+        entropy = -torch.special.xlogy(shares, shares).sum(0)
+        entropy[probabilities.amax(0) < threshold] = torch.inf
+        wanted = -int(-self.entropy_share * probabilities.shape[1] // 1)
+        specific = torch.zeros(probabilities.shape[1], dtype=torch.bool)
+        specific[entropy.argsort(stable=True)[:wanted]] = True
+        specific &= entropy.isfinite()
+        assigned = (probabilities > threshold) & specific
+        return ~assigned.any(0) | assigned
+
+
+def _language_probabilities(counts: ActivationCounts, stack: str, names: list[str]) -> tuple[list[str], torch.Tensor]:
+    """Return the languages of one side and float64 [languages, neurons of all blocks]: activations per position."""
+    side = STACKS.index(stack)
+    codes = [split_pair(pair)[side] for pair in counts.language_pairs]
+    languages = list(dict.fromkeys(codes))
+    index = torch.tensor([languages.index(code) for code in codes])
+    active = torch.cat([counts.counts[name] for name in names], dim=1)
+    totals = active.new_zeros(len(languages), active.shape[1]).index_add_(0, index, active)
+    tokens = torch.zeros(len(languages), dtype=torch.int64).index_add_(0, index, counts.tokens[stack])
+    return languages, totals.double() / tokens.clamp_min(1).unsqueeze(1)
+
+
+def _smallest_prefix(counts: torch.Tensor, k: float) -> torch.Tensor:
+    """Return bool [pairs, d_ff] from int64 counts of that shape; see CumulativeThreshold."""
+    ordered, order = counts.sort(dim=1, descending=True, stable=True)
+    total = counts.sum(1, keepdim=True)
+    before = ordered.cumsum(1) - ordered
+    kept = before.double() < k * total.double()
+    kept |= total == 0
+    return torch.zeros_like(kept).scatter_(1, order, kept)
+
+
+def _per_pair_masks(rows: dict[str, torch.Tensor], counts: ActivationCounts, selector: Any) -> NeuronMasks:
+    routes = Routes.per_pair(counts.language_pairs, counts.source_tag)
+    return NeuronMasks(rows, dict(counts.stacks), routes, _describe(selector), dict(counts.fingerprint))
+
+
+def _describe(selector: Any) -> dict[str, Any]:
+    return {"name": type(selector).__name__, **asdict(selector)}
+
+
+def _check_share(name: str, share: Any) -> None:
+    if not isinstance(share, int | float) or not 0 < share <= 1:
+        raise ValueError(f"{name} is a share in (0, 1], got {share!r}.")

@@ -1,0 +1,1 @@
+"""Data, training and scoring of multilingual translation."""

@@ -1,0 +1,68 @@
+"""Command lines of the recipes: a YAML file, every field of which the command line can override."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+
+@dataclass
+class ModelArguments:
+    """The model to start from."""
+
+    model: str = field(metadata={"help": "Checkpoint directory or Hub id of a seq2seq model."})
+    adapter: str | None = field(default=None, metadata={"help": "Adapter directory or Hub id."})
+
+
+@dataclass
+class DataArguments:
+    """Parallel text, and how its languages are named."""
+
+    language_pairs: list[str] = field(default_factory=list, metadata={"help": "Directions, such as en-de de-en."})
+    train: str | None = field(default=None, metadata={"help": "Training data: file, or dataset on the Hub."})
+    validation: str | None = field(default=None, metadata={"help": "Validation data."})
+    test: str | None = field(default=None, metadata={"help": "Test data."})
+    columns: dict | None = field(default=None, metadata={"help": "JSON: language code → column, where they differ."})
+    language_tokens: dict | None = field(default=None, metadata={"help": "JSON: language code → language token."})
+    source_tag: str = field(default="source", metadata={"help": "What the source side's tag names: source or target."})
+    pivot: str | None = field(default=None, metadata={"help": "Language of the one-to-many and many-to-one averages."})
+    max_length: int = field(default=128, metadata={"help": "Training text is truncated to so many tokens."})
+    max_sentences: int | None = field(default=None, metadata={"help": "Use at most so many sentence pairs each."})
+    drop_faulty: bool = field(default=False, metadata={"help": "Drop what the data check finds instead of reporting."})
+
+
+def parse(*types: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
+    """Parse `--config FILE.yaml` and the command line into dataclasses; the command line wins.
+
+    Args:
+        *types: dataclasses, such as DataArguments and Seq2SeqTrainingArguments.
+        argv: the command line, by default that of the process.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    from_file: list[str] = []
+    if "--config" in words:
+        at = words.index("--config")
+        if at + 1 == len(words):
+            raise SystemExit("--config expects the path of a YAML file.")
+        from_file = _as_words(Path(words[at + 1]))
+        del words[at : at + 2]
+    parser = HfArgumentParser(types)  # type: ignore[arg-type]
+    return parser.parse_args_into_dataclasses([*from_file, *words])
+
+
+def _as_words(path: Path) -> list[str]:
+    if not path.is_file():
+        raise SystemExit(f"There is no configuration file {path}.")
+    values = yaml.safe_load(path.read_text()) or {}
+    words = []
+    for name, value in values.items():
+        if value is None:
+            continue
+        items = value if isinstance(value, list) else [value]
+        words += [f"--{name}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in items)]
+    return words

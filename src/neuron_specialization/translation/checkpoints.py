@@ -1,0 +1,75 @@
+"""Load and make checkpoints, with errors that come before any work is lost."""
+
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, M2M100Config, M2M100ForConditionalGeneration
+
+
+def load_checkpoint(location: str) -> tuple[Any, Any]:
+    """Load a seq2seq model and its tokenizer.
+
+    Args:
+        location: checkpoint directory, or Hub id.
+
+    Raises:
+        ValueError: if a directory holds no checkpoint, or the model is not a seq2seq model.
+    """
+    directory = Path(location)
+    if directory.is_dir() and not (directory / "config.json").is_file():
+        hint = (
+            "it is an adapter directory: pass it as --adapter, and its base as --model"
+            if (directory / "adapter_config.json").is_file()
+            else "expected what a transformers save_pretrained writes"
+        )
+        raise ValueError(f"{location} is not a checkpoint directory: it has no config.json; {hint}.")
+    try:
+        model = AutoModelForSeq2SeqLM.from_pretrained(location)
+        tokenizer = AutoTokenizer.from_pretrained(location)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"Cannot load {location!r} as a seq2seq checkpoint: expected a directory or Hub id of an encoder-decoder "
+            f"model with its tokenizer ({error})."
+        ) from error
+    return model, tokenizer
+
+
+def load_adapted(location: str, adapter: str | None, is_trainable: bool = False) -> tuple[Any, Any]:
+    """Load a checkpoint, and an adapter onto it where one is named."""
+    model, tokenizer = load_checkpoint(location)
+    if adapter is not None:
+        if not Path(adapter).is_dir() and Path(adapter).exists():
+            raise ValueError(f"{adapter} is not an adapter directory.")
+        model = PeftModel.from_pretrained(model, adapter, is_trainable=is_trainable)
+    return model, tokenizer
+
+
+def new_model(
+    tokenizer: Any, layers: int, d_model: int, d_ff: int, heads: int, dropout: float, max_length: int
+) -> M2M100ForConditionalGeneration:
+    """Return an untrained model of NLLB's architecture (ReLU, pre-norm, tied embeddings) for `tokenizer`."""
+    config = M2M100Config(
+        vocab_size=len(tokenizer),
+        d_model=d_model,
+        encoder_layers=layers,
+        decoder_layers=layers,
+        encoder_ffn_dim=d_ff,
+        decoder_ffn_dim=d_ff,
+        encoder_attention_heads=heads,
+        decoder_attention_heads=heads,
+        encoder_layerdrop=0.0,
+        decoder_layerdrop=0.0,
+        dropout=dropout,
+        attention_dropout=dropout,
+        activation_dropout=0.0,
+        max_position_embeddings=max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.eos_token_id,
+    )
+    model = M2M100ForConditionalGeneration(config)
+    model.generation_config.max_length = max_length
+    model.generation_config.num_beams = 5
+    return model

@@ -1,0 +1,113 @@
+"""Score a model by generation with beam search, one direction at a time."""
+
+import importlib.metadata
+import importlib.util
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset
+from tqdm.auto import tqdm
+
+from ..neurons.language_pairs import split_pair
+from .translate import translate
+
+_METRIC = Path(__file__).parent / "metrics" / "translation_scores.py"
+# unsegmented scripts: 13a would count whole sentences as words
+_BLEU_TOKENIZERS = {
+    "zh": "zh", "zho": "zh", "cmn": "zh", "yue": "zh",
+    "ja": "ja-mecab", "jpn": "ja-mecab",
+    "ko": "ko-mecab", "kor": "ko-mecab",
+    "th": "char", "tha": "char", "lo": "char", "lao": "char", "km": "char", "khm": "char", "my": "char", "mya": "char",
+}  # fmt: skip
+SCORES = ("chrf++", "bleu")
+
+
+def bleu_tokenizer(language: str) -> str:
+    """Return sacreBLEU's tokenizer for a target language code, such as "zh" or "zho_Hans"; 13a for most."""
+    return _BLEU_TOKENIZERS.get(language.split("_")[0].lower(), "13a")
+
+
+def _evaluate_library() -> ModuleType:
+    """Import Hugging Face's `evaluate`, for which Python would take recipes/evaluate.py when a recipe runs."""
+    loaded = sys.modules.get("evaluate")
+    if loaded is None or not hasattr(loaded, "load"):
+        path = importlib.metadata.distribution("evaluate").locate_file("evaluate/__init__.py")
+        spec = importlib.util.spec_from_file_location("evaluate", str(path))
+        assert spec is not None and spec.loader is not None
+        loaded = importlib.util.module_from_spec(spec)
+        sys.modules["evaluate"] = loaded
+        spec.loader.exec_module(loaded)
+    return loaded
+
+
+def score(predictions: list[str], references: list[str], target_language: str) -> dict[str, Any]:
+    """Return BLEU, chrF++ and their signatures for one direction."""
+    metric = _evaluate_library().load(str(_METRIC))
+    return metric.compute(predictions=predictions, references=references, tokenize=bleu_tokenizer(target_language))
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    data: Mapping[str, Dataset],
+    *,
+    pivot: str | None = None,
+    language_tokens: Mapping[str, str] | None = None,
+    batch_size: int = 32,
+    **generate_kwargs: Any,
+) -> dict[str, Any]:
+    """Translate and score every direction; several processes share the sentences.
+
+    Args:
+        model: a seq2seq model, with adapters or without.
+        tokenizer: its tokenizer.
+        data: pair → Dataset with columns "source" and "target". References are compared whole.
+        pivot: language whose directions make the one-to-many and many-to-one averages.
+        language_tokens: language code → language token (see `translate`).
+        batch_size: sentences per batch.
+        **generate_kwargs: passed to `model.generate`; five beams unless said otherwise.
+
+    Returns:
+        "directions": pair → scores with signatures, and "averages" (see `averages`), and "translations": pair → texts.
+    """
+    generate_kwargs.setdefault("num_beams", 5)
+    directions, translations = {}, {}
+    for pair, rows in tqdm(data.items(), desc="evaluating", disable=len(data) < 2):
+        with PartialState().split_between_processes(list(rows["source"])) as sources:
+            mine = translate(
+                model,
+                tokenizer,
+                sources,
+                pair,
+                language_tokens=language_tokens,
+                batch_size=batch_size,
+                **generate_kwargs,
+            )
+        translations[pair] = gather_object(mine)
+        scores = score(translations[pair], list(rows["target"]), split_pair(pair)[1])
+        directions[pair] = {**scores, "sentences": len(rows)}
+    return {"directions": directions, "averages": averages(directions, pivot), "translations": translations}
+
+
+def averages(directions: Mapping[str, Mapping[str, Any]], pivot: str | None) -> dict[str, dict[str, float]]:
+    """Return group → mean scores: "one-to-many" out of the pivot, "many-to-one" into it, and "all"."""
+    groups = {"all": list(directions)}
+    if pivot is not None:
+        groups["one-to-many"] = [pair for pair in directions if split_pair(pair)[0] == pivot]
+        groups["many-to-one"] = [pair for pair in directions if split_pair(pair)[1] == pivot]
+    return {
+        name: {score: sum(directions[pair][score] for pair in pairs) / len(pairs) for score in SCORES}
+        for name, pairs in groups.items()
+        if pairs
+    }
+
+
+def score_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return one table row per direction, then one per average."""
+    rows = [{"direction": pair, **{s: v[s] for s in SCORES}} for pair, v in result["directions"].items()]
+    return rows + [{"direction": f"mean {name}", **values} for name, values in result["averages"].items()]

@@ -1,0 +1,86 @@
+"""Record the activations of a parallel corpus, shared by all processes."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+from datasets import Dataset
+from torch.utils.data import DataLoader
+
+from ..adapter.routing import is_routed
+from ..neurons.activations import ActivationCounts, record_activations
+from .data import TranslationCollator
+from .tokenization import encode, resolve_tokens
+
+
+def record_corpus(
+    model: Any,
+    tokenizer: Any,
+    corpus: Mapping[str, Dataset],
+    *,
+    language_tokens: Mapping[str, str] | None = None,
+    source_tag: str = "source",
+    max_length: int = 128,
+    batch_size: int = 64,
+    count_padding: bool = False,
+    parts: int = 1,
+    seed: int = 0,
+) -> list[ActivationCounts]:
+    """Count activations over a corpus, cut at random into parts so that the stability of masks can be judged.
+
+    Every process counts a share of the batches and the counts are summed, so that all get the same.
+
+    Args:
+        model: a seq2seq model, with adapters (each pair then runs under its masks) or without.
+        tokenizer: its tokenizer.
+        corpus: pair → Dataset with columns "source" and "target".
+        language_tokens: language code → language token, where codes are not tokens themselves.
+        source_tag: what the tag on the source side names.
+        max_length: truncate both sides to so many tokens.
+        batch_size: sentence pairs per batch.
+        count_padding: count padding positions too.
+        parts: number of disjoint parts.
+        seed: order in which sentences are dealt to parts.
+
+    Returns:
+        Counts of each part; `counts[0].merge(*counts[1:])` are those of the corpus.
+
+    Raises:
+        ValueError: if a direction has fewer sentence pairs than there are parts.
+    """
+    tokens = resolve_tokens(tokenizer, corpus, language_tokens)
+    collate = TranslationCollator(tokenizer, model)
+    encoded = {}
+    for pair, rows in corpus.items():
+        if len(rows) < parts:
+            raise ValueError(f"{pair} has {len(rows)} sentence pairs, which cannot be cut into {parts} parts.")
+        batch = encode(tokenizer, pair, rows["source"], rows["target"], tokens, source_tag, max_length)
+        encoded[pair] = [
+            {"input_ids": source, "labels": target}
+            for source, target in zip(batch["input_ids"], batch["labels"], strict=True)
+        ]
+
+    def batches(pair: str, part: int) -> DataLoader:
+        order = np.random.default_rng(seed).permutation(len(encoded[pair]))[part::parts]
+        examples = sorted((encoded[pair][i] for i in order), key=lambda e: len(e["input_ids"]) + len(e["labels"]))
+        whole = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
+        route = {"language_pairs": [pair]} if is_routed(model) else {}
+        state = PartialState()
+        # whole batches are dealt to processes, so that the number of processes changes no batch
+        return DataLoader(
+            whole[state.process_index :: state.num_processes],  # type: ignore[arg-type]
+            batch_size=None,
+            collate_fn=lambda share: {**collate(share), **route},
+        )
+
+    return [
+        record_activations(
+            model,
+            {pair: batches(pair, part) for pair in encoded},
+            count_padding,
+            source_tag,
+            progress=PartialState().is_main_process,
+        ).all_reduce()
+        for part in range(parts)
+    ]

@@ -1,0 +1,1 @@
+"""Metric modules that `evaluate` loads by path."""

@@ -1,0 +1,47 @@
+"""Machine-readable results beside every printed table."""
+
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+
+_VERSIONED = (
+    "neuron-specialization", "torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "sacrebleu",
+)  # fmt: skip
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows (column → value) as a Markdown table."""
+    return tabulate(rows, headers="keys", tablefmt="github", floatfmt=".2f")
+
+
+def write_results(directory: str | Path, results: Mapping[str, Any], name: str = "results.json") -> Path:
+    """Write results with the versions and the device that made them, replacing the file at once.
+
+    Args:
+        directory: made if need be.
+        results: anything JSON can hold.
+        name: file name.
+
+    Returns:
+        Path of the file.
+    """
+    path = Path(directory) / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({**results, "environment": environment()}, indent=2, ensure_ascii=False) + "\n")
+    os.replace(partial, path)
+    return path
+
+
+def environment() -> dict[str, str]:
+    """Return versions of what a number depends on, and the kind of device."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    versions = {name: importlib.metadata.version(name) for name in _VERSIONED}
+    return {"python": platform.python_version(), "device": device, "threads": str(torch.get_num_threads()), **versions}

@@ -1,0 +1,107 @@
+"""Tokenizers: encode text with the language tags a model expects, and train a shared BPE for a new model."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import NllbTokenizer
+
+from ..neurons.language_pairs import split_pair
+
+SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")
+
+
+def resolve_tokens(
+    tokenizer: Any, language_pairs: Iterable[str], tokens: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Return language code → language token for every language of the pairs.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        language_pairs: names of the pairs.
+        tokens: language code → token; codes that it leaves out must be tokens themselves.
+
+    Raises:
+        ValueError: if a token is not in the tokenizer's vocabulary.
+    """
+    codes = dict.fromkeys(code for pair in language_pairs for code in split_pair(pair))
+    resolved = {code: (tokens or {}).get(code, code) for code in codes}
+    vocabulary = tokenizer.get_vocab()
+    absent = [f"{token!r} for {code!r}" for code, token in resolved.items() if token not in vocabulary]
+    if absent:
+        raise ValueError(
+            f"Language token not in the tokenizer: {', '.join(absent)}. Map language codes to the tokenizer's tokens, "
+            "for example language_tokens={'de': 'deu_Latn'}."
+        )
+    return resolved
+
+
+def encode(
+    tokenizer: Any,
+    pair: str,
+    sources: Sequence[str],
+    targets: Sequence[str] | None,
+    tokens: Mapping[str, str],
+    source_tag: str = "source",
+    max_length: int | None = None,
+) -> dict[str, list]:
+    """Tokenize sentences of one direction with their language tags.
+
+    Args:
+        tokenizer: one that puts tags itself (NLLB, M2M100, mBART: it has `src_lang`), or, with `source_tag="target"`,
+            one that expects the target's tag in front of the text (Marian, MADLAD/T5).
+        pair: the direction.
+        sources: source sentences.
+        targets: target sentences, or None.
+        tokens: language code → language token.
+        source_tag: what the tag on the source side names.
+        max_length: truncate to so many tokens, tags included.
+
+    Returns:
+        "input_ids", and "labels" where there are targets: lists of lists of token ids.
+    """
+    source, target = split_pair(pair)
+    options = {"truncation": max_length is not None, "max_length": max_length, "return_attention_mask": False}
+    if source_tag == "target":
+        sources = [f"{tokens[target]} {sentence}" for sentence in sources]
+    else:
+        tokenizer.src_lang, tokenizer.tgt_lang = tokens[source], tokens[target]
+    encoded = {"input_ids": tokenizer(list(sources), **options)["input_ids"]}
+    if targets is not None:
+        encoded["labels"] = tokenizer(text_target=list(targets), **options)["input_ids"]
+    return encoded
+
+
+def train_tokenizer(
+    sentences: Iterable[str], language_tokens: Sequence[str], vocab_size: int, max_length: int = 128
+) -> NllbTokenizer:
+    """Train one BPE for all languages and wrap it as an NLLB-style tokenizer.
+
+    The source's tag opens the encoder's input, the target's tag opens the labels. `AutoTokenizer` reloads what
+    `save_pretrained` writes.
+
+    Args:
+        sentences: text of all languages.
+        language_tokens: tags, such as ["eng_Latn", "deu_Latn"].
+        vocab_size: number of entries, special tokens and tags included.
+        max_length: the model's longest input in tokens.
+    """
+    bpe = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
+    bpe.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[*SPECIAL_TOKENS, *language_tokens], show_progress=False
+    )
+    bpe.train_from_iterator(sentences, trainer)
+    model = json.loads(bpe.to_str())["model"]
+    merges: Any = [tuple(merge) for merge in model["merges"]]
+    return NllbTokenizer(
+        vocab=model["vocab"],
+        merges=merges,
+        mask_token="<unk>",  # translation masks nothing; a token of its own would fall outside the vocabulary
+        extra_special_tokens=list(language_tokens),
+        src_lang=language_tokens[0],
+        tgt_lang=language_tokens[-1],
+        model_max_length=max_length,
+    )

@@ -1,0 +1,229 @@
+"""Training on transformers' Seq2SeqTrainer: it brings the loop, this adds what multilingual specialization needs."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from transformers import (
+    EarlyStoppingCallback,
+    IntervalStrategy,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from ..adapter.routing import is_routed, routing_of
+from ..neurons.ffn import unwrap
+from .data import DirectionBatchSampler, TranslationCollator, encode_parallel
+from .tokenization import resolve_tokens
+from .translate import adapter_config
+
+COMPLETE_MARKER = "complete.json"
+
+
+@dataclass
+class SpecializationTrainingArguments(Seq2SeqTrainingArguments):
+    """Seq2SeqTrainingArguments with the paper's settings (section 4.2) as defaults."""
+
+    temperature: float = field(default=5.0, metadata={"help": "Sampling temperature T over directions."})
+    patience: int | None = field(
+        default=None, metadata={"help": "Stop after so many evaluations without a better validation loss."}
+    )
+    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate."})
+    lr_scheduler_type: str = field(default="inverse_sqrt", metadata={"help": "Learning rate schedule."})
+    adam_beta2: float = field(default=0.98, metadata={"help": "Second momentum of Adam."})
+    adam_epsilon: float = field(default=1e-6, metadata={"help": "Epsilon of Adam."})
+    label_smoothing_factor: float = field(default=0.1, metadata={"help": "Label smoothing while training."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: batches carry their pairs."})
+    ddp_broadcast_buffers: bool = field(default=False, metadata={"help": "Off: masks never change."})
+    ddp_find_unused_parameters: bool = field(default=False, metadata={"help": "Off: every layer trains every step."})
+    save_total_limit: int = field(default=2, metadata={"help": "Checkpoints to keep, the best among them."})
+
+
+class SpecializationTrainer(Seq2SeqTrainer):
+    """Seq2SeqTrainer with direction-homogeneous batches and a loss that accumulation and processes do not change.
+
+    Args:
+        model: the model to train, with adapters (then each sample runs under its pair's masks) or without.
+        args: training arguments; `max_steps` must be set, because sampling with a temperature knows no epochs.
+        tokenizer: the model's tokenizer, saved with every checkpoint.
+        train_dataset: what `encode_parallel` returns.
+        eval_dataset: likewise; both list the directions in the order of `language_pairs`.
+        language_pairs: names of the directions that the data's "language_pair" column counts.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: SpecializationTrainingArguments,
+        tokenizer: Any,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None,
+        language_pairs: list[str],
+    ) -> None:
+        if args.max_steps <= 0:
+            raise ValueError(
+                "Set max_steps: directions are sampled with a temperature, so there is no epoch to count."
+            )
+        if not len(train_dataset):
+            raise ValueError("The training data is empty.")
+        switch_off_layerdrop(model)
+        callbacks: list[TrainerCallback] = [_MarkComplete()]
+        if args.patience is not None:
+            callbacks.append(EarlyStoppingCallback(args.patience))
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=TranslationCollator(tokenizer, model, pair_ids(model, language_pairs)),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            compute_loss_func=self._token_loss,
+        )
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return batches of one direction each; the sampler spans the whole run of all processes."""
+        args: Any = self.args
+        data: Any = self.train_dataset
+        lengths = [len(source) + len(target) for source, target in zip(data["input_ids"], data["labels"], strict=True)]
+        sampler = DirectionBatchSampler(
+            np.array(data["language_pair"]),
+            np.array(lengths),
+            args.per_device_train_batch_size,
+            args.max_steps * args.gradient_accumulation_steps * args.world_size,
+            args.temperature,
+            args.data_seed if args.data_seed is not None else args.seed,
+        )
+        loader = DataLoader(
+            data,
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
+
+    def _token_loss(
+        self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Sum the cross-entropy over target tokens and divide by those of the whole accumulated, gathered batch.
+
+        Labels are smoothed while training; the validation loss is not, so that it compares across settings.
+        """
+        training = self.model is not None and self.model.training
+        smoothing = self.args.label_smoothing_factor if training else 0.0
+        loss = F.cross_entropy(
+            outputs["logits"].flatten(0, 1).float(), labels.flatten(), reduction="sum", label_smoothing=smoothing
+        )
+        tokens = labels.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch
+        return loss / tokens
+
+
+def fit(
+    model: Any,
+    tokenizer: Any,
+    train: Mapping[str, Dataset],
+    validation: Mapping[str, Dataset] | None,
+    args: SpecializationTrainingArguments,
+    *,
+    language_tokens: Mapping[str, str] | None = None,
+    source_tag: str = "source",
+    max_length: int = 128,
+) -> dict[str, Any]:
+    """Train `model` on every direction of `train`, resuming from the newest complete checkpoint if there is one.
+
+    With validation data, the model is evaluated every `eval_steps` and left at its best validation loss.
+
+    Args:
+        model: a seq2seq model, with adapters or without.
+        tokenizer: its tokenizer.
+        train: pair → Dataset with columns "source" and "target".
+        validation: likewise, of the same directions; None to train without.
+        args: how to train.
+        language_tokens: language code → language token, where codes are not tokens themselves.
+        source_tag: what the tag on the source side names.
+        max_length: truncate training text to so many tokens.
+
+    Returns:
+        The Trainer's metrics, with "updates", "best_validation_loss" and the log of losses.
+    """
+    pairs = list(train)
+    tokens = resolve_tokens(tokenizer, pairs, language_tokens)
+    if validation is not None and list(validation) != pairs:
+        raise ValueError(
+            f"Training data has the pairs {pairs}, validation data {list(validation)}; expected the same."
+        )
+    with args.main_process_first(desc="tokenizing"):
+        encoded = [
+            None
+            if data is None
+            else encode_parallel(data, tokenizer, tokens, source_tag=source_tag, max_length=max_length)
+            for data in (train, validation)
+        ]
+    if validation is not None:
+        args.eval_strategy = args.save_strategy = IntervalStrategy.STEPS
+        args.eval_steps = args.save_steps = int(args.eval_steps or args.save_steps)
+        args.load_best_model_at_end, args.metric_for_best_model, args.greater_is_better = True, "eval_loss", False
+    trainer = SpecializationTrainer(model, args, tokenizer, encoded[0], encoded[1], pairs)
+    result = trainer.train(resume_from_checkpoint=last_complete_checkpoint(str(args.output_dir)))
+    return {
+        **result.metrics,
+        "updates": trainer.state.global_step,
+        "best_validation_loss": trainer.state.best_metric,
+        "log": trainer.state.log_history,
+    }
+
+
+class _MarkComplete(TrainerCallback):
+    """Mark a checkpoint once every process has written its part; resuming trusts only marked ones."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and checkpoint.is_dir():
+            (checkpoint / COMPLETE_MARKER).write_text(json.dumps({"global_step": state.global_step}) + "\n")
+
+
+def last_complete_checkpoint(output_dir: str) -> str | None:
+    """Return the newest checkpoint in `output_dir` that was written to the end, or None.
+
+    The highest number alone may be that of a checkpoint whose writing was cut off.
+    """
+    marked = Path(output_dir).glob(f"checkpoint-*/{COMPLETE_MARKER}")
+    steps = {json.loads(marker.read_text())["global_step"]: marker.parent for marker in marked}
+    return str(steps[max(steps)]) if steps else None
+
+
+def pair_ids(model: Any, language_pairs: list[str]) -> torch.Tensor | None:
+    """Return the adapter's id of each direction, int64 [directions], or None for a model without routing.
+
+    Raises:
+        ValueError: if the adapter has no route for a direction.
+    """
+    if not is_routed(model):
+        return None
+    config = adapter_config(model)
+    tables = routing_of(model).tables
+    table = next(table for name, table in tables.items() if model.peft_config[name] is config)
+    return torch.tensor([table.pair_id(pair) for pair in language_pairs])
+
+
+def switch_off_layerdrop(model: Any) -> None:
+    """Train every layer in every step: dropped layers leave parameters without gradient, which DDP refuses."""
+    base = unwrap(model)
+    for stack in ("encoder", "decoder"):
+        if getattr(base.config, f"{stack}_layerdrop", 0):
+            setattr(base.config, f"{stack}_layerdrop", 0.0)
+            getattr(base, f"get_{stack}")().layerdrop = 0.0

@@ -1,0 +1,108 @@
+"""Translate sentences with any seq2seq model, adapted or plain."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from ..adapter.routing import is_routed
+from ..neurons.ffn import unwrap
+from ..neurons.language_pairs import split_pair
+from .tokenization import encode, resolve_tokens
+
+
+def translate(
+    model: Any,
+    tokenizer: Any,
+    sentences: Sequence[str],
+    pair: str,
+    *,
+    language_tokens: Mapping[str, str] | None = None,
+    batch_size: int = 32,
+    **generate_kwargs: Any,
+) -> list[str]:
+    """Translate `sentences` in one direction, in batches of similar length, keeping their order.
+
+    Args:
+        model: a seq2seq model, with adapters (then run under the masks of `pair`) or without.
+        tokenizer: its tokenizer.
+        sentences: source sentences.
+        pair: direction, such as "en-de".
+        language_tokens: language code → language token. Where the adapter knows its tokens, those hold; codes that
+            neither names must be tokens of the tokenizer themselves.
+        batch_size: sentences per batch.
+        **generate_kwargs: passed to `model.generate`, for example `num_beams=5`.
+
+    Returns:
+        One translation per sentence, as the tokenizer decodes it.
+
+    Raises:
+        ValueError: if the pair is unknown to the adapter, or a language token to the tokenizer.
+    """
+    if isinstance(sentences, str):
+        raise ValueError("Expected a list of sentences, got one string; pass [sentence].")
+    if not sentences:
+        return []
+    config = adapter_config(model)
+    tokens = resolve_tokens(tokenizer, [pair], _known_tokens(config, tokenizer) or language_tokens)
+    source_tag = config.source_tag if config is not None else "source"
+    encoded = encode(tokenizer, pair, sentences, None, tokens, source_tag)["input_ids"]
+    _check_lengths(unwrap(model), encoded)
+    kwargs = dict(generate_kwargs)
+    if source_tag == "source":
+        kwargs.setdefault("forced_bos_token_id", tokenizer.convert_tokens_to_ids(tokens[split_pair(pair)[1]]))
+    if is_routed(model):
+        kwargs["language_pairs"] = [pair]
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]), reverse=True)
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    translations = [""] * len(sentences)
+    training = model.training
+    model.eval()
+    try:
+        for batch in tqdm(batches, desc=f"translating {pair}", disable=len(batches) < 4, leave=False):
+            texts = _generate(model, tokenizer, [encoded[i] for i in batch], kwargs)
+            for i, text in zip(batch, texts, strict=True):
+                translations[i] = text
+    finally:
+        model.train(training)
+    return translations
+
+
+def adapter_config(model: Any) -> Any:
+    """Return the config of the model's active adapter of this method, or None."""
+    if not is_routed(model):
+        return None
+    active = model.active_adapters
+    name = (active() if callable(active) else active)[0]
+    return model.peft_config[name]
+
+
+def _known_tokens(config: Any, tokenizer: Any) -> dict[str, str] | None:
+    if config is None or not config.language_tokens:
+        return None
+    return {code: tokenizer.convert_ids_to_tokens(int(i)) for code, i in config.language_tokens.items()}
+
+
+def _generate(model: Any, tokenizer: Any, rows: list[list[int]], kwargs: Mapping[str, Any]) -> list[str]:
+    device = next(model.parameters()).device
+    inputs = tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(device)
+    # without any limit of its own, generate stops at 20 tokens
+    limit = {}
+    if unwrap(model).generation_config.max_length is None and not {"max_length", "max_new_tokens"} & set(kwargs):
+        limit = {"max_new_tokens": 2 * inputs["input_ids"].shape[1] + 32}
+    with torch.inference_mode():
+        output = model.generate(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], **limit, **kwargs
+        )
+    return tokenizer.batch_decode(output, skip_special_tokens=True)
+
+
+def _check_lengths(base: Any, encoded: list[list[int]]) -> None:
+    longest = max(map(len, encoded))
+    limit = getattr(base.config, "max_position_embeddings", None)
+    if limit is not None and longest > limit:
+        raise ValueError(
+            f"A sentence has {longest} tokens, but the model has positions for {limit}. Split long texts into "
+            "sentences."
+        )
