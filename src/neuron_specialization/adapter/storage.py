@@ -83,7 +83,7 @@ def _allowed(model: nn.Module, tensors: dict[str, torch.Tensor]) -> set[str]:
     for get in ("get_input_embeddings", "get_output_embeddings"):
         embedding = getattr(model, get)() if hasattr(model, get) else None
         prefixes += [f"{name}." for name, m in model.named_modules() if embedding is not None and m is embedding]
-    return {key for key in tensors if key.startswith(tuple(prefixes))} if prefixes else set()
+    return {key for key in set(tensors) & set(model.state_dict()) if key.startswith(tuple(prefixes))}
 
 
 def _shorten(keys: list[str]) -> str:

@@ -64,6 +64,7 @@ def new_model(
         attention_dropout=dropout,
         activation_dropout=0.0,
         max_position_embeddings=max_length,
+        init_std=d_model**-0.5,  # as in fairseq; the library's 0.02 learns to align words far later in narrow models
         bos_token_id=tokenizer.bos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -13,7 +13,7 @@ from datasets import Dataset
 _ONSETS = ("p", "t", "k", "b", "d", "g", "m", "n", "s", "l", "r", "v", "z", "f")
 _VOWELS = ("a", "e", "i", "o", "u")
 _ORDERS = ("SVO", "SOV", "VSO", "VOS", "OVS", "OSV")
-_CLASSES = {"noun": 40, "verb": 24, "adjective": 16, "adverb": 8}
+_CLASSES = {"noun": 20, "verb": 12, "adjective": 8, "adverb": 4}
 PIVOT = "pv"
 
 

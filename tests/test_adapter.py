@@ -1,0 +1,360 @@
+"""What the adapter computes: masks, gradients, routing, merging, several adapters."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from peft import get_peft_model
+
+import neuron_specialization as ns
+
+from .conftest import PAIRS, make_batch, make_m2m100, make_masks, make_t5, zero_masked_rows
+
+MODES = ["none", "delta", "low_rank", "full"]
+
+
+def adapt(model, masks, **config):
+    return get_peft_model(model, ns.NeuronSpecializationConfig(masks=masks, task_type="SEQ_2_SEQ_LM", **config))
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    """Gradients by the base model's own parameter names."""
+    strip = ("base_model.model.", ".base_layer")
+    named = {n.replace(strip[0], "").replace(strip[1], ""): p.grad for n, p in model.named_parameters()}
+    return {name: grad for name, grad in named.items() if grad is not None}
+
+
+@pytest.mark.parametrize("make", [make_m2m100, make_t5], ids=["plain", "gated"])
+@pytest.mark.parametrize("pair", ["en-de", "fr-en"])
+def test_masked_equals_zeroed_rows_with_all_gradients(make, pair):
+    """`full` trains every base parameter: outputs and every gradient are those of a model with zeroed rows."""
+    model = make().double()
+    batch = make_batch(pad=model.config.pad_token_id)
+    masks = make_masks(model)
+    reference = zero_masked_rows(model, masks, pair)
+    adapted = adapt(model, masks, trainable="full")
+    expected = reference(**batch)
+    expected.loss.backward()
+    found = adapted(**batch, language_pairs=pair)
+    found.loss.backward()
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-10, atol=1e-10)
+    theirs, mine = gradients(reference), gradients(adapted)
+    assert theirs.keys() == mine.keys()
+    for name, gradient in theirs.items():
+        masked = name.removesuffix(".weight")
+        if masked in masks.rows:  # the reference still passes gradients into its zeroed rows
+            gradient = gradient * masks.row(pair, masked)[:, None]
+        torch.testing.assert_close(mine[name], gradient, rtol=1e-9, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("make", [make_m2m100, make_t5], ids=["plain", "gated"])
+def test_delta_acts_in_weight_space_under_the_mask(make):
+    model = make().double()
+    batch = make_batch(pad=model.config.pad_token_id)
+    masks = make_masks(model)
+    reference = copy.deepcopy(model)
+    adapted = adapt(model, masks, trainable="delta", init_weights=True)
+    deltas = {}
+    with torch.no_grad():
+        for name in masks.rows:
+            delta = adapted.base_model.model.get_submodule(name).neuron_specialization_delta["default"]
+            delta.normal_(std=0.1)
+            deltas[name] = delta
+            reference.get_submodule(name).weight += delta
+    reference = zero_masked_rows(reference, masks, "en-de")
+    expected = reference(**batch)
+    expected.loss.backward()
+    found = adapted(**batch, language_pairs="en-de")
+    found.loss.backward()
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-10, atol=1e-10)
+    for name, delta in deltas.items():
+        gradient = reference.get_submodule(name).weight.grad * masks.row("en-de", name)[:, None]
+        torch.testing.assert_close(delta.grad, gradient, rtol=1e-9, atol=1e-10)
+    trained = [n for n, p in adapted.named_parameters() if p.requires_grad]
+    assert trained and all("neuron_specialization_delta" in n for n in trained)
+
+
+def test_mask_bias_silences_neurons_wholly():
+    model, batch = make_m2m100().double(), make_batch()
+    masks = make_masks(model)
+    reference = zero_masked_rows(model, masks, "en-de")
+    with torch.no_grad():
+        for name in masks.rows:
+            reference.get_submodule(name).bias[~masks.row("en-de", name)] = 0
+    expected = reference(**batch).logits
+    adapted = adapt(model, masks, trainable="none", mask_bias=True)
+    torch.testing.assert_close(adapted(**batch, language_pairs="en-de").logits, expected)
+    assert not torch.allclose(expected, zero_masked_rows(model_of(adapted), masks, "en-de")(**batch).logits)
+
+
+def model_of(adapted):
+    with adapted.disable_adapter():
+        return copy.deepcopy(adapted).unload()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("make", [make_m2m100, make_t5], ids=["plain", "gated"])
+def test_a_mixed_batch_equals_runs_of_one_pair(mode, make):
+    model = make()
+    batch = make_batch(pad=model.config.pad_token_id)
+    adapted = adapt(model, make_masks(model), trainable=mode, init_weights=False).eval()
+    mixed = adapted(**batch, language_pairs=PAIRS).logits
+    ids = torch.tensor([adapted_pairs(adapted).index(pair) for pair in PAIRS])
+    torch.testing.assert_close(adapted(**batch, language_pairs=ids).logits, mixed)
+    for i, pair in enumerate(PAIRS):
+        with ns.language_pair(adapted, pair):
+            alone = adapted(**batch).logits[i]
+        torch.testing.assert_close(mixed[i], alone, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(mixed[0], adapted(**batch, language_pairs="fr-en").logits[0], atol=1e-3)
+
+
+def adapted_pairs(adapted) -> list[str]:
+    return [pair for pair, _, _ in adapted.peft_config["default"].language_pairs]
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 4}, {"num_beams": 3, "num_return_sequences": 2}, {"do_sample": False}]
+)
+def test_generation_routes_each_sample_through_its_beams(options):
+    model = make_m2m100()
+    batch = make_batch()
+    adapted = adapt(model, make_masks(model), init_weights=False).eval()
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "max_new_tokens": 8}
+    mixed = adapted.generate(**inputs, **options, language_pairs=PAIRS)
+    each = options.get("num_return_sequences", 1)
+    for i, pair in enumerate(PAIRS):
+        adapted.set_language_pair(pair)
+        alone = adapted.generate(**inputs, **options)[i * each : (i + 1) * each]
+        together = mixed[i * each : (i + 1) * each]
+        width = min(alone.shape[1], together.shape[1])
+        assert together[:, :width].equal(alone[:, :width])
+
+
+def test_choice_of_the_pair():
+    model = make_m2m100()
+    batch = make_batch()
+    adapted = adapt(model, make_masks(model), init_weights=False).eval()
+    with pytest.raises(ValueError, match="several language pairs and none was chosen.*en-de, de-en, en-fr, fr-en"):
+        adapted(**batch)
+    by_call = adapted(**batch, language_pairs="en-fr").logits
+    adapted.set_language_pair("en-fr")
+    assert adapted(**batch).logits.equal(by_call)
+    with ns.language_pair(adapted, "de-en"):
+        assert not adapted(**batch).logits.equal(by_call)
+        assert adapted(**batch, language_pairs=["en-fr"] * 4).logits.equal(by_call), "the call wins"
+    assert adapted(**batch).logits.equal(by_call), "the pair set before is back"
+    ns.set_language_pair(adapted, None)
+    with pytest.raises(ValueError, match="none was chosen"):
+        adapted(**batch)
+    for say in (lambda: adapted(**batch, language_pairs="en-it"), lambda: adapted.set_language_pair("en-it")):
+        with pytest.raises(ValueError, match="no language pair 'en-it'.*Known pairs: en-de"):
+            say()
+    with pytest.raises(ValueError, match="3 samples, but a batch of 4"):
+        adapted(**batch, language_pairs=PAIRS[:3])
+    with pytest.raises(ValueError, match="no neuron specialization adapter"):
+        ns.set_language_pair(make_m2m100(), "en-de")
+
+
+def test_an_only_pair_needs_no_saying():
+    model = make_m2m100()
+    masks = make_masks(model, ["en-de"])
+    expected = zero_masked_rows(model, masks, "en-de")(**make_batch()).logits
+    adapted = adapt(model, masks, trainable="none")
+    torch.testing.assert_close(adapted(**make_batch()).logits, expected)
+
+
+def test_default_pair_base_runs_the_untouched_base_inside_a_mixed_batch():
+    model, batch = make_m2m100(), make_batch()
+    base = model(**batch).logits
+    adapted = adapt(model, make_masks(model), init_weights=False, default_pair="base").eval()
+    mixed = adapted(**batch, language_pairs=["en-de", "en-it", "base", "fr-en"]).logits
+    torch.testing.assert_close(mixed[1:3], base[1:3])
+    torch.testing.assert_close(mixed[0], adapted(**batch, language_pairs="en-de").logits[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(adapted(**batch).logits, base)
+    ids = adapted(**batch, language_pairs=torch.tensor([0, -1, -1, 3])).logits
+    torch.testing.assert_close(ids, mixed)
+
+
+def test_zero_shot_pairs_are_composed():
+    model, batch = make_m2m100(), make_batch()
+    masks = make_masks(model)
+    expected = zero_masked_rows(model, masks.compose("de-fr"), "de-fr")(**batch).logits
+    adapted = adapt(model, masks, trainable="none")
+    torch.testing.assert_close(adapted(**batch, language_pairs="de-fr").logits, expected)
+
+
+@pytest.mark.parametrize("mode", ["none", "delta", "low_rank"])
+def test_disabling_and_unloading_give_the_base_back(mode):
+    model, batch = make_m2m100(), make_batch()
+    base, weights = model(**batch).logits, copy.deepcopy(model.state_dict())
+    adapted = adapt(model, make_masks(model), trainable=mode, init_weights=False).eval()
+    adapted.set_language_pair("en-de")
+    assert not adapted(**batch).logits.equal(base)
+    with adapted.disable_adapter():
+        assert adapted(**batch).logits.equal(base)
+    unloaded = adapted.unload()
+    assert unloaded(**batch).logits.equal(base)
+    assert all(unloaded.state_dict()[name].equal(weight) for name, weight in weights.items())
+    with pytest.raises(TypeError, match="language_pairs"):
+        unloaded(**batch, language_pairs="en-de")
+    assert "generate" not in vars(unloaded)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mask_bias", [False, True])
+def test_merging_one_pair(mode, mask_bias):
+    model, batch = make_m2m100(), make_batch()
+    adapted = adapt(model, make_masks(model), trainable=mode, init_weights=False, mask_bias=mask_bias).eval()
+    expected = adapted(**batch, language_pairs="en-fr").logits
+    with pytest.raises(ValueError, match="none was chosen"):
+        adapted.merge_adapter()
+    adapted.set_language_pair("en-fr")
+    adapted.merge_adapter()
+    torch.testing.assert_close(adapted(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+    adapted.unmerge_adapter()
+    assert adapted(**batch, language_pairs="en-fr").logits.equal(expected), "unmerging is exact"
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(merged(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_adapter_names_per_sample_with_pairs_and_beams():
+    model, batch = make_m2m100(), make_batch()
+    adapted = adapt(model, make_masks(model), init_weights=False)
+    other = ns.NeuronSpecializationConfig(
+        masks=make_masks(model, seed=7), init_weights=False, task_type="SEQ_2_SEQ_LM"
+    )
+    adapted.add_adapter("other", other)
+    adapted.eval()
+    names = ["default", "__base__", "other", "default"]
+    mixed = adapted(**batch, adapter_names=names, language_pairs=PAIRS).logits
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "max_new_tokens": 6}
+    beams = adapted.generate(**inputs, num_beams=3, adapter_names=names, language_pairs=PAIRS)
+    for i, (name, pair) in enumerate(zip(names, PAIRS, strict=True)):
+        if name == "__base__":
+            with adapted.disable_adapter():
+                alone, generated = adapted(**batch).logits, adapted.generate(**inputs, num_beams=3)
+        else:
+            adapted.set_adapter(name)
+            alone = adapted(**batch, language_pairs=pair).logits
+            generated = adapted.generate(**inputs, num_beams=3, language_pairs=pair)
+        torch.testing.assert_close(mixed[i], alone[i], rtol=1e-4, atol=1e-5)
+        width = min(beams.shape[1], generated.shape[1])
+        assert beams[i, :width].equal(generated[i, :width])
+    with pytest.raises(ValueError, match="non-existing adapter.*missing"):
+        adapted(**batch, adapter_names=["missing"] * 4)
+
+
+def test_several_adapters_are_switched_and_deleted():
+    model, batch = make_m2m100(), make_batch()
+    adapted = adapt(model, make_masks(model), init_weights=False).eval()
+    first = adapted(**batch, language_pairs="en-de").logits
+    italian = ns.NeuronSpecializationConfig(masks=make_masks(make_m2m100(), ["en-it"]), task_type="SEQ_2_SEQ_LM")
+    adapted.add_adapter("italian", italian)
+    assert adapted(**batch, language_pairs="en-de").logits.equal(first)
+    adapted.set_adapter("italian")
+    with pytest.raises(ValueError, match="Known pairs: en-it"):
+        adapted(**batch, language_pairs="en-de")
+    adapted(**batch)  # its only pair
+    adapted.set_adapter("default")
+    adapted.delete_adapter("italian")
+    assert adapted(**batch, language_pairs="en-de").logits.equal(first)
+    with pytest.raises(ValueError, match="no language pair 'en-it'"):
+        adapted(**batch, language_pairs="en-it")
+
+
+def test_status_counts_mask_only_adapters():
+    model = make_m2m100()
+    adapted = adapt(model, make_masks(model), trainable="none")
+    status = adapted.get_model_status()
+    assert status.available_adapters == ["default"] and status.num_adapter_layers == 4
+    assert status.trainable_params == 0
+
+
+def test_full_refuses_what_it_cannot_keep():
+    model = make_m2m100()
+    adapted = adapt(model, make_masks(model), trainable="full")
+    with pytest.raises(ValueError, match="trainable='full'.*no other adapter"):
+        adapted.add_adapter("second", ns.NeuronSpecializationConfig(task_type="SEQ_2_SEQ_LM"))
+    with pytest.raises(ValueError, match="already trains and saves every parameter"):
+        ns.NeuronSpecializationConfig(trainable="full", modules_to_save=["lm_head"])
+    with pytest.raises(ValueError, match="untouched base"):
+        ns.NeuronSpecializationConfig(trainable="full", default_pair="base")
+
+
+def test_masks_made_for_another_model_are_refused_and_nothing_is_replaced():
+    masks = make_masks(make_m2m100(encoder_ffn_dim=24))
+    model = make_m2m100()
+    before = [type(m) for m in model.modules()]
+    with pytest.raises(ValueError, match="made for another model.*d_ff.*identify masks on this one"):
+        adapt(model, masks)
+    with pytest.raises(ValueError, match="made for another model.*m2m_100.*t5"):
+        adapt(make_t5(), masks)
+    assert [type(m) for m in model.modules()] == before
+    assert "generate" not in vars(model) and not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"trainable": "lora"}, "trainable must be one of 'none', 'delta', 'low_rank', 'full'"),
+        ({"execution": "fast"}, "execution must be one of"),
+        ({"source_tag": "both"}, "source_tag says"),
+        ({"r": 0}, "r is the rank"),
+        ({"language_pairs": ["en_de"]}, "Expected a language pair such as 'en-de'"),
+        ({"language_pairs": ["en-de", "en-de"]}, "repeated: en-de"),
+        ({"default_pair": "en-de"}, "no language pair 'en-de'"),
+        ({"format_version": 7}, "format version 7"),
+    ],
+)
+def test_bad_configurations_are_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        ns.NeuronSpecializationConfig(**config)
+
+
+def test_copies_and_pickles_route_by_themselves():
+    model, batch = make_m2m100(), make_batch()
+    adapted = adapt(model, make_masks(model), init_weights=False).eval()
+    adapted.set_language_pair("en-de")
+    german = adapted(**batch).logits
+    for other in (copy.deepcopy(adapted), pickle.loads(pickle.dumps(adapted))):
+        assert other(**batch).logits.equal(german)
+        other.set_language_pair("fr-en")
+        assert not other(**batch).logits.equal(german)
+        inputs = {"input_ids": batch["input_ids"], "max_new_tokens": 5}
+        with ns.language_pair(other, "en-de"):
+            assert other.generate(**inputs).equal(adapted.generate(**inputs))
+        assert adapted(**batch).logits.equal(german), "the original is untouched"
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_recomputes_under_the_same_masks(use_reentrant):
+    model, batch = make_m2m100(), make_batch()
+    adapted = adapt(model, make_masks(model), init_weights=False).train()
+    adapted(**batch, language_pairs=PAIRS).loss.backward()
+    expected = gradients(adapted)
+    adapted.zero_grad()
+    adapted.base_model.model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    adapted.enable_input_require_grads()
+    adapted(**batch, language_pairs=PAIRS).loss.backward()
+    for name, gradient in gradients(adapted).items():
+        torch.testing.assert_close(gradient, expected[name], msg=name)
+
+
+def test_any_linear_layer_may_be_masked():
+    model = make_m2m100()
+    config = ns.NeuronSpecializationConfig(target_modules=["q_proj"], init_weights=False, task_type="SEQ_2_SEQ_LM")
+    base = model(**make_batch()).logits
+    adapted = get_peft_model(model, config)
+    assert not adapted(**make_batch()).logits.equal(base)
+
+
+def test_recording_an_adapted_model_counts_under_its_masks():
+    model = make_m2m100()
+    masks = make_masks(model)
+    adapted = adapt(model, masks, trainable="none", mask_bias=True)
+    batch = {**make_batch(), "language_pairs": ["en-de"]}
+    counts = ns.record_activations(adapted, {"en-de": [batch]}, progress=False)
+    for name, count in counts.counts.items():
+        assert not count[0][~masks.row("en-de", name)].any()
+        assert count[0].any()

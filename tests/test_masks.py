@@ -1,0 +1,175 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import neuron_specialization as ns
+from neuron_specialization.neurons import adapter_file
+from neuron_specialization.neurons.language_pairs import Routes
+
+BLOCK = "encoder.0"
+
+
+def masks_of(rows: dict[str, list[list[int]]], pairs: list[str], source_tag: str = "source") -> ns.NeuronMasks:
+    tensors = {name: torch.tensor(values, dtype=torch.bool) for name, values in rows.items()}
+    stacks = {name: name.split(".")[0] for name in rows}
+    return ns.NeuronMasks(tensors, stacks, Routes.per_pair(pairs, source_tag))
+
+
+@pytest.fixture
+def four() -> ns.NeuronMasks:
+    encoder = [[1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1], [0, 0, 1, 1]]
+    decoder = [[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0]]
+    return masks_of({"encoder.0": encoder, "decoder.0": decoder}, ["en-de", "en-fr", "de-en", "fr-en"])
+
+
+@pytest.mark.parametrize("width", [1, 7, 8, 9, 20, 64, 100])
+def test_packing_loses_nothing_and_pads_with_zeros(width):
+    rows = torch.rand(5, width, generator=torch.Generator().manual_seed(width)) < 0.5
+    packed = adapter_file.pack_rows(rows)
+    assert packed.dtype == torch.uint8 and packed.shape == (5, -(-width // 8))
+    assert adapter_file.unpack_rows(packed, width).equal(rows)
+    for row in range(5):  # bit j of byte i is neuron 8 i + j
+        assert sum(int(b) << (8 * i) for i, b in enumerate(packed[row])) == sum(
+            1 << n for n in range(width) if rows[row, n]
+        )
+
+
+def test_rows_sparsity_and_overlap(four):
+    assert four.row("en-de", BLOCK).tolist() == [True, True, False, False]
+    assert four.sparsity("de-en") == {"encoder.0": pytest.approx(1 / 4), "decoder.0": pytest.approx(2 / 3)}
+    assert four.iou("en-de", "en-fr") == {"encoder.0": pytest.approx(1 / 3), "decoder.0": 0.0}
+    with pytest.raises(ValueError, match="no language pair 'en-it'.*Known pairs: en-de, en-fr, de-en, fr-en"):
+        four.row("en-it", BLOCK)
+    with pytest.raises(ValueError, match="no block 'encoder.9'.*encoder.0"):
+        four.row("en-de", "encoder.9")
+
+
+def test_union_and_intersection(four):
+    flipped = masks_of({n: (~r).int().tolist() for n, r in four.rows.items()}, four.language_pairs)
+    assert all(rows.all() for rows in four.union(flipped).rows.values())
+    assert not any(rows.any() for rows in four.intersection(flipped).rows.values())
+    with pytest.raises(ValueError, match="same blocks and the same language pairs"):
+        four.union(masks_of({"encoder.0": [[1]]}, ["en-de"]))
+
+
+def test_only_one_stack(four):
+    encoder = four.only("encoder")
+    assert encoder.rows["encoder.0"].equal(four.rows["encoder.0"])
+    assert encoder.rows["decoder.0"].all()
+    with pytest.raises(ValueError, match="'encoder' or 'decoder'"):
+        four.only("middle")
+
+
+def test_factorised_rows_belong_to_languages(four):
+    factorised = four.factorise()
+    assert factorised.routes.encoder_rows == ["en", "de", "fr"] and factorised.routes.decoder_rows == [
+        "de",
+        "fr",
+        "en",
+    ]
+    assert factorised.row("en-fr", "encoder.0").tolist() == [True, True, True, False]  # en-de or en-fr
+    assert factorised.row("de-fr", "encoder.0").equal(four.row("de-en", "encoder.0"))
+    assert factorised.row("de-fr", "decoder.0").equal(four.row("en-fr", "decoder.0"))
+    assert set(factorised.language_pairs) == {"en-de", "en-fr", "de-en", "fr-en", "de-fr", "fr-de"}
+
+
+def test_zero_shot_pairs_are_composed_through_the_pivot(four):
+    composed = four.compose("de-fr")
+    assert composed.language_pairs == [*four.language_pairs, "de-fr"]
+    assert composed.row("de-fr", "encoder.0").equal(four.row("de-en", "encoder.0"))
+    assert composed.row("de-fr", "decoder.0").equal(four.row("en-fr", "decoder.0"))
+    with pytest.raises(ValueError, match="no pivot"):
+        four.compose("it-fr")
+
+
+def test_several_pivots_must_be_told_apart():
+    pairs = ["de-en", "en-fr", "de-nl", "nl-fr"]
+    masks = masks_of({"encoder.0": [[1, 0], [0, 1], [1, 1], [0, 1]], "decoder.0": [[1]] * 4}, pairs)
+    with pytest.raises(ValueError, match="several pivots.*en, nl"):
+        masks.compose("de-fr")
+    assert masks.compose("de-fr", pivot="nl").row("de-fr", "encoder.0").tolist() == [True, True]
+
+
+@pytest.mark.parametrize("how", [lambda m: m.factorise(), lambda m: m.compose("de-fr")])
+def test_masks_of_models_with_the_target_tag_on_the_source_do_not_split(how):
+    masks = masks_of({"encoder.0": [[1, 0], [0, 1]]}, ["de-en", "en-fr"], source_tag="target")
+    with pytest.raises(ValueError, match="Marian and MADLAD/T5|the Marian"):
+        how(masks)
+
+
+def test_saved_masks_come_back(four, tmp_path):
+    four.save(tmp_path / "masks")
+    loaded = ns.NeuronMasks.from_pretrained(tmp_path / "masks")
+    assert loaded.routes == four.routes and loaded.stacks == four.stacks
+    assert all(loaded.rows[name].equal(rows) for name, rows in four.rows.items())
+    factorised = four.factorise()
+    factorised.save(tmp_path / "masks")  # in the place of the others
+    loaded = ns.NeuronMasks.from_pretrained(tmp_path / "masks")
+    assert loaded.language_pairs == factorised.language_pairs
+    config = json.loads((tmp_path / "masks" / "adapter_config.json").read_text())
+    assert config["language_pairs"] == [], "pairs that rows imply are not listed"
+    assert [p.name for p in tmp_path.iterdir()] == ["masks"], "nothing half-written stays behind"
+
+
+def test_the_file_is_hardly_larger_than_its_bits(tmp_path):
+    pairs = [f"x{i}-en" for i in range(60)]
+    names = [f"model.{stack}.layers.{i}.fc1" for stack in ("encoder", "decoder") for i in range(12)]
+    draw = torch.Generator().manual_seed(0)
+    rows = {name: torch.rand(60, 4096, generator=draw) < 0.8 for name in names}
+    masks = ns.NeuronMasks(rows, {name: name.split(".")[1] for name in names}, Routes.per_pair(pairs))
+    masks.save(tmp_path / "large")
+    size = sum(file.stat().st_size for file in (tmp_path / "large").iterdir())
+    assert (tmp_path / "large" / "adapter_model.safetensors").stat().st_size <= 1.03 * 24 * 4096 * 60 / 8
+    assert size <= 1.05 * 24 * 4096 * 60 / 8
+
+
+def tamper(directory, change_tensors=None, change_config=None, fix_digest=True):
+    tensors = load_file(directory / "adapter_model.safetensors")
+    config = json.loads((directory / "adapter_config.json").read_text())
+    if change_tensors:
+        change_tensors(tensors)
+        save_file(tensors, directory / "adapter_model.safetensors")
+    if change_config:
+        change_config(config)
+    if fix_digest:
+        config["weights_digest"] = adapter_file.file_digest(directory / "adapter_model.safetensors")
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+
+
+KEY = f"base_model.model.{BLOCK}.neuron_specialization_mask"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "fix_digest", "message"),
+    [
+        (lambda t: t.update({KEY: t[KEY] | 128}), None, True, "padding bits"),
+        (lambda t: t[KEY].zero_(), None, True, "keep no neuron"),
+        (lambda t: t.update({KEY: t[KEY].int()}), None, True, "expected uint8"),
+        (lambda t: t.update({KEY: t[KEY][:2].clone()}), None, True, "expected uint8"),
+        (lambda t: t.pop(KEY), None, True, "lacks base_model"),
+        (lambda t: t[KEY].add_(0), lambda c: c.update(format_version=2), True, "format version 2"),
+        (None, lambda c: c.update(peft_type="LORA"), True, "type LORA"),
+        (lambda t: t[KEY].fill_(15), None, False, "interrupted"),
+    ],
+)
+def test_damaged_files_are_refused(four, tmp_path, tensors, config, fix_digest, message):
+    four.save(tmp_path / "masks")
+    tamper(tmp_path / "masks", tensors, config, fix_digest)
+    with pytest.raises(ValueError, match=message):
+        ns.NeuronMasks.from_pretrained(tmp_path / "masks")
+
+
+def test_a_directory_without_an_adapter_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="not an adapter directory: it has no adapter_config.json"):
+        ns.NeuronMasks.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="neither a local directory nor a Hub repository"):
+        ns.NeuronMasks.from_pretrained(tmp_path / "missing")
+
+
+def test_saving_empty_rows_is_refused_and_leaves_no_trace(four, tmp_path):
+    four.rows[BLOCK][0] = False
+    with pytest.raises(ValueError, match="keep no neuron"):
+        four.save(tmp_path / "masks")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,115 @@
+import warnings
+
+import pytest
+import torch
+
+import neuron_specialization as ns
+from neuron_specialization import ActivationCounts
+
+
+def counts_of(table: dict[str, list[list[int]]], pairs: list[str], tokens: int = 100) -> ActivationCounts:
+    counts = {name: torch.tensor(rows) for name, rows in table.items()}
+    stacks = {name: name.split(".")[0] for name in table}
+    totals = {stack: torch.full((len(pairs),), tokens) for stack in ("encoder", "decoder")}
+    return ActivationCounts(pairs, counts, totals, stacks)
+
+
+def kept(masks: ns.NeuronMasks, pair: str, block: str) -> list[int]:
+    return masks.row(pair, block).nonzero().flatten().tolist()
+
+
+def by_hand(counts: list[int], k: float) -> set[int]:
+    order = sorted(range(len(counts)), key=lambda i: (-counts[i], i))
+    chosen, total = set(), 0
+    for i in order:
+        if total >= k * sum(counts):
+            break
+        chosen.add(i)
+        total += counts[i]
+    return chosen
+
+
+@pytest.mark.parametrize("k", [0.05, 0.3, 0.5, 0.7, 0.95, 1.0])
+def test_cumulative_threshold_follows_the_definition(k):
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, 6, (3, 40), generator=draw) ** 3
+    pairs = ["en-de", "en-fr", "de-en"]
+    masks = ns.CumulativeThreshold(k).select(counts_of({"encoder.0": rows.tolist()}, pairs))
+    for pair, row in zip(pairs, rows.tolist(), strict=True):
+        assert set(kept(masks, pair, "encoder.0")) == by_hand(row, k)
+
+
+def test_the_crossing_neuron_is_included():
+    masks = ns.CumulativeThreshold(0.6).select(counts_of({"encoder.0": [[10, 50, 40, 0]]}, ["en-de"]))
+    assert kept(masks, "en-de", "encoder.0") == [1, 2]
+    exact = ns.CumulativeThreshold(0.5).select(counts_of({"encoder.0": [[10, 50, 40, 0]]}, ["en-de"]))
+    assert kept(exact, "en-de", "encoder.0") == [1]
+
+
+def test_k_1_keeps_every_active_neuron_and_no_silent_one():
+    masks = ns.CumulativeThreshold(1.0).select(counts_of({"encoder.0": [[3, 0, 1, 10**12, 0]]}, ["en-de"]))
+    assert kept(masks, "en-de", "encoder.0") == [0, 2, 3]
+
+
+def test_ties_go_to_the_lower_index():
+    masks = ns.CumulativeThreshold(0.5).select(counts_of({"encoder.0": [[5, 5, 5, 5]]}, ["en-de"]))
+    assert kept(masks, "en-de", "encoder.0") == [0, 1]
+    masks = ns.TopShare(0.5).select(counts_of({"encoder.0": [[5, 7, 5, 5]]}, ["en-de"]))
+    assert kept(masks, "en-de", "encoder.0") == [0, 1]
+
+
+def test_stacks_may_differ_in_k():
+    counts = counts_of({"encoder.0": [[6, 3, 1]], "decoder.0": [[6, 3, 1]]}, ["en-de"])
+    masks = ns.CumulativeThreshold(0.9, encoder_k=0.5).select(counts)
+    assert kept(masks, "en-de", "encoder.0") == [0]
+    assert kept(masks, "en-de", "decoder.0") == [0, 1]
+
+
+def test_a_silent_block_stays_dense_with_a_warning():
+    counts = counts_of({"encoder.0": [[0, 0, 0], [1, 0, 0]]}, ["en-de", "en-fr"])
+    with pytest.warns(UserWarning, match="encoder.0.*stay dense"):
+        masks = ns.CumulativeThreshold(0.5).select(counts)
+    assert kept(masks, "en-de", "encoder.0") == [0, 1, 2]
+    assert kept(masks, "en-fr", "encoder.0") == [0]
+
+
+@pytest.mark.parametrize("k", [0, -0.1, 1.01, None, "0.5"])
+def test_k_outside_its_range_is_refused(k):
+    with pytest.raises(ValueError, match=r"k is a share in \(0, 1\]"):
+        ns.CumulativeThreshold(k)
+    with pytest.raises(ValueError, match=r"share is a share in \(0, 1\]"):
+        ns.TopShare(k)
+
+
+def test_random_masks_match_the_number_of_neurons_and_depend_on_the_seed():
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, 50, (2, 200), generator=draw).tolist()
+    like = ns.CumulativeThreshold(0.5).select(counts_of({"encoder.0": rows}, ["en-de", "en-fr"]))
+    random, again, other = (ns.RandomMatched(like, seed).select() for seed in (0, 0, 1))
+    assert random.rows["encoder.0"].sum(1).equal(like.rows["encoder.0"].sum(1))
+    assert random.rows["encoder.0"].equal(again.rows["encoder.0"])
+    assert not random.rows["encoder.0"].equal(other.rows["encoder.0"])
+    assert not random.rows["encoder.0"].equal(like.rows["encoder.0"])
+
+
+def test_lape_withholds_only_neurons_that_belong_to_other_languages():
+    """Neuron 0 fires for de alone, neuron 1 for fr alone; the others for both, or hardly ever."""
+    row = {"de": [90, 0, 50, 50, 1, 50, 50, 50, 50, 50], "fr": [0, 90, 50, 50, 1, 50, 50, 50, 50, 50]}
+    counts = counts_of({"encoder.0": [row["de"], row["fr"]], "decoder.0": [[50] * 10] * 2}, ["de-en", "fr-en"])
+    masks = ns.LAPE(entropy_share=0.2, activity_quantile=0.85).select(counts)
+    assert kept(masks, "de-en", "encoder.0") == [0, *range(2, 10)]
+    assert kept(masks, "fr-en", "encoder.0") == list(range(1, 10))
+    assert kept(masks, "de-en", "decoder.0") == list(range(10))
+
+
+def test_lape_refuses_models_whose_source_carries_the_target_tag():
+    counts = counts_of({"encoder.0": [[1, 2]]}, ["en-de"])
+    counts.source_tag = "target"
+    with pytest.raises(ValueError, match="Marian"):
+        ns.LAPE().select(counts)
+
+
+def test_selection_warns_of_nothing_else():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ns.CumulativeThreshold(0.95).select(counts_of({"encoder.0": [[1, 2, 3]]}, ["en-de"]))

@@ -1,0 +1,176 @@
+"""Saving and loading: nothing that was trained is lost, and what is damaged is refused."""
+
+import json
+import os
+
+import pytest
+import torch
+from peft import AutoPeftModelForSeq2SeqLM, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSeq2SeqLM
+
+import neuron_specialization as ns
+from neuron_specialization.neurons import adapter_file
+
+from .conftest import PAIRS, make_batch, make_m2m100, make_masks
+
+MODES = ["none", "delta", "low_rank", "full"]
+INPUTS = {
+    "input_ids": make_batch()["input_ids"],
+    "attention_mask": make_batch()["attention_mask"],
+    "max_new_tokens": 8,
+}
+
+
+@pytest.fixture
+def base_directory(tmp_path):
+    make_m2m100().save_pretrained(tmp_path / "base")
+    return str(tmp_path / "base")
+
+
+def trained(base_directory, mode, **config):
+    """An adapted model after one real update."""
+    model = AutoModelForSeq2SeqLM.from_pretrained(base_directory)
+    masks = make_masks(model)
+    adapted = get_peft_model(
+        model, ns.NeuronSpecializationConfig(masks=masks, trainable=mode, task_type="SEQ_2_SEQ_LM", **config)
+    )
+    parameters = [p for p in adapted.parameters() if p.requires_grad]
+    if parameters:
+        optimizer = torch.optim.AdamW(parameters, lr=0.05)
+        adapted(**make_batch(), language_pairs=PAIRS).loss.backward()
+        optimizer.step()
+    return adapted.eval()
+
+
+def generate(model, pairs=PAIRS):
+    return model.generate(**INPUTS, num_beams=2, language_pairs=pairs)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+def test_what_is_reloaded_generates_the_same_tokens(base_directory, tmp_path, mode, safe):
+    adapted = trained(base_directory, mode)
+    expected = generate(adapted)
+    adapted.save_pretrained(str(tmp_path / "adapter"), safe_serialization=safe)
+    base = AutoModelForSeq2SeqLM.from_pretrained(base_directory)
+    untrained = base.generate(**INPUTS, num_beams=2)
+    loaded = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
+    assert generate(loaded).equal(expected)
+    assert not expected.shape == untrained.shape or not expected.equal(untrained)
+    auto = AutoPeftModelForSeq2SeqLM.from_pretrained(str(tmp_path / "adapter"))
+    assert generate(auto).equal(expected)
+    ns.save_adapter(loaded, tmp_path / "again")
+    again = AutoPeftModelForSeq2SeqLM.from_pretrained(str(tmp_path / "again"), low_cpu_mem_usage=True)
+    assert generate(again).equal(expected)
+
+
+def test_full_stores_tied_tensors_once_and_delta_stores_no_base(base_directory, tmp_path):
+    for mode in ("full", "delta"):
+        trained(base_directory, mode).save_pretrained(str(tmp_path / mode))
+    full = load_file(tmp_path / "full" / "adapter_model.safetensors")
+    parameters = dict(make_m2m100().named_parameters())
+    masks = [key for key in full if key.endswith("neuron_specialization_mask")]
+    assert len(full) == len(parameters) + len(masks)
+    assert not any("lm_head" in key for key in full), "the output embedding is tied to the input's"
+    delta = load_file(tmp_path / "delta" / "adapter_model.safetensors")
+    assert all("neuron_specialization_" in key for key in delta) and len(delta) == 2 * len(masks)
+
+
+def test_full_loads_the_trained_base(base_directory, tmp_path):
+    adapted = trained(base_directory, "full")
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    loaded = AutoPeftModelForSeq2SeqLM.from_pretrained(str(tmp_path / "adapter"))
+    with adapted.disable_adapter(), loaded.disable_adapter():
+        torch.testing.assert_close(loaded(**make_batch()).logits, adapted(**make_batch()).logits)
+    head, shared = loaded.get_output_embeddings().weight, loaded.get_input_embeddings().weight
+    assert head.data_ptr() == shared.data_ptr()
+
+
+def test_a_mask_directory_is_an_adapter(base_directory, tmp_path):
+    base = AutoModelForSeq2SeqLM.from_pretrained(base_directory)
+    masks = make_masks(base)
+    masks.save(tmp_path / "masks")
+    loaded = PeftModel.from_pretrained(base, str(tmp_path / "masks"))
+    by_path = get_peft_model(
+        AutoModelForSeq2SeqLM.from_pretrained(base_directory),
+        ns.NeuronSpecializationConfig(masks=str(tmp_path / "masks"), trainable="none", task_type="SEQ_2_SEQ_LM"),
+    )
+    assert generate(loaded).equal(generate(by_path))
+    loaded.save_pretrained(str(tmp_path / "again"))
+    again = ns.NeuronMasks.from_pretrained(tmp_path / "again")
+    assert all(again.rows[name].equal(rows) for name, rows in masks.rows.items())
+    assert again.selector == masks.selector
+
+
+def test_the_config_holds_no_masks_and_survives(base_directory, tmp_path):
+    adapted = trained(base_directory, "delta", default_pair="base", language_tokens={"en": 4, "de": 5})
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    stored = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert "masks" not in stored
+    assert stored["language_pairs"] == [[pair, i, i] for i, pair in enumerate(PAIRS)]
+    config = ns.NeuronSpecializationConfig.from_pretrained(str(tmp_path / "adapter"))
+    assert config.default_pair == "base" and config.language_tokens == {"en": 4, "de": 5}
+
+
+def test_trained_tokens_and_whole_modules_are_kept(base_directory, tmp_path):
+    adapted = trained(base_directory, "delta", modules_to_save=["layer_norm"], trainable_token_indices=[4, 5])
+    expected = adapted(**make_batch(), language_pairs=PAIRS).logits
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    loaded = AutoPeftModelForSeq2SeqLM.from_pretrained(str(tmp_path / "adapter"))
+    torch.testing.assert_close(loaded(**make_batch(), language_pairs=PAIRS).logits, expected)
+
+
+def damage(directory, change, fix_digest):
+    path = directory / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+    if fix_digest:
+        config = json.loads((directory / "adapter_config.json").read_text())
+        config["weights_digest"] = adapter_file.file_digest(path)
+        (directory / "adapter_config.json").write_text(json.dumps(config))
+
+
+def first(tensors, suffix):
+    return next(key for key in tensors if key.endswith(suffix))
+
+
+@pytest.mark.parametrize(
+    ("change", "fix_digest", "message"),
+    [
+        (lambda t: t.pop(first(t, "_delta")), True, "missing .*delta.*Nothing was loaded"),
+        (lambda t: t.update({"base_model.model.lm_head.extra": torch.ones(1)}), True, "unknown .*extra"),
+        (lambda t: t.update({first(t, "_delta"): torch.ones(3, 3)}), True, r"expected .*got torch.float32 \[3, 3\]"),
+        (lambda t: t[first(t, "_mask")].zero_(), True, "keep no neuron"),
+        (lambda t: t[first(t, "_mask")].fill_(255), True, "padding bits"),
+        (lambda t: t[first(t, "_delta")].add_(1), False, "save was interrupted"),
+    ],
+)
+def test_damaged_adapters_are_refused(base_directory, tmp_path, change, fix_digest, message):
+    trained(base_directory, "delta").save_pretrained(str(tmp_path / "adapter"))
+    damage(tmp_path / "adapter", change, fix_digest)
+    with pytest.raises(ValueError, match=message):
+        AutoPeftModelForSeq2SeqLM.from_pretrained(str(tmp_path / "adapter"))
+
+
+def test_missing_weights_are_refused(base_directory, tmp_path):
+    trained(base_directory, "delta").save_pretrained(str(tmp_path / "adapter"))
+    os.remove(tmp_path / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="weights in .* are missing"):
+        AutoPeftModelForSeq2SeqLM.from_pretrained(str(tmp_path / "adapter"))
+
+
+def test_a_save_that_fails_leaves_the_old_adapter(base_directory, tmp_path, monkeypatch):
+    adapted = trained(base_directory, "delta")
+    ns.save_adapter(adapted, tmp_path / "adapter")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "adapter").iterdir()}
+
+    def full_disk(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(ns.NeuronSpecializationConfig, "save_pretrained", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        ns.save_adapter(adapted, tmp_path / "adapter")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "adapter").iterdir()} == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
