@@ -29,7 +29,7 @@ class EvaluateArguments:
 def main() -> None:
     args, where, data = parse(EvaluateArguments, ModelArguments, DataArguments)
     test = load_parallel(
-        data.test, data.language_pairs, split="test", columns=data.columns, max_sentences=data.max_sentences
+        data.test, data.language_pairs, split="test", columns=data.column_names, max_sentences=data.max_sentences
     )
     model, tokenizer = load_adapted(where.model, where.adapter)
     started = time.perf_counter()
@@ -38,7 +38,7 @@ def main() -> None:
         tokenizer,
         test,
         pivot=data.pivot,
-        language_tokens=data.language_tokens,
+        language_tokens=data.tokens,
         batch_size=args.batch_size,
         num_beams=args.num_beams,
     )

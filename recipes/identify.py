@@ -40,7 +40,7 @@ def main() -> None:
         data.validation,
         data.language_pairs,
         split="validation",
-        columns=data.columns,
+        columns=data.column_names,
         max_sentences=data.max_sentences,
     )
     model, tokenizer = load_adapted(where.model, where.adapter)
@@ -49,7 +49,7 @@ def main() -> None:
         model.to(PartialState().device),
         tokenizer,
         corpus,
-        language_tokens=data.language_tokens,
+        language_tokens=data.tokens,
         source_tag=data.source_tag,
         max_length=data.max_length,
         batch_size=args.batch_size,

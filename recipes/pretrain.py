@@ -32,12 +32,12 @@ class PretrainArguments:
 def main() -> None:
     pretrain, data, training = parse(PretrainArguments, DataArguments, SpecializationTrainingArguments)
     set_seed(training.seed)
-    options = {"columns": data.columns, "max_sentences": data.max_sentences}
+    options = {"columns": data.column_names, "max_sentences": data.max_sentences}
     train = load_parallel(data.train, data.language_pairs, split="train", **options)
-    validation = load_parallel(data.validation, data.language_pairs, split="validation", columns=data.columns)
+    validation = load_parallel(data.validation, data.language_pairs, split="validation", columns=data.column_names)
     held_out = [validation]
     if data.test:
-        held_out.append(load_parallel(data.test, data.language_pairs, split="test", columns=data.columns))
+        held_out.append(load_parallel(data.test, data.language_pairs, split="test", columns=data.column_names))
     train, checks = check_parallel(train, held_out, drop=data.drop_faulty)
     if training.process_index == 0:
         print(table(data_check_rows(checks)))
@@ -45,7 +45,7 @@ def main() -> None:
         model, tokenizer = load_checkpoint(pretrain.model)
     else:
         languages = dict.fromkeys(code for pair in data.language_pairs for code in pair.split("-"))
-        tags = [(data.language_tokens or {}).get(code, code) for code in languages]
+        tags = [data.tokens.get(code, code) for code in languages]
         text = (sentence for rows in train.values() for side in ("source", "target") for sentence in rows[side])
         tokenizer = train_tokenizer(text, tags, pretrain.vocab_size, data.max_length)
         shape = (pretrain.layers, pretrain.d_model, pretrain.d_ff, pretrain.heads, pretrain.dropout)
@@ -56,7 +56,7 @@ def main() -> None:
         train,
         validation,
         training,
-        language_tokens=data.language_tokens,
+        language_tokens=data.tokens,
         source_tag=data.source_tag,
         max_length=data.max_length,
     )

@@ -32,14 +32,14 @@ def main() -> None:
         SpecializeArguments, ModelArguments, DataArguments, SpecializationTrainingArguments
     )
     set_seed(training.seed)
-    options = {"columns": data.columns, "max_sentences": data.max_sentences}
+    options = {"columns": data.column_names, "max_sentences": data.max_sentences}
     train = load_parallel(data.train, data.language_pairs, split="train", **options)
-    validation = load_parallel(data.validation, data.language_pairs, split="validation", columns=data.columns)
+    validation = load_parallel(data.validation, data.language_pairs, split="validation", columns=data.column_names)
     train, checks = check_parallel(train, [validation], drop=data.drop_faulty)
     if training.process_index == 0:
         print(table(data_check_rows(checks)))
     model, tokenizer = load_checkpoint(where.model)
-    tokens = resolve_tokens(tokenizer, data.language_pairs, data.language_tokens)
+    tokens = resolve_tokens(tokenizer, data.language_pairs, data.tokens)
     dense = args.masks == "none"
     adapted = not dense or args.trainable != "full"
     if adapted:

@@ -11,7 +11,7 @@ from pathlib import Path
 from accelerate import PartialState
 
 import neuron_specialization as ns
-from neuron_specialization.translation.arguments import ModelArguments, parse
+from neuron_specialization.translation.arguments import ModelArguments, as_mapping, parse
 from neuron_specialization.translation.checkpoints import load_adapted
 
 
@@ -22,7 +22,7 @@ class TranslateArguments:
     pair: str = field(metadata={"help": "Direction, such as en-de."})
     input: str = field(default="-", metadata={"help": "File to read, or - for standard input."})
     output: str = field(default="-", metadata={"help": "File to write, or - for standard output."})
-    language_tokens: dict | None = field(default=None, metadata={"help": "JSON: language code → language token."})
+    language_tokens: list[str] = field(default_factory=list, metadata={"help": "code=token, such as de=deu_Latn."})
     num_beams: int = field(default=5, metadata={"help": "Beams."})
     batch_size: int = field(default=32, metadata={"help": "Sentences per batch."})
 
@@ -36,7 +36,7 @@ def main() -> None:
         tokenizer,
         text.splitlines(),
         args.pair,
-        language_tokens=args.language_tokens,
+        language_tokens=as_mapping(args.language_tokens),
         batch_size=args.batch_size,
         num_beams=args.num_beams,
     )

@@ -30,7 +30,10 @@ def make_m2m100(**changes) -> M2M100ForConditionalGeneration:
         decoder_layerdrop=0.0,
         **{**sizes, **changes},
     )
-    return M2M100ForConditionalGeneration(config).eval()
+    model = M2M100ForConditionalGeneration(config).eval()
+    for block in ns.find_ffn_blocks(model):
+        torch.nn.init.normal_(block.up.bias, std=0.3)  # zero at birth, and then masked neurons would emit nothing
+    return model
 
 
 def make_t5(feed_forward: str = "gated-gelu") -> T5ForConditionalGeneration:

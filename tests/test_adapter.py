@@ -79,18 +79,14 @@ def test_mask_bias_silences_neurons_wholly():
     model, batch = make_m2m100().double(), make_batch()
     masks = make_masks(model)
     reference = zero_masked_rows(model, masks, "en-de")
+    with_constants = reference(**batch).logits
     with torch.no_grad():
         for name in masks.rows:
             reference.get_submodule(name).bias[~masks.row("en-de", name)] = 0
     expected = reference(**batch).logits
     adapted = adapt(model, masks, trainable="none", mask_bias=True)
     torch.testing.assert_close(adapted(**batch, language_pairs="en-de").logits, expected)
-    assert not torch.allclose(expected, zero_masked_rows(model_of(adapted), masks, "en-de")(**batch).logits)
-
-
-def model_of(adapted):
-    with adapted.disable_adapter():
-        return copy.deepcopy(adapted).unload()
+    assert not torch.allclose(expected, with_constants)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -196,9 +192,7 @@ def test_disabling_and_unloading_give_the_base_back(mode):
     unloaded = adapted.unload()
     assert unloaded(**batch).logits.equal(base)
     assert all(unloaded.state_dict()[name].equal(weight) for name, weight in weights.items())
-    with pytest.raises(TypeError, match="language_pairs"):
-        unloaded(**batch, language_pairs="en-de")
-    assert "generate" not in vars(unloaded)
+    assert "generate" not in vars(unloaded) and not unloaded._forward_pre_hooks
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -222,7 +216,7 @@ def test_adapter_names_per_sample_with_pairs_and_beams():
     model, batch = make_m2m100(), make_batch()
     adapted = adapt(model, make_masks(model), init_weights=False)
     other = ns.NeuronSpecializationConfig(
-        masks=make_masks(model, seed=7), init_weights=False, task_type="SEQ_2_SEQ_LM"
+        masks=make_masks(make_m2m100(), seed=7), init_weights=False, task_type="SEQ_2_SEQ_LM"
     )
     adapted.add_adapter("other", other)
     adapted.eval()

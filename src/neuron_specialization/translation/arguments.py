@@ -1,6 +1,5 @@
 """Command lines of the recipes: a YAML file, every field of which the command line can override."""
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,13 +26,32 @@ class DataArguments:
     train: str | None = field(default=None, metadata={"help": "Training data: file, or dataset on the Hub."})
     validation: str | None = field(default=None, metadata={"help": "Validation data."})
     test: str | None = field(default=None, metadata={"help": "Test data."})
-    columns: dict | None = field(default=None, metadata={"help": "JSON: language code → column, where they differ."})
-    language_tokens: dict | None = field(default=None, metadata={"help": "JSON: language code → language token."})
+    columns: list[str] = field(default_factory=list, metadata={"help": "code=column, where they differ."})
+    language_tokens: list[str] = field(default_factory=list, metadata={"help": "code=token, such as de=deu_Latn."})
     source_tag: str = field(default="source", metadata={"help": "What the source side's tag names: source or target."})
     pivot: str | None = field(default=None, metadata={"help": "Language of the one-to-many and many-to-one averages."})
     max_length: int = field(default=128, metadata={"help": "Training text is truncated to so many tokens."})
     max_sentences: int | None = field(default=None, metadata={"help": "Use at most so many sentence pairs each."})
-    drop_faulty: bool = field(default=False, metadata={"help": "Drop what the data check finds instead of reporting."})
+    drop_faulty: bool = field(default=False, metadata={"help": "Drop what the data check finds, not only report it."})
+
+    @property
+    def column_names(self) -> dict[str, str]:
+        """Language code → column."""
+        return as_mapping(self.columns)
+
+    @property
+    def tokens(self) -> dict[str, str]:
+        """Language code → language token."""
+        return as_mapping(self.language_tokens)
+
+
+def as_mapping(words: Sequence[str]) -> dict[str, str]:
+    """Return `["de=deu_Latn"]` as `{"de": "deu_Latn"}`."""
+    pairs = [word.split("=", 1) for word in words]
+    wrong = [word for word, pair in zip(words, pairs, strict=True) if len(pair) != 2]
+    if wrong:
+        raise SystemExit(f"Expected code=value, such as de=deu_Latn, got {' '.join(wrong)}.")
+    return {code: value for code, value in pairs}
 
 
 def parse(*types: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
@@ -63,6 +81,7 @@ def _as_words(path: Path) -> list[str]:
     for name, value in values.items():
         if value is None:
             continue
-        items = value if isinstance(value, list) else [value]
-        words += [f"--{name}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in items)]
+        if isinstance(value, dict):
+            value = [f"{key}={item}" for key, item in value.items()]
+        words += [f"--{name}", *(str(item) for item in (value if isinstance(value, list) else [value]))]
     return words

@@ -1,7 +1,8 @@
 """Tokenizers: encode text with the language tags a model expects, and train a shared BPE for a new model."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -86,6 +87,9 @@ def train_tokenizer(
         language_tokens: tags, such as ["eng_Latn", "deu_Latn"].
         vocab_size: number of entries, special tokens and tags included.
         max_length: the model's longest input in tokens.
+
+    Raises:
+        ValueError: if a tag occurs in the text: the tokenizer would then cut words at it.
     """
     bpe = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
     bpe.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
@@ -93,7 +97,7 @@ def train_tokenizer(
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[*SPECIAL_TOKENS, *language_tokens], show_progress=False
     )
-    bpe.train_from_iterator(sentences, trainer)
+    bpe.train_from_iterator(_without_tokens(sentences, language_tokens), trainer)
     model = json.loads(bpe.to_str())["model"]
     merges: Any = [tuple(merge) for merge in model["merges"]]
     return NllbTokenizer(
@@ -105,3 +109,14 @@ def train_tokenizer(
         tgt_lang=language_tokens[-1],
         model_max_length=max_length,
     )
+
+
+def _without_tokens(sentences: Iterable[str], language_tokens: Sequence[str]) -> Iterator[str]:
+    tokens = re.compile("|".join(map(re.escape, language_tokens)))
+    for sentence in sentences:
+        if found := tokens.search(sentence):
+            raise ValueError(
+                f"The language token {found.group()!r} occurs in the text ({sentence!r}), where the tokenizer would "
+                "cut words at it. Use tokens that no text contains, such as 'deu_Latn'."
+            )
+        yield sentence

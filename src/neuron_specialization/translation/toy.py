@@ -14,7 +14,7 @@ _ONSETS = ("p", "t", "k", "b", "d", "g", "m", "n", "s", "l", "r", "v", "z", "f")
 _VOWELS = ("a", "e", "i", "o", "u")
 _ORDERS = ("SVO", "SOV", "VSO", "VOS", "OVS", "OSV")
 _CLASSES = {"noun": 20, "verb": 12, "adjective": 8, "adverb": 4}
-PIVOT = "pv"
+PIVOT = "Pv"  # a capital, so that no language token occurs inside a word
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class ToyLanguages:
 
     Args:
         families: number of families.
-        languages_per_family: languages in each; codes are a family letter and a language letter: "aa", "ab", "ba".
+        languages_per_family: languages in each; codes are a family letter and a language letter: "Aa", "Ab", "Ba".
         seed: everything drawn depends on it.
         replaced: share of roots that a language replaces by words of its own.
     """
@@ -49,8 +49,8 @@ class ToyLanguages:
             ancestor = _new_roots(draw)
             order, adjective_first = _ORDERS[f + 1], bool(f % 2)
             for i in range(languages_per_family):
-                code = f"{chr(97 + f)}{chr(97 + i)}"
-                self.family[code] = chr(97 + f)
+                code = f"{chr(65 + f)}{chr(97 + i)}"
+                self.family[code] = chr(65 + f)
                 self._lexicons[code] = _descend(ancestor, draw, replaced)
                 self._grammars[code] = _Grammar(order, adjective_first, _syllable(draw), _syllable(draw))
 

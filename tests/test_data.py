@@ -1,0 +1,173 @@
+"""Loading, checking, encoding and batching parallel text."""
+
+import numpy as np
+import pandas
+import pytest
+import torch
+from datasets import Dataset
+
+from neuron_specialization.translation.data import (
+    DirectionBatchSampler,
+    TranslationCollator,
+    check_parallel,
+    encode_parallel,
+    load_parallel,
+)
+from neuron_specialization.translation.tokenization import resolve_tokens
+
+ROWS = {
+    "en": ["a cat", "two dogs", None, 'he said "no"'],
+    "de": ["eine Katze", "zwei Hunde", "drei", "er sagte nein"],
+    "fr": ["un chat", None, "trois", "il a dit non"],
+    "split": ["train", "train", "train", "test"],
+}
+
+
+@pytest.fixture(params=["parquet", "jsonl", "tsv"])
+def parallel_file(request, tmp_path):
+    path = tmp_path / f"text.{request.param}"
+    frame = pandas.DataFrame(ROWS)
+    if request.param == "parquet":
+        frame.to_parquet(path)
+    elif request.param == "jsonl":
+        frame.to_json(path, orient="records", lines=True)
+    else:
+        columns = list(ROWS)
+        lines = [columns, *zip(*(ROWS[c] for c in columns), strict=True)]
+        path.write_text("".join("\t".join("" if v is None else v for v in line) + "\n" for line in lines))
+    return path
+
+
+def test_every_format_gives_every_direction(parallel_file):
+    data = load_parallel(str(parallel_file), ["en-de", "de-fr"])
+    german = list(zip(data["en-de"]["source"], data["en-de"]["target"], strict=True))
+    assert ("a cat", "eine Katze") in german and ('he said "no"', "er sagte nein") in german
+    french = list(zip(data["de-fr"]["source"], data["de-fr"]["target"], strict=True))
+    assert ("drei", "trois") in french
+    if parallel_file.suffix != ".tsv":  # a TSV file has empty text where the others have none
+        assert len(german) == 3 and len(french) == 3
+
+
+def test_splits_and_limits(tmp_path):
+    path = str(tmp_path / "text.parquet")
+    pandas.DataFrame(ROWS).to_parquet(path)
+    assert load_parallel(path, ["en-de"], split="test")["en-de"]["target"][:] == ["er sagte nein"]
+    assert len(load_parallel(path, ["en-de"], split="train", max_sentences=1)["en-de"]) == 1
+
+
+def test_one_file_per_pair_serves_both_directions(tmp_path):
+    pandas.DataFrame({"en": ["a"], "de": ["b"]}).to_parquet(tmp_path / "en-de.parquet")
+    data = load_parallel(str(tmp_path / "{pair}.parquet"), ["de-en", "en-de"])
+    assert data["de-en"][0] == {"source": "b", "target": "a"}
+    assert data["en-de"][0] == {"source": "a", "target": "b"}
+
+
+def test_columns_can_be_mapped(tmp_path):
+    pandas.DataFrame({"eng": ["a"], "deu": ["b"]}).to_parquet(tmp_path / "x.parquet")
+    data = load_parallel(str(tmp_path / "x.parquet"), ["en-de"], columns={"en": "eng", "de": "deu"})
+    assert data["en-de"][0] == {"source": "a", "target": "b"}
+
+
+def test_bad_data_is_refused(tmp_path):
+    path = str(tmp_path / "text.parquet")
+    pandas.DataFrame({**ROWS, "it": [None] * 4}).to_parquet(path)
+    with pytest.raises(ValueError, match="no column 'cs' for en-cs; it has en, de, fr, split, it"):
+        load_parallel(path, ["en-cs"])
+    with pytest.raises(ValueError, match="no sentence pair for en-it"):
+        load_parallel(path, ["en-it"])
+    with pytest.raises(ValueError, match="no file .*missing.parquet"):
+        load_parallel(str(tmp_path / "missing.parquet"), ["en-de"])
+    with pytest.raises(ValueError, match="at least one language pair"):
+        load_parallel(path, [])
+    with pytest.raises(ValueError, match="expected a file ending in .parquet, .jsonl"):
+        load_parallel("no/such/dataset", ["en-de"])
+
+
+def pairs(*rows: tuple[str, str]) -> Dataset:
+    return Dataset.from_dict({"source": [r[0] for r in rows], "target": [r[1] for r in rows]})
+
+
+def test_the_data_check_counts_and_drops_only_if_asked():
+    good = ("a good sentence", "ein guter Satz")
+    train = pairs(
+        good, good, ("", "leer"), ("short", "x" * 200), ("seen in the test", "neu"), ("new", "im Test gesehen")
+    )
+    held_out = pairs(("seen in the test", "anders"), ("other", "im Test gesehen"))
+    kept, checks = check_parallel({"en-de": train}, [{"en-de": held_out}])
+    check = checks["en-de"]
+    assert (check.sentence_pairs, check.empty, check.duplicates, check.length_ratio, check.overlap) == (6, 1, 1, 1, 2)
+    assert len(kept["en-de"]) == 6 and check.dropped == 0
+    kept, checks = check_parallel({"en-de": train}, [{"en-de": held_out}], drop=True)
+    assert kept["en-de"][:] == pairs(good)[:] and checks["en-de"].dropped == 5
+    with pytest.raises(ValueError, match="drop every sentence pair of en-de"):
+        check_parallel({"en-de": pairs(("", ""))}, drop=True)
+
+
+def sampler(**changes) -> DirectionBatchSampler:
+    directions = np.repeat([0, 1], [900, 100])
+    lengths = np.random.default_rng(0).integers(2, 60, 1000)
+    options = {"batch_size": 16, "num_batches": 400, "temperature": 1.0, "seed": 3, **changes}
+    return DirectionBatchSampler(directions, lengths, **options)
+
+
+def test_batches_hold_one_direction_of_similar_length():
+    made = sampler()
+    batches = list(made)
+    assert len(batches) == len(made) == 400
+    assert all(len({index >= 900 for index in batch}) == 1 for batch in batches)
+    spread = [np.ptp(made._lengths[batch]) for batch in batches if batch[0] < 900]
+    assert np.mean(spread) < 6, "a random batch of 16 spreads over more than 50 tokens"
+
+
+def test_the_sampler_depends_on_its_seed_only():
+    assert list(sampler()) == list(sampler())
+    assert list(sampler()) != list(sampler(seed=4))
+    assert list(sampler(num_batches=50)) == list(sampler())[:50], "a longer run begins like a shorter one"
+    assert not hasattr(sampler(), "batch_size"), "accelerate would split batches between processes"
+
+
+@pytest.mark.parametrize(("temperature", "share"), [(1.0, 0.1), (5.0, 0.1**0.2 / (0.1**0.2 + 0.9**0.2)), (1e9, 0.5)])
+def test_temperature_sets_the_shares_of_directions(temperature, share):
+    made = sampler(temperature=temperature, num_batches=4000)
+    assert made.probabilities[1] == pytest.approx(share, rel=1e-6)
+    assert np.mean([batch[0] >= 900 for batch in made]) == pytest.approx(share, abs=0.03)
+
+
+def test_every_sentence_is_used_before_any_is_used_again():
+    made = sampler(num_batches=200)
+    seen = [index for batch in made for index in batch if index < 900]
+    assert len(set(seen[:896])) == 896
+
+
+@pytest.mark.parametrize("temperature", [0, -1])
+def test_a_temperature_of_zero_is_refused(temperature):
+    with pytest.raises(ValueError, match="temperature T must be above 0"):
+        sampler(temperature=temperature)
+
+
+def test_encoded_batches_carry_tags_labels_and_decoder_inputs(toy, toy_data, toy_tokenizer, toy_model):
+    tokens = resolve_tokens(toy_tokenizer, toy.language_pairs)
+    encoded = encode_parallel(toy_data["test"], toy_tokenizer, tokens)
+    assert len(encoded) == 20 * len(toy.language_pairs)
+    example = encoded[0]
+    assert toy_tokenizer.convert_ids_to_tokens(example["input_ids"])[0] == "Pv"
+    assert toy_tokenizer.convert_ids_to_tokens(example["labels"])[0] == "Aa"
+    collate = TranslationCollator(toy_tokenizer, toy_model, torch.arange(10, 14))
+    batch = collate([encoded[0], encoded[25]])
+    start, pad = toy_model.config.decoder_start_token_id, toy_tokenizer.pad_token_id
+    for row, example in enumerate([encoded[0], encoded[25]]):
+        labels, inputs = batch["labels"][row], batch["decoder_input_ids"][row]
+        assert labels[labels != -100].tolist() == example["labels"]
+        assert inputs[inputs != pad].tolist() == [start, *example["labels"]][: (inputs != pad).sum()]
+        assert batch["attention_mask"][row].sum() == len(example["input_ids"])
+    assert batch["language_pairs"].tolist() == [10, 11]
+    expected = (
+        toy_model.prepare_decoder_input_ids_from_labels(batch["labels"])
+        if hasattr(toy_model, "prepare_decoder_input_ids_from_labels")
+        else batch["decoder_input_ids"]
+    )
+    assert batch["decoder_input_ids"].equal(expected)
+    with torch.no_grad():
+        loss = toy_model(**{k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "labels")}).loss
+        same = toy_model(**{k: v for k, v in batch.items() if k != "language_pairs"}).loss
+    torch.testing.assert_close(loss, same)

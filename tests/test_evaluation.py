@@ -1,0 +1,125 @@
+"""Translating and scoring."""
+
+import pytest
+import sacrebleu
+from peft import get_peft_model
+
+import neuron_specialization as ns
+from neuron_specialization.neurons.stability import stability
+from neuron_specialization.translation.evaluation import averages, bleu_tokenizer, evaluate, score, score_rows
+from neuron_specialization.translation.identification import record_corpus
+
+from .test_selection import counts_of
+
+HYPOTHESES = ["the cat sat on the mat .", "there is a dog"]
+REFERENCES = ["the cat sat on a mat .", "there was a dog here"]
+
+
+def test_scores_are_sacrebleus_with_their_signatures():
+    scores = score(HYPOTHESES, REFERENCES, "de")
+    bleu, chrf = sacrebleu.BLEU(), sacrebleu.CHRF(word_order=2)
+    assert scores["bleu"] == pytest.approx(bleu.corpus_score(HYPOTHESES, [REFERENCES]).score)
+    assert scores["chrf++"] == pytest.approx(chrf.corpus_score(HYPOTHESES, [REFERENCES]).score)
+    assert scores["bleu_signature"] == str(bleu.get_signature()) and "tok:13a" in scores["bleu_signature"]
+    assert "nw:2" in scores["chrf++_signature"]
+
+
+def test_unsegmented_languages_have_their_own_bleu_tokenizer():
+    chinese = ["我 喜欢 猫".replace(" ", ""), "今天天气很好"]
+    scores = score(chinese, ["我喜欢狗", "今天天气不好"], "zho_Hans")
+    assert "tok:zh" in scores["bleu_signature"] and scores["bleu"] > 0
+    assert [bleu_tokenizer(code) for code in ("zh", "de", "deu_Latn", "ja", "kor_Hang")] == [
+        "zh", "13a", "13a", "ja-mecab", "ko-mecab",
+    ]  # fmt: skip
+
+
+def test_averages_by_direction_into_and_out_of_the_pivot():
+    directions = {
+        pair: {"bleu": value, "chrf++": 2 * value}
+        for pair, value in {"en-de": 10.0, "en-fr": 20.0, "de-en": 40.0, "de-fr": 2.0}.items()
+    }
+    found = averages(directions, "en")
+    assert {group: values["bleu"] for group, values in found.items()} == {
+        "all": 18.0,
+        "one-to-many": 15.0,
+        "many-to-one": 40.0,
+    }
+    assert found["all"]["chrf++"] == 36.0
+    rows = score_rows({"directions": directions, "averages": found})
+    assert rows[0] == {"direction": "en-de", "chrf++": 20.0, "bleu": 10.0} and len(rows) == 7
+
+
+def test_order_and_batch_size_do_not_change_translations(toy, toy_model, toy_tokenizer):
+    toy_model.train()
+    sentences = [*toy.sentences(7, "test")["Pv"], "ba"]
+    one_by_one = ns.translate(toy_model, toy_tokenizer, sentences, "Pv-Aa", batch_size=1, max_new_tokens=8)
+    together = ns.translate(toy_model, toy_tokenizer, sentences, "Pv-Aa", batch_size=8, max_new_tokens=8)
+    assert one_by_one == together and len(together) == 8
+    assert toy_model.training, "the mode is given back"
+    assert ns.translate(toy_model, toy_tokenizer, [], "Pv-Aa") == []
+
+
+def test_the_target_tag_is_forced(toy, toy_model, toy_tokenizer):
+    calls = []
+    generate = toy_model.generate
+    toy_model.generate = lambda **kwargs: calls.append(kwargs) or generate(**kwargs)
+    ns.translate(toy_model, toy_tokenizer, ["ba"], "Pv-Aa", num_beams=2, max_new_tokens=4)
+    assert calls[0]["forced_bos_token_id"] == toy_tokenizer.convert_tokens_to_ids("Aa") and calls[0]["num_beams"] == 2
+
+
+def test_an_adapted_model_translates_under_its_pairs_and_tokens(toy, toy_data, toy_model, toy_tokenizer):
+    counts = record_corpus(toy_model, toy_tokenizer, toy_data["validation"])[0]
+    config = ns.NeuronSpecializationConfig(
+        masks=ns.CumulativeThreshold(0.3).select(counts),
+        init_weights=False,
+        language_tokens=ns.language_tokens(toy_tokenizer, {code: code for code in toy.languages}),
+        task_type="SEQ_2_SEQ_LM",
+    )
+    adapted = get_peft_model(toy_model, config)
+    sentences = toy.sentences(3, "test")["Pv"][:]
+    german = ns.translate(adapted, toy_tokenizer, sentences, "Pv-Aa", max_new_tokens=8)
+    with adapted.disable_adapter():
+        base = ns.translate(adapted, toy_tokenizer, sentences, "Pv-Aa", max_new_tokens=8)
+    assert german != base
+    with pytest.raises(ValueError, match="Language token not in the tokenizer: 'zz'"):
+        ns.translate(adapted, toy_tokenizer, sentences, "Pv-zz")
+    with pytest.raises(ValueError, match="list of sentences, got one string"):
+        ns.translate(adapted, toy_tokenizer, "one", "Pv-Aa")
+
+
+def test_sentences_longer_than_the_model_are_refused(toy_model, toy_tokenizer):
+    with pytest.raises(ValueError, match="positions for 64"):
+        ns.translate(toy_model, toy_tokenizer, ["bababu " * 60], "Pv-Aa")
+
+
+def test_evaluate_compares_with_whole_references(toy_data, toy_model, toy_tokenizer):
+    data = {pair: rows.select(range(3)) for pair, rows in toy_data["test"].items()}
+    result = evaluate(toy_model, toy_tokenizer, data, pivot="Pv", num_beams=1, max_new_tokens=4)
+    assert set(result["directions"]) == set(data) and set(result["averages"]) == {"all", "one-to-many", "many-to-one"}
+    for pair, rows in data.items():
+        assert len(result["translations"][pair]) == 3
+        again = score(result["translations"][pair], rows["target"][:], "Aa")
+        assert result["directions"][pair]["chrf++"] == again["chrf++"]
+
+
+def test_recording_parts_adds_up_to_the_whole(toy_data, toy_model, toy_tokenizer):
+    model = toy_model.double()
+    (whole,) = record_corpus(model, toy_tokenizer, toy_data["validation"])
+    parts = record_corpus(model, toy_tokenizer, toy_data["validation"], parts=4, batch_size=7)
+    total = parts[0].merge(*parts[1:])
+    assert all(total.counts[name].equal(count) for name, count in whole.counts.items())
+    found = stability(parts, ns.CumulativeThreshold(0.9))
+    assert [step["share"] for step in found["growing"]] == [0.25, 0.5, 0.75, 1.0]
+    assert all(iou == 1 for iou in found["growing"][-1]["iou"].values())
+    assert all(0 < iou <= 1 for iou in found["halves"].values())
+    with pytest.raises(ValueError, match="two or more"):
+        stability(parts[:1], ns.CumulativeThreshold(0.9))
+    with pytest.raises(ValueError, match="cannot be cut into 99 parts"):
+        record_corpus(model, toy_tokenizer, toy_data["validation"], parts=99)
+
+
+def test_unstable_masks_are_named():
+    a = counts_of({"encoder.0": [[9, 9, 0, 0]]}, ["en-de"])
+    b = counts_of({"encoder.0": [[0, 0, 9, 9]]}, ["en-de"])
+    assert stability([a, b], ns.CumulativeThreshold(0.9))["unstable"] == ["en-de"]
+    assert stability([a, a], ns.CumulativeThreshold(0.9))["unstable"] == []
