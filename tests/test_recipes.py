@@ -1,0 +1,136 @@
+"""The recipes as users run them: separate processes, files in and out."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+import neuron_specialization as ns
+
+ROOT = Path(__file__).parent.parent
+ACCELERATE = str(Path(sys.executable).parent / "accelerate")
+PAIRS = ["Pv-Aa", "Aa-Pv", "Pv-Ba", "Ba-Pv"]
+
+
+def run(recipe: str, *arguments: str, processes: int = 1, fails: bool = False, stdin: str | None = None) -> str:
+    """Run one recipe with accelerate and return what it printed."""
+    options = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--cpu"]
+    command = [ACCELERATE, "launch", "--num_processes", str(processes), *options, str(ROOT / "recipes" / recipe)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *arguments], capture_output=True, text=True, env=environment, timeout=240, input=stdin
+    )
+    assert (done.returncode != 0) == fails, done.stderr[-3000:]
+    return done.stdout + (done.stderr if fails else "")
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    return tmp_path_factory.mktemp("recipes")
+
+
+@pytest.fixture(scope="module")
+def identified(workspace, toy_files, toy_checkpoint):
+    output = run(
+        "identify.py",
+        *("--model", str(toy_checkpoint), "--validation", str(toy_files / "validation.jsonl")),
+        *("--language_pairs", *PAIRS, "--output_dir", str(workspace / "masks"), "--k", "0.7"),
+        *("--stability", "true", "--parts", "4", "--batch_size", "8"),
+    )
+    return workspace / "masks", output
+
+
+def test_identify_writes_masks_counts_and_a_report(identified):
+    directory, output = identified
+    masks = ns.NeuronMasks.from_pretrained(directory)
+    assert masks.language_pairs == PAIRS and masks.selector["k"] == 0.7
+    counts = ns.ActivationCounts.load(directory / "counts.safetensors")
+    again = ns.CumulativeThreshold(0.7).select(counts)
+    assert all(again.rows[name].equal(rows) for name, rows in masks.rows.items())
+    results = json.loads((directory / "results.json").read_text())
+    block = next(iter(masks.rows))
+    assert results["kept"]["Pv-Aa"][block] == pytest.approx(1 - masks.sparsity("Pv-Aa")[block])
+    assert f"{results['kept']['Pv-Aa'][block]:.2f}" in output and block in output
+    assert results["environment"]["torch"] and set(results["stability"]["halves"]) == set(PAIRS)
+    assert "IoU of split halves" in output
+
+
+def test_identify_gives_the_same_under_two_processes(identified, workspace, toy_files, toy_checkpoint):
+    run(
+        "identify.py",
+        *("--model", str(toy_checkpoint), "--validation", str(toy_files / "validation.jsonl")),
+        *("--language_pairs", *PAIRS, "--output_dir", str(workspace / "masks-2"), "--k", "0.7"),
+        *("--stability", "true", "--parts", "4", "--batch_size", "8"),
+        processes=2,
+    )
+    for name in ("counts.safetensors", "adapter_model.safetensors"):
+        one, two = (load_file(directory / name) for directory in (identified[0], workspace / "masks-2"))
+        assert one.keys() == two.keys() and all(one[key].equal(two[key]) for key in one)
+    assert ns.ActivationCounts.load(identified[0] / "counts.safetensors").tokens["encoder"].sum() > 0
+
+
+@pytest.mark.parametrize("masks", ["masks", "none"])
+def test_specialize_then_evaluate_then_translate(identified, workspace, toy_files, toy_checkpoint, masks):
+    output = workspace / f"run-{masks}"
+    run(
+        "specialize.py",
+        *("--config", str(ROOT / "recipes" / "configs" / "specialize" / "multi30k.yaml")),
+        *("--language_tokens", "Pv=Pv", "--language_pairs", *PAIRS, "--model", str(toy_checkpoint)),
+        *("--masks", "none" if masks == "none" else str(identified[0])),
+        *("--train", str(toy_files / "train.jsonl"), "--validation", str(toy_files / "validation.jsonl")),
+        *("--output_dir", str(output), "--max_steps", "4", "--per_device_train_batch_size", "8", "--eval_steps", "2"),
+    )
+    trained = json.loads((output / "results.json").read_text())
+    assert trained["updates"] == 4 and trained["best_validation_loss"] > 0
+    where = ["--model", str(toy_checkpoint), "--adapter", str(output / "adapter")]
+    if masks == "none":
+        where = ["--model", str(output / "model")]
+    printed = run(
+        "evaluate.py",
+        *where,
+        *("--test", str(toy_files / "test.jsonl"), "--language_pairs", *PAIRS, "--pivot", "Pv", "--num_beams", "2"),
+        *("--output_dir", str(output / "scores"), "--max_sentences", "6"),
+        processes=2 if masks == "none" else 1,
+    )
+    scores = json.loads((output / "scores" / "results.json").read_text())
+    assert set(scores["directions"]) == set(PAIRS) and "mean one-to-many" in printed
+    assert "nw:2" in scores["directions"]["Pv-Aa"]["chrf++_signature"]
+    translated = (output / "scores" / "translations" / "Pv-Aa.txt").read_text().splitlines()
+    assert len(translated) == 6
+    source = [json.loads(line)["Pv"] for line in (toy_files / "test.jsonl").read_text().splitlines()[:6]]
+    text = run("translate.py", *where, "--pair", "Pv-Aa", "--num_beams", "2", stdin="\n".join(source))
+    assert text.splitlines() == translated
+
+
+def test_pretrain_makes_a_checkpoint_with_its_tokenizer(workspace, toy_files):
+    output = workspace / "baseline"
+    printed = run(
+        "pretrain.py",
+        *("--train", str(toy_files / "train.jsonl"), "--validation", str(toy_files / "validation.jsonl")),
+        *("--test", str(toy_files / "test.jsonl"), "--language_pairs", *PAIRS, "--output_dir", str(output)),
+        *("--vocab_size", "400", "--layers", "1", "--d_model", "32", "--d_ff", "64", "--heads", "2"),
+        *("--max_steps", "4", "--eval_steps", "2", "--patience", "1", "--per_device_train_batch_size", "8"),
+    )
+    assert "duplicates" in printed and "overlap" in printed
+    assert json.loads((output / "results.json").read_text())["data"][0]["sentence_pairs"] == 300
+    text = run("translate.py", "--model", str(output / "model"), "--pair", "Pv-Ba", stdin="ba\nbu")
+    assert len(text.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "{workspace}"], "not a checkpoint directory"),
+        (["--model", "{checkpoint}", "--adapter", "{workspace}/missing"], "missing"),
+        (["--model", "{checkpoint}", "--pair", "Pv-Zz"], "Language token not in the tokenizer: 'Zz'"),
+        (["--model", "{checkpoint}", "--config", "{workspace}/missing.yaml"], "no configuration file"),
+    ],
+)
+def test_bad_input_ends_with_one_clear_error(workspace, toy_checkpoint, arguments, message):
+    filled = [word.format(workspace=workspace, checkpoint=toy_checkpoint) for word in arguments]
+    pair = [] if "--pair" in arguments else ["--pair", "Pv-Aa"]
+    assert message in run("translate.py", *filled, *pair, stdin="ba", fails=True)
