@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from peft import AutoPeftModelForSeq2SeqLM, PeftModel, get_peft_model
+from peft import AutoPeftModelForSeq2SeqLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM
 
@@ -174,3 +174,60 @@ def test_a_save_that_fails_leaves_the_old_adapter(base_directory, tmp_path, monk
         ns.save_adapter(adapted, tmp_path / "adapter")
     assert {p.name: p.read_bytes() for p in (tmp_path / "adapter").iterdir()} == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+@pytest.mark.parametrize(
+    ("change", "fix_digest", "message"),
+    [
+        (lambda t: t.pop(first(t, "_delta")), True, "missing .*delta.*Nothing was loaded"),
+        (lambda t: t.update({"base_model.model.lm_head.extra": torch.ones(1)}), True, "unknown .*extra"),
+        (lambda t: t[first(t, "_mask")].zero_(), True, "keep no neuron"),
+        (lambda t: t[first(t, "_delta")].add_(1), False, "save was interrupted"),
+    ],
+)
+@pytest.mark.parametrize("second", [False, True])
+def test_damaged_adapters_are_refused_by_transformers_too(
+    base_directory, tmp_path, change, fix_digest, message, second
+):
+    trained(base_directory, "delta").save_pretrained(str(tmp_path / "adapter"))
+    model = AutoModelForSeq2SeqLM.from_pretrained(base_directory)
+    if second:
+        model.load_adapter(str(tmp_path / "adapter"), adapter_name="first")
+    before = [(name, type(module)) for name, module in model.named_modules()]
+    expected = model(**make_batch(), **({"language_pairs": PAIRS} if second else {})).logits
+    damage(tmp_path / "adapter", change, fix_digest)
+    with pytest.raises(ValueError, match=message):
+        model.load_adapter(str(tmp_path / "adapter"), adapter_name="damaged")
+    assert [(name, type(module)) for name, module in model.named_modules()] == before
+    if second:
+        model.set_adapter("first")
+        assert model(**make_batch(), language_pairs=PAIRS).logits.equal(expected)
+    else:
+        assert model(**make_batch()).logits.equal(expected) and not model._hf_peft_config_loaded
+        assert "generate" not in vars(model) and "_load_pretrained_model" not in vars(model)
+
+
+def test_other_adapters_load_beside_ours(base_directory, tmp_path):
+    """LoRA on attention, injected by transformers into the model that already runs under our masks."""
+    lora = get_peft_model(AutoModelForSeq2SeqLM.from_pretrained(base_directory), lora_on_attention())
+    lora.save_pretrained(str(tmp_path / "lora"))
+    model = AutoModelForSeq2SeqLM.from_pretrained(base_directory)
+    masks = make_masks(model)
+    model.add_adapter(ns.NeuronSpecializationConfig(masks=masks, trainable="none"), adapter_name="masks")
+    model.eval()
+    masked = model(**make_batch(), language_pairs=PAIRS).logits
+    model.load_adapter(str(tmp_path / "lora"), adapter_name="lora")
+    model.set_adapter(["masks", "lora"])
+    both = model(**make_batch(), language_pairs=PAIRS).logits
+    assert not torch.allclose(both, masked)
+    reference = AutoModelForSeq2SeqLM.from_pretrained(base_directory)
+    reference.load_adapter(str(tmp_path / "lora"), adapter_name="lora")
+    assert not torch.allclose(both, reference(**make_batch()).logits)
+    for name in masks.rows:
+        with torch.no_grad():
+            reference.get_submodule(name).weight[~masks.row("en-de", name)] = 0
+    torch.testing.assert_close(both[0], reference(**make_batch()).logits[0], rtol=1e-4, atol=1e-5)
+
+
+def lora_on_attention() -> LoraConfig:
+    return LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="SEQ_2_SEQ_LM")

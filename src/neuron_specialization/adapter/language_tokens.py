@@ -1,7 +1,12 @@
-"""Ids of language tokens: how a model knows which language a row of tokens is in."""
+"""Language tokens: how a model knows which language a row of tokens is in, and so which pair a sample is."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
+
+import torch
+
+from ..neurons.language_pairs import split_pair
 
 
 def language_tokens(tokenizer: Any, tokens: Mapping[str, str]) -> dict[str, int]:
@@ -21,13 +26,100 @@ def language_tokens(tokenizer: Any, tokens: Mapping[str, str]) -> dict[str, int]
         known = [token for token in tokenizer.all_special_tokens if token not in tokenizer.special_tokens_map.values()]
         raise ValueError(
             f"Language tokens not in the tokenizer's vocabulary: {', '.join(absent)}. "
-            + (
-                f"It knows, among others: {', '.join(known[:12])}."
-                if known
-                else "It seems to have no language tokens."
-            )
+            + (f"Among those it knows: {', '.join(known[:12])}." if known else "It seems to have no language tokens.")
         )
     ids = {code: int(vocabulary[token]) for code, token in tokens.items()}
     if len(set(ids.values())) < len(ids):
         raise ValueError(f"Two languages share one token: {dict(tokens)}. Each language needs a token of its own.")
     return ids
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """The tokens of a call that may carry language tags.
+
+    Attributes:
+        source: token ids of the source side, int64 [samples, length], or None.
+        target: of the target side: int64 [samples, length]; one id for all samples; or None.
+    """
+
+    source: torch.Tensor | None = None
+    target: torch.Tensor | int | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to read a language from."""
+        return self.source is None and self.target is None
+
+
+def tokens_of_forward(args: tuple, kwargs: Mapping[str, Any]) -> TokenBatch:
+    """Return the tokens of a model's forward call; labels stand in for missing decoder inputs."""
+    source = kwargs.get("input_ids", args[0] if args else None)
+    target = kwargs.get("decoder_input_ids")
+    return TokenBatch(_ids(source), _ids(kwargs.get("labels") if target is None else target))
+
+
+def tokens_of_generate(model: Any, language_ids: set[int], args: tuple, kwargs: Mapping[str, Any]) -> TokenBatch:
+    """Return the tokens of a `generate` call.
+
+    The target's tag is the first found of `decoder_input_ids`, `forced_bos_token_id`, `decoder_start_token_id`:
+    arguments first, then the generation config.
+    """
+    source = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+    target = _ids(kwargs.get("decoder_input_ids"))
+    if target is not None:
+        return TokenBatch(_ids(source), target)
+    configs = [
+        c for c in (kwargs.get("generation_config"), getattr(model, "generation_config", None)) if c is not None
+    ]
+    for name in ("forced_bos_token_id", "decoder_start_token_id"):
+        for value in (kwargs.get(name), *(getattr(config, name, None) for config in configs)):
+            if isinstance(value, int) and value in language_ids:
+                return TokenBatch(_ids(source), value)
+            if isinstance(value, list | torch.Tensor) and name == "decoder_start_token_id":
+                return TokenBatch(_ids(source), torch.as_tensor(value).reshape(-1, 1))
+    return TokenBatch(_ids(source))
+
+
+def _ids(value: Any) -> torch.Tensor | None:
+    is_tokens = isinstance(value, torch.Tensor) and value.ndim == 2 and not value.is_floating_point()
+    return value if is_tokens else None
+
+
+@dataclass(frozen=True)
+class TagReader:
+    """Reads languages from tokens.
+
+    Attributes:
+        ids: language code → token id.
+        source_tag: what the tag on the source side names, "source" or "target".
+    """
+
+    ids: dict[str, int]
+    source_tag: str
+
+    def sides(self, batch: TokenBatch) -> tuple[list[str | None] | None, list[str | None] | None]:
+        """Return the source and the target language of each sample: None where a row has no tag, or several different
+        ones; and None for a whole side that the tokens do not tell."""
+        on_source = None if batch.source is None else self._read(batch.source)
+        if self.source_tag == "target":
+            return None, on_source
+        if isinstance(batch.target, int):
+            by_id = {token: code for code, token in self.ids.items()}
+            samples = 1 if batch.source is None else len(batch.source)
+            return on_source, [by_id.get(batch.target)] * samples
+        return on_source, None if batch.target is None else self._read(batch.target)
+
+    def _read(self, tokens: torch.Tensor) -> list[str | None]:
+        """Return the one language of each row, wherever its token stands in it."""
+        codes = list(self.ids)
+        ids = torch.tensor([self.ids[code] for code in codes], device=tokens.device)
+        found = (tokens[:, :, None] == ids).any(1)
+        index = torch.where(found.sum(1) == 1, found.int().argmax(1), -1)
+        return [codes[i] if i >= 0 else None for i in index.tolist()]
+
+
+def fitting_pairs(pairs: list[str], source: str | None, target: str | None) -> list[str]:
+    """Return the pairs of which one side is known."""
+    sides = [(pair, *split_pair(pair)) for pair in pairs if "-" in pair]
+    return [pair for pair, s, t in sides if source in (None, s) and target in (None, t)]

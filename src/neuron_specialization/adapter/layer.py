@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from ..neurons.adapter_file import DELTA, DELTA_A, DELTA_B, MASK, pack_rows, unpack_rows
 from ..neurons.ffn import STACKS
-from .routing import BASE_ROW, Routing
+from .route_table import BASE_ROW
+from .routing import Routing
 
 RANDOM_INIT_STD = 0.1
 
@@ -116,7 +117,7 @@ class Linear(nn.Module, NeuronSpecializationLayer):
         """Run some adapters together: their deltas add up, and a neuron must be kept by each of them.
 
         Args:
-            x: [batch, ..., d_model], the whole batch or some samples of it.
+            x: [batch, ..., d_model] ([length, batch, d_model] in time-major models), or some samples of it.
             adapters: names of the adapters.
             samples: where x is part of a batch, int64 indices of its samples in the whole.
             batch: size of the whole batch, beams counted.
@@ -124,7 +125,13 @@ class Linear(nn.Module, NeuronSpecializationLayer):
         out = self._project(x, adapters)
         for adapter in adapters:
             rows = self.routing.rows(adapter, self.stack, x.device)
-            index = self._per_sample(rows.index, batch or x.shape[0])
+            if len(rows.index) > 1 and x.ndim < 3:
+                raise ValueError(
+                    "Several language pairs in one batch need inputs of shape [batch, length, d_model], but this "
+                    f"layer got {list(x.shape)}, from which samples cannot be told apart (an expert sees tokens in an "
+                    "order of its own). Run one language pair per batch."
+                )
+            index = self._per_sample(rows.index, batch or x.shape[self._batch_dim])
             if samples is not None and len(index) > 1:
                 index = index[samples]
             packed = self.neuron_specialization_mask[adapter][index.clamp_min(0)]
@@ -153,19 +160,21 @@ class Linear(nn.Module, NeuronSpecializationLayer):
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        if x.shape[0] % len(names):
+        dim = self._batch_dim
+        batch = x.shape[dim]
+        if batch % len(names):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(names)} and {x.shape[0]} respectively."
+                f"{len(names)} and {batch} respectively."
             )
         out = self.base_layer(x)
         known = {name: i for i, name in enumerate(self.mask_bias)}
         ids = torch.tensor([known.get(name, -1) for name in names], device=x.device)
-        ids = self._per_sample(ids, x.shape[0])
+        ids = self._per_sample(ids, batch)
         for adapter in dict.fromkeys(name for name in names if name in known):
             samples = (ids == known[adapter]).nonzero().flatten()
-            masked = self._forward_masked(x[samples], [adapter], samples, x.shape[0])
-            out = out.index_copy(0, samples, masked.to(out.dtype))
+            masked = self._forward_masked(x.index_select(dim, samples), [adapter], samples, batch)
+            out = out.index_copy(dim, samples, masked.to(out.dtype))
         return out
 
     @staticmethod
@@ -178,16 +187,16 @@ class Linear(nn.Module, NeuronSpecializationLayer):
             )
         return values if len(values) in (1, batch) else values.repeat_interleave(batch // len(values))
 
-    @staticmethod
-    def _align(per_sample: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    @property
+    def _batch_dim(self) -> int:
+        return 1 if self.routing.time_major else 0
+
+    def _align(self, per_sample: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Shape [1 or batch, width] so that it broadcasts over x's projection."""
         if len(per_sample) == 1:
             return per_sample[0]
-        if x.ndim < 3:
-            raise ValueError(
-                "Several language pairs in one batch need inputs of shape [batch, length, d_model], but this layer "
-                f"got {list(x.shape)}, from which samples cannot be told apart. Run one language pair per batch."
-            )
+        if self.routing.time_major:
+            return per_sample
         return per_sample.reshape(len(per_sample), *[1] * (x.ndim - 2), per_sample.shape[-1])
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -6,15 +6,18 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..neurons.adapter_file import PREFIX
 from ..neurons.ffn import DECODER, ENCODER, FfnBlock, find_ffn_blocks, fingerprint
 from . import frozen_rows, routing, storage
 from .config import NeuronSpecializationConfig
 from .layer import Linear, NeuronSpecializationLayer
+from .route_table import table_of
 
 
 class NeuronSpecializationModel(BaseTuner):
@@ -27,6 +30,12 @@ class NeuronSpecializationModel(BaseTuner):
     tuner_layer_cls = NeuronSpecializationLayer
     target_module_mapping: dict[str, list[str]] = {}
 
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        # PEFT's own models come with a dict; a single config means that transformers injects, and may load next
+        if isinstance(peft_config, PeftConfig) and isinstance(model, PreTrainedModel):
+            storage.CheckedLoad(model, adapter_name).install()
+
     def set_language_pair(self, pair: str | None) -> None:
         """Choose the pair that runs wherever a call does not say one; None takes the choice back."""
         routing.set_language_pair(self.model, pair)
@@ -37,7 +46,7 @@ class NeuronSpecializationModel(BaseTuner):
         self._check_other_adapters(adapter_name)
         self._blocks = _find_blocks(config, model)
         shared = routing.attach(model)
-        shared.tables[adapter_name] = routing.table_of(config)
+        shared.tables[adapter_name] = table_of(config)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:

@@ -1,26 +1,26 @@
 """Which rows each sample of the current batch uses: one object shared by a model and all its masked layers.
 
-Order of precedence: pairs said for this call > the pair set on the model > the adapter's only pair > its default pair.
-The choice stays until the next forward pass, because gradient checkpointing recomputes layers after the
-first one ends.
+Order of precedence: pairs said for this call > the pair set on the model > language tokens in the batch > the
+adapter's only pair > its default pair. The choice stays until the next forward pass, because gradient checkpointing
+recomputes layers after the first one ends.
 """
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..neurons.ffn import STACKS, unwrap
-from ..neurons.language_pairs import DEFAULT_PAIR, Routes
-from .config import BASE_PAIR, NeuronSpecializationConfig
+from ..neurons.ffn import STACKS, is_encoder_decoder, is_time_major, unwrap
+from .config import BASE_PAIR
+from .language_tokens import TokenBatch, tokens_of_forward, tokens_of_generate
+from .route_table import BASE_ROW, RouteTable
 
 LanguagePairs = str | Sequence[str] | torch.Tensor
 _ATTRIBUTE = "_neuron_specialization_routing"
-BASE_ROW = -1
 
 
 @dataclass
@@ -37,82 +37,36 @@ class Rows:
 
 
 @dataclass
-class RouteTable:
-    """One adapter's pairs and their rows."""
-
-    routes: Routes
-    default_pair: str | None = None
-
-    @cached_property
-    def pairs(self) -> list[str]:
-        """Names of the pairs; a pair's id is its position."""
-        return self.routes.language_pairs
-
-    @cached_property
-    def rows(self) -> torch.Tensor:
-        """Rows by pair id: int64 [pairs, 2], encoder and decoder."""
-        return torch.tensor([self.routes.route(pair) for pair in self.pairs], dtype=torch.int64)
-
-    def route(self, pair: str) -> tuple[int, int]:
-        """Return the rows of a pair by name; unknown ones fall back to the default pair."""
-        if pair == BASE_PAIR and self.default_pair == BASE_PAIR:
-            return BASE_ROW, BASE_ROW
-        if self.default_pair is not None and not self.routes.knows(pair):
-            return self.route(self.default_pair)
-        return self.routes.route(pair)
-
-    def pair_id(self, pair: str) -> int:
-        """Return the id of a pair, for `language_pairs` given as numbers; that of the base is -1.
-
-        Raises:
-            ValueError: if the pair has no route of its own (composed pairs must be said by name).
-        """
-        if pair in self.pairs:
-            return self.pairs.index(pair)
-        if self.default_pair == BASE_PAIR:
-            return BASE_ROW
-        if self.default_pair is not None or self.pairs == [DEFAULT_PAIR]:
-            return self.pairs.index(self.default_pair or DEFAULT_PAIR)
-        raise ValueError(f"There is no language pair {pair!r} in the adapter. {self.routes.known()}")
-
-    def fallback(self) -> str:
-        """Return the pair to use when none was said.
-
-        Raises:
-            ValueError: if there are several pairs and no default.
-        """
-        if len(self.pairs) == 1:
-            return self.pairs[0]
-        if self.default_pair is not None:
-            return self.default_pair
-        raise ValueError(
-            "This adapter holds several language pairs and none was chosen. Pass language_pairs=[...] (one per "
-            "sample) to the call, or choose one with model.set_language_pair(...) or "
-            f"`with ns.language_pair(model, ...)`. {self.routes.known()}"
-        )
-
-
-@dataclass
 class Routing:
     """The current choice of pairs, per adapter.
 
     Attributes:
         tables: adapter name → its pairs.
+        time_major: whether the model's layers compute on [length, batch, d_model].
         selected: pair set on the model until further notice.
         said: pairs said for the current call.
+        batch: tokens of the current call.
         adapter_names: PEFT's `adapter_names` of the current call, one per sample.
         generating: whether a `generate` call has fixed the pairs for its inner forward passes.
     """
 
     tables: dict[str, RouteTable] = field(default_factory=dict)
+    time_major: bool = False
     selected: str | None = None
     said: LanguagePairs | None = None
+    batch: TokenBatch = field(default_factory=TokenBatch)
     adapter_names: list[str] | None = None
     generating: bool = False
-    _cache: dict[tuple, Rows] = field(default_factory=dict)
+    _current: dict[str, tuple[Rows, Rows] | ValueError] = field(default_factory=dict)
+    _thread: int | None = None
 
-    def begin(self, language_pairs: LanguagePairs | None) -> None:
-        """Start a call: note the pairs said for it.
+    @torch.compiler.disable
+    def begin(
+        self, language_pairs: LanguagePairs | None, batch: TokenBatch | None = None, device: torch.device | None = None
+    ) -> None:
+        """Start a call: find every adapter's rows for it. What cannot be found is an error when a layer asks for it.
+
+        Compiled code sees the result as tensors only, so another pair is no reason to compile again.
 
         Raises:
             ValueError: if a name is unknown to every adapter.
@@ -125,16 +79,17 @@ class Routing:
                 self.check(pair)
             if len(set(language_pairs)) == 1:
                 language_pairs = language_pairs[:1]
-        self.said = language_pairs
-        self._cache.clear()
+        self.said, self.batch = language_pairs, batch or TokenBatch()
+        self._current = {}
+        for adapter in self.tables:
+            self._find(adapter, device)
 
     def select(self, pair: str | None) -> None:
         """Set the pair that holds where none is said; None takes it back."""
         if pair is not None:
             self.check(pair)
         self.selected = pair
-        self.said = None
-        self._cache.clear()
+        self.said, self.batch, self._current = None, TokenBatch(), {}
 
     def check(self, pair: str) -> None:
         """Raise ValueError unless some adapter routes `pair`."""
@@ -154,12 +109,13 @@ class Routing:
         Raises:
             ValueError: if no pair was said, set, or implied.
         """
-        key = (adapter, stack, device)
-        if key not in self._cache:
-            both = self._resolve(self.tables[adapter], device)
-            for side, name in enumerate(STACKS):
-                self._cache[adapter, name, device] = Rows(both.index[:, side].contiguous(), both.has_base)
-        return self._cache[key]
+        if adapter not in self._current:
+            self._find(adapter, device)
+        found = self._current[adapter]
+        if isinstance(found, ValueError):
+            raise found
+        rows = found[STACKS.index(stack)]
+        return rows if rows.index.device == device else Rows(rows.index.to(device), rows.has_base)
 
     def single_route(self, adapter: str) -> tuple[int, int]:
         """Return the (encoder row, decoder row) of the pair set on the model, or of the adapter's only pair.
@@ -170,26 +126,50 @@ class Routing:
         table = self.tables[adapter]
         return table.route(self.selected or table.fallback())
 
-    def _resolve(self, table: RouteTable, device: torch.device) -> Rows:
+    def _find(self, adapter: str, device: torch.device | None) -> None:
+        try:
+            both, has_base = self._resolve(adapter, device)
+        except ValueError as error:
+            self._current[adapter] = error
+        else:
+            encoder, decoder = (Rows(both[:, side].contiguous(), has_base) for side in range(2))
+            self._current[adapter] = encoder, decoder
+
+    def _resolve(self, adapter: str, device: torch.device | None) -> tuple[torch.Tensor, bool]:
+        """Return rows int64 [1 or samples, 2], and whether the base's may be among them."""
+        table = self.tables[adapter]
         if isinstance(self.said, torch.Tensor):
-            ids = self.said.to(device)
-            rows = table.rows.to(device)[ids.clamp_min(0)]
+            ids = self.said.to(device) if device is not None else self.said
+            rows = table.rows.to(ids.device)[ids.clamp_min(0)]
             if table.default_pair == BASE_PAIR:
-                return Rows(torch.where(ids[:, None] < 0, BASE_ROW, rows), True)
-            return Rows(rows, False)
-        names = self.said if self.said is not None else [self.selected or table.fallback()]
-        routes = [table.route(pair) for pair in names]
-        return Rows(torch.tensor(routes, device=device), any(row[0] == BASE_ROW for row in routes))
+                return torch.where(ids[:, None] < 0, BASE_ROW, rows), True
+            return rows, False
+        mine = None if self.adapter_names is None else [name == adapter for name in self.adapter_names]
+        if self.said is not None:
+            one_each = mine is not None and len(mine) == len(self.said)
+            routes = [
+                table.route(pair) if not one_each or mine is None or mine[i] else (0, 0)
+                for i, pair in enumerate(self.said)
+            ]
+        elif self.selected is not None or table.reader is None or self.batch.is_empty:
+            routes = [table.route(self.selected or table.fallback())]
+        else:
+            routes = table.read(self.batch, mine)
+            routes = routes[:1] if len(set(routes)) == 1 else routes
+        return torch.tensor(routes, device=device), any(row[0] == BASE_ROW for row in routes)
 
     @contextmanager
-    def generation(self, language_pairs: LanguagePairs | None) -> Iterator[None]:
+    def generation(
+        self, language_pairs: LanguagePairs | None, batch: TokenBatch | None = None, device: torch.device | None = None
+    ) -> Iterator[None]:
         """Fix the pairs of one `generate` call: its encoder and decoder passes all use them."""
-        self.begin(language_pairs)
-        outer, self.generating = self.generating, True
-        try:
-            yield
-        finally:
-            self.generating = outer
+        with self.one_thread():
+            self.begin(language_pairs, batch, device)
+            outer, self.generating = self.generating, True
+            try:
+                yield
+            finally:
+                self.generating = outer
 
     @contextmanager
     def per_sample_adapters(self, names: list[str]) -> Iterator[None]:
@@ -200,9 +180,50 @@ class Routing:
         finally:
             self.adapter_names = None
 
+    @contextmanager
+    def one_thread(self) -> Iterator[None]:
+        """Hold the routing for this thread; see `enter`."""
+        entered = self.enter()
+        try:
+            yield
+        finally:
+            if entered:
+                self.leave()
+
+    @torch.compiler.disable
+    def enter(self) -> bool:
+        """Take the routing for this thread; return whether it was free before.
+
+        Raises:
+            RuntimeError: if another thread is inside a call of the same model: its pairs would be overwritten.
+        """
+        if self._thread not in (None, threading.get_ident()):
+            raise RuntimeError(
+                "Another thread is running this model. Its language pairs are kept on the model, so calls cannot "
+                "overlap: give each thread a copy of the model, or use processes (DistributedDataParallel)."
+            )
+        free, self._thread = self._thread is None, threading.get_ident()
+        return free
+
+    @torch.compiler.disable
+    def leave(self) -> None:
+        """Give the routing back."""
+        self._thread = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy starts outside of any call
+        fresh: dict[str, Any] = {
+            "said": None,
+            "batch": TokenBatch(),
+            "_current": {},
+            "_thread": None,
+            "generating": False,
+        }
+        return {**vars(self), **fresh}
+
 
 class _BeforeForward:
-    """Forward pre-hook of the base model: takes `language_pairs` out of the arguments. A class, so that it pickles."""
+    """Forward pre-hook of the base model: finds the pairs of the call. A class, so that it pickles."""
 
     def __init__(self, routing: Routing) -> None:
         self.routing = routing
@@ -210,8 +231,24 @@ class _BeforeForward:
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         pairs = kwargs.pop("language_pairs", None)
         if not self.routing.generating:
-            self.routing.begin(pairs)
+            self.routing.enter()
+            try:
+                self.routing.begin(pairs, tokens_of_forward(args, kwargs), _device_of(module))
+            except ValueError:
+                self.routing.leave()
+                raise
         return args, kwargs
+
+
+class _AfterForward:
+    """Forward hook of the base model, called on errors too: the pairs stay, another thread may come."""
+
+    def __init__(self, routing: Routing) -> None:
+        self.routing = routing
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if not self.routing.generating:
+            self.routing.leave()
 
 
 class _RoutedGenerate:
@@ -222,17 +259,27 @@ class _RoutedGenerate:
         self.routing = routing
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self.routing.generation(kwargs.pop("language_pairs", None)):
+        pairs = kwargs.pop("language_pairs", None)
+        readers = [table.reader for table in self.routing.tables.values() if table.reader is not None]
+        ids = {token for reader in readers for token in reader.ids.values()}
+        batch = tokens_of_generate(self.model, ids, args, kwargs)
+        with self.routing.generation(pairs, batch, _device_of(self.model)):
             return type(self.model).generate(self.model, *args, **kwargs)
+
+
+def _device_of(model: nn.Module) -> torch.device | None:
+    parameter = next(model.parameters(), None)
+    return None if parameter is None else parameter.device
 
 
 def attach(model: nn.Module) -> Routing:
     """Return the routing of a base model, attaching one if there is none."""
     routing = getattr(model, _ATTRIBUTE, None)
     if routing is None:
-        routing = Routing()
+        routing = Routing(time_major=is_encoder_decoder(model) and is_time_major(model))
         setattr(model, _ATTRIBUTE, routing)
         model.register_forward_pre_hook(_BeforeForward(routing), with_kwargs=True)
+        model.register_forward_hook(_AfterForward(routing), always_call=True)
         if callable(getattr(model, "generate", None)):
             model.generate = _RoutedGenerate(model, routing)  # type: ignore[assignment]
     return routing
@@ -244,10 +291,11 @@ def detach(model: nn.Module) -> None:
         return
     delattr(model, _ATTRIBUTE)
     vars(model).pop("generate", None)
-    for key, hook in list(model._forward_pre_hooks.items()):
-        if isinstance(hook, _BeforeForward):
-            del model._forward_pre_hooks[key]
-            model._forward_pre_hooks_with_kwargs.pop(key, None)
+    for hooks in (model._forward_pre_hooks, model._forward_hooks):
+        for key in [key for key, hook in hooks.items() if isinstance(hook, _BeforeForward | _AfterForward)]:
+            del hooks[key]
+            for flags in (model._forward_pre_hooks_with_kwargs, model._forward_hooks_always_called):
+                flags.pop(key, None)
 
 
 def routing_of(model: nn.Module) -> Routing:
@@ -289,8 +337,3 @@ def language_pair(model: nn.Module, pair: str) -> Iterator[None]:
         yield
     finally:
         routing.select(before)
-
-
-def table_of(config: NeuronSpecializationConfig) -> RouteTable:
-    """Return the route table of an adapter's config."""
-    return RouteTable(config.routes(), config.default_pair)

@@ -1,6 +1,7 @@
 """What is read is checked first, and what is written is written whole."""
 
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,8 +9,17 @@ from peft import PeftModel
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..neurons.adapter_file import MASK, PREFIX, atomic_directory, check_packed_rows
+from ..neurons.adapter_file import (
+    KEY_PREFIX,
+    MASK,
+    PREFIX,
+    atomic_directory,
+    check_packed_rows,
+    read_weights,
+    verify_digest,
+)
 from .layer import NeuronSpecializationLayer
+from .routing import attach, detach
 
 
 def save_adapter(model: PeftModel, directory: str | PathLike[str], **kwargs: Any) -> None:
@@ -55,6 +65,78 @@ def check_tensors(model: nn.Module, config: Any, adapter_name: str, tensors: dic
             check_packed_rows(key, tensor, shape[0], shape[1])
         elif tuple(tensor.shape) != shape or not tensor.is_floating_point():
             raise ValueError(f"{key}: expected {dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}.")
+
+
+class CheckedLoad:
+    """Stands in for a transformers model's `_load_pretrained_model`, once: checks an adapter's file before it is loaded.
+
+    transformers' `load_adapter` offers no hook of its own, and loads whatever fits. It has injected the adapter by the
+    time this is called; where the file is refused, the adapter is taken out again.
+    """
+
+    def __init__(self, model: Any, adapter_name: str) -> None:
+        self.model = model
+        self.adapter_name = adapter_name
+
+    def install(self) -> None:
+        """Put this in front of the model's own method."""
+        self.model._load_pretrained_model = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model = self.model
+        vars(model).pop("_load_pretrained_model", None)
+        config = model.peft_config.get(self.adapter_name)
+        try:
+            tensors = self._tensors(config, **kwargs)
+            if config is not None and any(PREFIX in key for key in tensors or [PREFIX]):
+                check_tensors(model, config, self.adapter_name, self._as_model_keys(tensors))
+        except ValueError:
+            remove_injected(model, self.adapter_name)
+            raise
+        loaded = model._load_pretrained_model(*args, **kwargs)
+        if config is not None and config.trainable == "full":
+            model.tie_weights()  # loading replaced one of the tied parameters
+        return loaded
+
+    def _tensors(
+        self, config: Any, state_dict: Any = None, checkpoint_files: Any = None, **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
+        if state_dict is not None:
+            return state_dict
+        path = Path(checkpoint_files[0])
+        if config is not None and config.weights_digest is not None:
+            verify_digest(config.weights_digest, path.parent)
+            config.weights_digest = None
+        return read_weights(path)
+
+    def _as_model_keys(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the tensors under the names they get in the model."""
+        named = {key.removeprefix(KEY_PREFIX): tensor for key, tensor in tensors.items()}
+        own = {key.rsplit(".", 1)[0]: key for key in self.model.state_dict() if PREFIX in key}
+        for name, module in self.model.named_modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                translated = module.adapter_state_dict_load_map(self.adapter_name).items()
+                own |= {f"{name}.{stored}": f"{name}.{loaded}" for stored, loaded in translated}
+        return {own.get(key, key): tensor for key, tensor in named.items()}
+
+
+def remove_injected(model: Any, adapter_name: str) -> None:
+    """Take an adapter out of a model that transformers injected it into, layers and routes too."""
+    routing = attach(model)
+    routing.tables.pop(adapter_name, None)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, NeuronSpecializationLayer):
+            if layer._all_available_adapter_names() == [adapter_name]:
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, layer.base_layer)
+            elif adapter_name in layer.mask_bias:
+                layer.delete_adapter(adapter_name)
+    model.peft_config.pop(adapter_name, None)
+    if not routing.tables:
+        detach(model)
+    if not model.peft_config:
+        del model.peft_config
+        model._hf_peft_config_loaded = False
 
 
 def _expected(model: nn.Module, config: Any, adapter_name: str) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

@@ -15,11 +15,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 from tqdm.auto import tqdm
 
-from .ffn import DECODER, ENCODER, STACKS, FfnBlock, find_ffn_blocks, fingerprint, unwrap
+from .ffn import find_ffn_blocks, fingerprint, unwrap
 from .language_pairs import check_pairs, check_source_tag
+from .recorder import Recorder
 
 
 @dataclass
@@ -154,7 +154,7 @@ def record_activations(
     check_source_tag(source_tag)
     base = unwrap(model)
     blocks = find_ffn_blocks(base)
-    recorder = _Recorder(blocks, len(pairs), count_padding, getattr(base.config, "pad_token_id", None))
+    recorder = Recorder(base, blocks, len(pairs), count_padding)
     device = next(base.parameters()).device
     with recorder.attached(), _headless(base), _eval_mode(model), torch.no_grad():
         for index, pair in enumerate(pairs):
@@ -179,88 +179,8 @@ def record_activations(
     )
 
 
-class _Recorder:
-    """Hooks that add each block's active positions to counters on its device."""
-
-    def __init__(self, blocks: list[FfnBlock], pairs: int, count_padding: bool, pad_token_id: int | None) -> None:
-        self.blocks = blocks
-        self.count_padding = count_padding
-        self.pad_token_id = pad_token_id
-        self.counts = {
-            block.name: torch.zeros(pairs, block.d_ff, dtype=torch.int64, device=_device_of(block)) for block in blocks
-        }
-        self.tokens = {stack: torch.zeros(pairs, dtype=torch.int64) for stack in STACKS}
-        self.pair = 0
-        self.positions: dict[str, torch.Tensor] = {}
-
-    def start_batch(self, pair: int, batch: Mapping[str, Any]) -> None:
-        """Note which positions of the coming batch count: float32 [batch, length] of ones and zeros per stack."""
-        self.pair = pair
-        self.positions = {
-            ENCODER: self._encoder_positions(batch).float(),
-            DECODER: self._decoder_positions(batch).float(),
-        }
-        for stack, positions in self.positions.items():
-            self.tokens[stack] = self.tokens[stack].to(positions.device)
-            self.tokens[stack][pair] += positions.sum(dtype=torch.float64).long()
-
-    def _encoder_positions(self, batch: Mapping[str, Any]) -> torch.Tensor:
-        mask: torch.Tensor | None = batch.get("attention_mask")
-        if mask is None:
-            return torch.ones_like(batch["input_ids"])
-        return torch.ones_like(mask) if self.count_padding else mask
-
-    def _decoder_positions(self, batch: Mapping[str, Any]) -> torch.Tensor:
-        labels: torch.Tensor | None = batch.get("labels")
-        if labels is not None:
-            return torch.ones_like(labels) if self.count_padding else labels != -100
-        tokens: torch.Tensor | None = batch.get("decoder_input_ids")
-        if tokens is None:
-            raise ValueError("A batch to record needs labels or decoder_input_ids beside input_ids (teacher forcing).")
-        if self.count_padding:
-            return torch.ones_like(tokens)
-        if batch.get("decoder_attention_mask") is not None:
-            return batch["decoder_attention_mask"]
-        real = tokens.ne(-1 if self.pad_token_id is None else self.pad_token_id)
-        real[:, 0] = True  # the start token is a position even where it is the padding token (T5)
-        return real
-
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Attach the hooks for the length of the context."""
-        handles = [self._attach(block) for block in self.blocks]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _attach(self, block: FfnBlock) -> RemovableHandle:
-        if block.gate is None:
-            return block.down.register_forward_pre_hook(lambda module, args: self._count(block, args[0]))
-        return block.gate.register_forward_hook(
-            lambda module, args, output: self._count(block, block.activation(output))
-        )
-
-    def _count(self, block: FfnBlock, values: torch.Tensor) -> None:
-        """Add one count per active position. A product of 0/1 floats is exact up to 2^24 positions per batch."""
-        positions = self.positions[block.stack]
-        if values.shape[:2] != positions.shape:
-            raise ValueError(
-                f"{block.name} computes positions of shape {tuple(values.shape[:-1])}, but the batch has "
-                f"{tuple(positions.shape)}; cannot tell which of them are padding."
-            )
-        active = torch.gt(values, 0, out=torch.empty(values.shape, dtype=torch.float32, device=values.device))
-        counted = positions.reshape(-1).to(values.device) @ active.reshape(-1, block.d_ff)
-        self.counts[block.name][self.pair] += counted.long()
-
-
 def _is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _device_of(block: FfnBlock) -> torch.device:
-    return next(block.down.parameters()).device
 
 
 class _BeforeHead(Exception):
@@ -271,7 +191,7 @@ class _BeforeHead(Exception):
 def _headless(model: Any) -> Iterator[None]:
     """Stop every forward pass at the output embedding, the costliest layer of a model with a large vocabulary."""
     head = model.get_output_embeddings()
-    if head is None:
+    if head is None or isinstance(head, nn.Embedding):  # FSMT's is the decoder's input embedding as well
         yield
         return
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
+from safetensors.torch import load_file
 
 FORMAT_VERSION = 1
 PEFT_TYPE = "NEURON_SPECIALIZATION"
@@ -75,6 +76,13 @@ def file_digest(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a weights file, on the CPU."""
+    if path.suffix == ".bin":
+        return torch.load(path, map_location="cpu", weights_only=True)
+    return load_file(path)
 
 
 def verify_digest(digest: str | None, location: str | PathLike[str], **hub: Any) -> None:

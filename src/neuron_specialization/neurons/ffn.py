@@ -69,10 +69,12 @@ def find_ffn_blocks(model: nn.Module) -> list[FfnBlock]:
             "an encoder and a decoder (NLLB, M2M100, mBART, Marian, T5, ...): load one with AutoModelForSeq2SeqLM."
         )
     prefixes = _stack_prefixes(model)
+    towers = tuple(f"{name}." for name, module in model.named_modules() if _sees_images(module))
     blocks = [
         FfnBlock(name, *_locate(name, prefixes), *parts)
         for parent_name, parent in model.named_modules()
         for name, *parts in _blocks_of(parent_name, parent)
+        if not name.startswith(towers)
     ]
     if not blocks:
         raise ValueError(
@@ -101,6 +103,32 @@ def fingerprint(model: nn.Module, blocks: list[FfnBlock]) -> dict[str, str | int
         "d_model": up.in_features,
         "activation": getattr(activation, "__name__", type(activation).__name__),
     }
+
+
+def is_time_major(model: nn.Module) -> bool:
+    """Whether the model's layers compute on [length, batch, d_model] instead of [batch, length, d_model] (FSMT).
+
+    Looked up by running a copy without weights (on the meta device) on two sequences of three tokens.
+    """
+    model = unwrap(model)
+    shapes: list[tuple[int, ...]] = []
+    try:
+        with torch.device("meta"):
+            hollow: Any = type(model)(model.config)
+        down = find_ffn_blocks(hollow)[0].down
+        down.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape)))
+        with torch.no_grad():
+            hollow.get_encoder()(torch.ones(2, 3, dtype=torch.int64, device="meta"))
+    except Exception:
+        # a forward that inspects values cannot run without them, and some inputs are not tokens: the shape may have
+        # been seen by then, and else the model follows the library's convention
+        pass
+    return bool(shapes) and shapes[0][:2] == (3, 2)
+
+
+def _sees_images(module: nn.Module) -> bool:
+    """Whether a module is the image tower of a model whose text blocks are the ones that translate (T5Gemma 2)."""
+    return getattr(module, "main_input_name", None) == "pixel_values"
 
 
 def _stack_prefixes(model: nn.Module) -> dict[str, str]:

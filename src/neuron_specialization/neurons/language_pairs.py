@@ -128,6 +128,7 @@ class Routes:
         into = {p.split("-")[1]: rows[0] for p, rows in self.listed.items() if p.startswith(f"{source}-")}
         out_of = {p.split("-")[0]: rows[1] for p, rows in self.listed.items() if p.endswith(f"-{target}")}
         pivots = [language for language in into if language in out_of and pivot in (None, language)]
+        pivots = pivots if source != target else []
         if not pivots:
             raise ValueError(f"There is no language pair {pair!r} and no pivot to compose it from. {self.known()}")
         if self.source_tag == "target":

@@ -1,0 +1,291 @@
+"""The right pair without being told: language tokens in the conventions of the models."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import GenerationConfig
+
+import neuron_specialization as ns
+
+from .conftest import PAIRS, make_batch, make_m2m100, make_masks, make_t5
+
+EN, DE, FR = 50, 51, 52
+TOKENS = {"en": EN, "de": DE, "fr": FR}
+CODES = {"en": EN, "de": DE, "fr": FR}
+START, PAD, EOS = 2, 1, 2
+
+
+def adapted(pairs=PAIRS, make=make_m2m100, **config):
+    model = make()
+    masks = make_masks(model, pairs)
+    if config.get("source_tag") == "target":
+        masks.routes.source_tag = "target"
+    settings = {"trainable": "delta", "init_weights": False, "language_tokens": TOKENS, **config}
+    return get_peft_model(
+        model, ns.NeuronSpecializationConfig(masks=masks, task_type="SEQ_2_SEQ_LM", **settings)
+    ).eval()
+
+
+def words(batch: int, length: int, seed: int) -> torch.Tensor:
+    return torch.randint(4, 50, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def column(values: list[int]) -> torch.Tensor:
+    return torch.tensor(values)[:, None]
+
+
+def tagged(pairs: list[str], convention: str) -> dict[str, torch.Tensor]:
+    """A training batch as the tokenizer and collator of each model make it."""
+    source, target = ([CODES[code] for code in side] for side in zip(*(p.split("-") for p in pairs), strict=True))
+    n = len(pairs)
+    text, translation = words(n, 5, 0), words(n, 4, 1)
+    eos, start = column([EOS] * n), column([START] * n)
+    if convention in ("nllb", "m2m100", "mbart50"):
+        inputs = torch.cat([column(source), text, eos], 1)
+        labels = torch.cat([column(target), translation, eos], 1)
+        decoder = torch.cat([start, labels[:, :-1]], 1)
+    elif convention in ("nllb-legacy", "mbart25"):
+        inputs = torch.cat([text, eos, column(source)], 1)
+        labels = torch.cat([translation, eos, column(target)], 1)
+        decoder = torch.cat([column(target), translation, eos], 1)
+    else:  # marian, t5: the target's tag opens the source, and nothing marks the target
+        inputs = torch.cat([column(target), text, eos], 1)
+        labels = torch.cat([translation, eos], 1)
+        decoder = torch.cat([start, translation], 1)
+    return {"input_ids": inputs, "labels": labels, "decoder_input_ids": decoder}
+
+
+@pytest.mark.parametrize("convention", ["nllb", "m2m100", "mbart50", "nllb-legacy", "mbart25"])
+def test_forward_reads_the_pair_of_each_sample(convention):
+    model, batch = adapted(), tagged(PAIRS, convention)
+    expected = model(**batch, language_pairs=PAIRS).logits
+    assert model(**batch).logits.equal(expected)
+    labels_only = {k: v for k, v in batch.items() if k != "decoder_input_ids"}
+    shifted = model(**labels_only, language_pairs=PAIRS).logits
+    assert model(**labels_only).logits.equal(shifted), "labels carry the tag too"
+    one = {k: v[2:3] for k, v in batch.items()}
+    assert model(**one).logits.equal(model(**one, language_pairs="en-fr").logits)
+
+
+@pytest.mark.parametrize("make", [make_m2m100, make_t5], ids=["marian", "t5"])
+def test_the_target_tag_on_the_source_is_enough_where_one_pair_fits(make):
+    pairs = ["en-de", "en-fr", "de-en"]
+    model, batch = adapted(pairs, make, source_tag="target"), tagged(pairs, "marian")
+    assert model(**batch).logits.equal(model(**batch, language_pairs=pairs).logits)
+    generated = {"input_ids": batch["input_ids"], "max_new_tokens": 5, "num_beams": 2}
+    assert model.generate(**generated).equal(model.generate(**generated, language_pairs=pairs))
+    ambiguous = adapted(PAIRS, make, source_tag="target")  # both de-en and fr-en go into English
+    with pytest.raises(ValueError, match="Sample 1 of the batch is into en.*rows differ: de-en, fr-en"):
+        ambiguous(**tagged(["en-de", "de-en"], "marian"))
+
+
+def test_pairs_that_fit_may_agree():
+    """With factorised masks every source into German shares the decoder row, and from English the encoder row."""
+    model = make_m2m100()
+    masks = make_masks(model, ["en-de", "en-fr"]).factorise()
+    config = ns.NeuronSpecializationConfig(masks=masks, language_tokens=TOKENS, task_type="SEQ_2_SEQ_LM")
+    model = get_peft_model(model, config)
+    batch = tagged(["en-de"], "nllb")
+    assert model(**batch).logits.equal(model(**batch, language_pairs="en-de").logits)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"forced_bos_token_id": DE},
+        {"generation_config": GenerationConfig(forced_bos_token_id=DE, max_new_tokens=5)},
+        {"decoder_start_token_id": DE},
+        {"decoder_input_ids": torch.tensor([[START, DE]] * 2)},
+    ],
+    ids=["forced_bos", "generation_config", "decoder_start", "decoder_input_ids"],
+)
+def test_generate_reads_the_target_from_where_it_is_said(how):
+    model = adapted()
+    sources = tagged(["en-de", "en-de"], "nllb")["input_ids"]
+    found = model.generate(input_ids=sources, num_beams=2, max_new_tokens=5, **how)
+    expected = model.generate(input_ids=sources, num_beams=2, max_new_tokens=5, language_pairs="en-de", **how)
+    other = model.generate(input_ids=sources, num_beams=2, max_new_tokens=5, language_pairs="en-fr", **how)
+    assert found.equal(expected)
+    assert found.shape != other.shape or not found.equal(other)
+
+
+def test_the_models_generation_config_is_read_last():
+    model = adapted()
+    sources = tagged(["en-de"], "nllb")["input_ids"]
+    model.get_base_model().generation_config.forced_bos_token_id = FR
+    french = model.generate(input_ids=sources, max_new_tokens=5)
+    assert french.equal(model.generate(input_ids=sources, max_new_tokens=5, language_pairs="en-fr"))
+    german = model.generate(input_ids=sources, max_new_tokens=5, forced_bos_token_id=DE)
+    assert german[0, 1] == DE
+
+
+def test_a_batch_of_several_targets_generates_from_decoder_inputs():
+    model = adapted()
+    sources = tagged(PAIRS, "nllb")["input_ids"]
+    starts = torch.tensor([[START, CODES[pair.split("-")[1]]] for pair in PAIRS])
+    options = {"num_beams": 3, "max_new_tokens": 5}
+    mixed = model.generate(input_ids=sources, decoder_input_ids=starts, **options)
+    for i, pair in enumerate(PAIRS):
+        alone = model.generate(
+            input_ids=sources[i : i + 1], decoder_input_ids=starts[i : i + 1], language_pairs=pair, **options
+        )[0]
+        width = min(len(alone), mixed.shape[1])
+        assert mixed[i, :width].equal(alone[:width])
+
+
+def test_encoder_rows_are_right_from_the_first_encoder_call():
+    """They depend on the target here, which only `forced_bos_token_id` tells."""
+    model = adapted()
+    sources = tagged(["en-de"], "nllb")["input_ids"]
+    seen = []
+    encoder = model.get_base_model().get_encoder()
+    encoder.register_forward_hook(lambda module, args, output: seen.append(output[0].clone()))
+    for target in (DE, FR):
+        model.generate(input_ids=sources, forced_bos_token_id=target, max_new_tokens=2)
+    model(**tagged(["en-fr"], "nllb"))
+    assert not torch.allclose(seen[0], seen[1]) and torch.allclose(seen[1], seen[2], atol=1e-6)
+
+
+def test_wrong_tags_name_the_sample():
+    model, batch = adapted(), tagged(PAIRS, "nllb")
+    untagged = copy.deepcopy(batch)
+    untagged["input_ids"][2, 0] = 7
+    with pytest.raises(ValueError, match="Sample 2 of the batch does not carry exactly one.*en 50, de 51, fr 52"):
+        model(**untagged)
+    double = copy.deepcopy(batch)
+    double["input_ids"][1, 3] = FR
+    with pytest.raises(ValueError, match="Sample 1 of the batch does not carry exactly one"):
+        model(**double)
+    same_twice = copy.deepcopy(batch)
+    same_twice["input_ids"][0, 3] = EN  # the same tag again says nothing new
+    model(**same_twice)
+    with pytest.raises(ValueError, match="no language pair 'de-de'"):
+        model(**{**batch, "decoder_input_ids": torch.full_like(batch["decoder_input_ids"], DE)})
+
+
+@pytest.mark.parametrize("default", ["base", "en-fr"])
+def test_samples_without_a_route_fall_back_to_the_default_pair(default):
+    model, batch = adapted(default_pair=default), tagged(PAIRS, "nllb")
+    batch["input_ids"][2, 0] = 7
+    assert model(**batch).logits.equal(model(**batch, language_pairs=["en-de", "de-en", default, "fr-en"]).logits)
+
+
+def test_what_is_said_goes_before_what_is_read():
+    model, batch = adapted(), tagged(["en-de"], "nllb")
+    french = model(**batch, language_pairs="en-fr").logits
+    with ns.language_pair(model, "en-fr"):
+        assert model(**batch).logits.equal(french)
+    assert not model(**batch).logits.equal(french)
+
+
+def test_zero_shot_directions_are_read_and_composed():
+    model, batch = adapted(), tagged(["de-fr", "fr-de"], "nllb")
+    assert model(**batch).logits.equal(model(**batch, language_pairs=["de-fr", "fr-de"]).logits)
+    refused = adapted(["de-en", "en-fr"], source_tag="target")
+    with pytest.raises(ValueError, match="cannot be composed.*Marian"):
+        refused(**batch, language_pairs="de-fr")
+
+
+def test_tokens_are_read_beside_adapter_names():
+    """Samples of another adapter, which this one could not route, do not matter to it."""
+    model = adapted(["en-de"])
+    other = ns.NeuronSpecializationConfig(
+        masks=make_masks(make_m2m100(), ["en-fr"]),
+        init_weights=False,
+        language_tokens=TOKENS,
+        task_type="SEQ_2_SEQ_LM",
+    )
+    model.add_adapter("french", other)
+    model.eval()
+    batch = tagged(["en-de", "en-fr", "fr-de"], "nllb")
+    mixed = model(**batch, adapter_names=["default", "french", "__base__"]).logits
+    german = model(**{k: v[:1] for k, v in batch.items()}).logits
+    model.set_adapter("french")
+    french = model(**{k: v[1:2] for k, v in batch.items()}).logits
+    torch.testing.assert_close(mixed[:1], german, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mixed[1:2], french, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("trainable", ["none", "delta", "low_rank", "full"])
+def test_adapters_that_transformers_injects_work_alike(trainable, tmp_path):
+    base = make_m2m100()
+    config = {"masks": make_masks(base), "trainable": trainable, "language_tokens": TOKENS, "init_weights": False}
+    batch = tagged(PAIRS, "nllb")
+    added = make_m2m100()
+    added.add_adapter(ns.NeuronSpecializationConfig(**config))
+    if trainable != "none":
+        parameters = [p for p in added.parameters() if p.requires_grad]
+        added(**batch).loss.backward()
+        torch.optim.SGD(parameters, lr=0.5).step()
+    added.eval()
+    expected = added(**batch).logits
+    assert expected.equal(added(**batch, language_pairs=PAIRS).logits)
+    added.save_pretrained(tmp_path)
+    loaded = make_m2m100()
+    loaded.load_adapter(str(tmp_path))
+    loaded.eval()
+    torch.testing.assert_close(loaded(**batch).logits, expected)
+    options = {"max_new_tokens": 5, "forced_bos_token_id": DE}
+    english = tagged(["en-de"], "nllb")["input_ids"]
+    assert loaded.generate(english, **options).equal(added.generate(english, **options))
+    ns.set_language_pair(loaded, "fr-en")
+    assert not loaded(**batch).logits.equal(expected)
+    if trainable != "full":
+        loaded.disable_adapters()
+        torch.testing.assert_close(loaded(**batch).logits, make_m2m100()(**batch).logits)
+
+
+def test_threads_do_not_overwrite_each_others_pairs():
+    model = adapted()
+    batch = make_batch()
+    errors = []
+
+    def second_call():
+        try:
+            model(**batch, language_pairs="fr-en")
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    def in_the_middle(module, args):
+        thread = threading.Thread(target=second_call)
+        thread.start()
+        thread.join()
+
+    handle = model.get_base_model().get_decoder().register_forward_pre_hook(in_the_middle)
+    model(**batch, language_pairs="en-de")
+    handle.remove()
+    assert len(errors) == 1 and "Another thread is running this model" in errors[0]
+    with pytest.raises(ValueError, match="no language pair"):
+        model(**batch, language_pairs="xx-yy")
+    thread = threading.Thread(target=second_call)
+    thread.start()
+    thread.join()
+    assert len(errors) == 1, "after a call, even a failed one, the model is free for another thread"
+
+
+def test_compiled_models_switch_pairs_without_compiling_again():
+    model, batch = adapted(), tagged(["en-de"], "nllb")
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=count)
+    with torch.no_grad():
+        first = compiled(**batch, language_pairs="en-de").logits
+        made = len(graphs)
+        assert made > 0
+        for pair in ("de-en", "en-fr", "fr-en", "de-fr"):
+            found = compiled(**batch, language_pairs=pair).logits
+            torch.testing.assert_close(found, model(**batch, language_pairs=pair).logits)
+            assert not torch.allclose(found, first)
+        for ids in (0, 1, 2):
+            compiled(**batch, language_pairs=torch.tensor([ids]))
+        compiled(**batch)
+        assert len(graphs) == made, f"{len(graphs) - made} compilations too many"
+    torch._dynamo.reset()
