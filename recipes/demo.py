@@ -65,8 +65,6 @@ def main() -> None:
     results = {"baseline": run("baseline", baseline, demo.pretrain_steps)}
     fine_tuned, specialized = copy.deepcopy(baseline), copy.deepcopy(baseline)
 
-    baseline.save_pretrained(f"{training.output_dir}/model")
-    tokenizer.save_pretrained(f"{training.output_dir}/model")
     print("\n== identify")
     (counts,) = record_corpus(baseline, tokenizer, data["validation"])
     masks = ns.CumulativeThreshold(demo.k).select(counts)
@@ -76,7 +74,6 @@ def main() -> None:
     config = ns.NeuronSpecializationConfig(masks=masks, trainable="full", task_type="SEQ_2_SEQ_LM")
     specialized = get_peft_model(specialized, config)
     results["specialized"] = run("specialized", specialized, demo.continue_steps)
-    ns.save_adapter(specialized, f"{training.output_dir}/adapter")
 
     rows = [
         {"run": name, **{f"{group} {s}": v[s] for group, v in result["averages"].items() for s in SCORES}}

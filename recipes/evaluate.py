@@ -8,12 +8,11 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from accelerate import PartialState
-
 from neuron_specialization.translation.arguments import DataArguments, ModelArguments, parse
 from neuron_specialization.translation.checkpoints import load_adapted
 from neuron_specialization.translation.data import load_parallel
 from neuron_specialization.translation.evaluation import evaluate, score_rows
+from neuron_specialization.translation.processes import this_process
 from neuron_specialization.translation.results import table, write_results
 
 
@@ -34,7 +33,7 @@ def main() -> None:
     model, tokenizer = load_adapted(where.model, where.adapter)
     started = time.perf_counter()
     result = evaluate(
-        model.to(PartialState().device),
+        model.to(this_process().device),
         tokenizer,
         test,
         pivot=data.pivot,
@@ -43,7 +42,7 @@ def main() -> None:
         num_beams=args.num_beams,
     )
     seconds = time.perf_counter() - started
-    if not PartialState().is_main_process:
+    if not this_process().is_main_process:
         return
     for pair, texts in result.pop("translations").items():
         path = Path(args.output_dir) / "translations" / f"{pair}.txt"

@@ -7,14 +7,13 @@ accelerate launch recipes/identify.py --config recipes/configs/identify/multi30k
 import time
 from dataclasses import dataclass, field
 
-from accelerate import PartialState
-
 import neuron_specialization as ns
 from neuron_specialization.neurons.stability import stability
 from neuron_specialization.translation.arguments import DataArguments, ModelArguments, parse
 from neuron_specialization.translation.checkpoints import load_adapted
 from neuron_specialization.translation.data import load_parallel
 from neuron_specialization.translation.identification import record_corpus
+from neuron_specialization.translation.processes import this_process
 from neuron_specialization.translation.results import table, write_results
 
 
@@ -46,7 +45,7 @@ def main() -> None:
     model, tokenizer = load_adapted(where.model, where.adapter)
     started = time.perf_counter()
     parts = record_corpus(
-        model.to(PartialState().device),
+        model.to(this_process().device),
         tokenizer,
         corpus,
         language_tokens=data.tokens,
@@ -60,7 +59,7 @@ def main() -> None:
     seconds = time.perf_counter() - started
     counts = parts[0].merge(*parts[1:])
     masks = selector.select(counts)
-    if not PartialState().is_main_process:
+    if not this_process().is_main_process:
         return
     masks.save(args.output_dir)
     counts.save(f"{args.output_dir}/counts.safetensors")

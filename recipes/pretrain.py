@@ -61,12 +61,10 @@ def main() -> None:
         max_length=data.max_length,
     )
     if training.process_index == 0:
-        model.save_pretrained(f"{training.output_dir}/model")
-        tokenizer.save_pretrained(f"{training.output_dir}/model")
         settings = {"arguments": [vars(pretrain), vars(data), training.to_dict()]}
         results = {**metrics, "data": data_check_rows(checks), **settings}
         print(table([{k: metrics[k] for k in ("updates", "best_validation_loss", "train_runtime")}]))
-        print(f"wrote {training.output_dir}/model and {write_results(training.output_dir, results)}")
+        print(f"wrote {metrics['saved']} and {write_results(training.output_dir, results)}")
 
 
 if __name__ == "__main__":

@@ -41,8 +41,7 @@ def main() -> None:
     model, tokenizer = load_checkpoint(where.model)
     tokens = resolve_tokens(tokenizer, data.language_pairs, data.tokens)
     dense = args.masks == "none"
-    adapted = not dense or args.trainable != "full"
-    if adapted:
+    if not dense or args.trainable != "full":
         config = ns.NeuronSpecializationConfig(
             masks=None if dense else args.masks,
             language_pairs=data.language_pairs if dense else None,
@@ -65,16 +64,10 @@ def main() -> None:
         max_length=data.max_length,
     )
     if training.process_index == 0:
-        directory = f"{training.output_dir}/{'adapter' if adapted else 'model'}"
-        if adapted:
-            ns.save_adapter(model, directory)
-        else:
-            model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
         settings = {"arguments": [vars(args), vars(where), vars(data), training.to_dict()]}
         results = {**metrics, "data": data_check_rows(checks), **settings}
         print(table([{k: metrics[k] for k in ("updates", "best_validation_loss", "train_runtime")}]))
-        print(f"wrote {directory} and {write_results(training.output_dir, results)}")
+        print(f"wrote {metrics['saved']} and {write_results(training.output_dir, results)}")
 
 
 if __name__ == "__main__":

@@ -8,11 +8,10 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from accelerate import PartialState
-
 import neuron_specialization as ns
 from neuron_specialization.translation.arguments import ModelArguments, as_mapping, parse
 from neuron_specialization.translation.checkpoints import load_adapted
+from neuron_specialization.translation.processes import this_process
 
 
 @dataclass
@@ -32,7 +31,7 @@ def main() -> None:
     text = sys.stdin.read() if args.input == "-" else Path(args.input).read_text()
     model, tokenizer = load_adapted(where.model, where.adapter)
     translations = ns.translate(
-        model.to(PartialState().device),
+        model.to(this_process().device),
         tokenizer,
         text.splitlines(),
         args.pair,

@@ -16,11 +16,22 @@ ACCELERATE = str(Path(sys.executable).parent / "accelerate")
 PAIRS = ["Pv-Aa", "Aa-Pv", "Pv-Ba", "Ba-Pv"]
 
 
+CPU = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def launch_options(processes: int) -> list[str]:
+    """Options of accelerate that start so many processes on the CPU."""
+    several = ["--multi_gpu"] if processes > 1 else ["--cpu"]
+    return [*several, "--num_processes", str(processes), "--num_machines", "1", *NO_CONFIG]
+
+
+NO_CONFIG = ["--mixed_precision", "no", "--dynamo_backend", "no"]
+
+
 def run(recipe: str, *arguments: str, processes: int = 1, fails: bool = False, stdin: str | None = None) -> str:
     """Run one recipe with accelerate and return what it printed."""
-    options = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--cpu"]
-    command = [ACCELERATE, "launch", "--num_processes", str(processes), *options, str(ROOT / "recipes" / recipe)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [ACCELERATE, "launch", *launch_options(processes), str(ROOT / "recipes" / recipe)]
+    environment = {**os.environ, **CPU}
     done = subprocess.run(
         [*command, *arguments], capture_output=True, text=True, env=environment, timeout=240, input=stdin
     )
@@ -67,6 +78,8 @@ def test_identify_gives_the_same_under_two_processes(identified, workspace, toy_
         *("--stability", "true", "--parts", "4", "--batch_size", "8"),
         processes=2,
     )
+    two_processes = json.loads((workspace / "masks-2" / "results.json").read_text())["environment"]
+    assert two_processes["processes"] == 2, "this must not be a run of one process"
     for name in ("counts.safetensors", "adapter_model.safetensors"):
         one, two = (load_file(directory / name) for directory in (identified[0], workspace / "masks-2"))
         assert one.keys() == two.keys() and all(one[key].equal(two[key]) for key in one)
@@ -97,6 +110,7 @@ def test_specialize_then_evaluate_then_translate(identified, workspace, toy_file
         processes=2 if masks == "none" else 1,
     )
     scores = json.loads((output / "scores" / "results.json").read_text())
+    assert scores["environment"]["processes"] == (2 if masks == "none" else 1)
     assert set(scores["directions"]) == set(PAIRS) and "mean one-to-many" in printed
     assert "nw:2" in scores["directions"]["Pv-Aa"]["chrf++_signature"]
     translated = (output / "scores" / "translations" / "Pv-Aa.txt").read_text().splitlines()

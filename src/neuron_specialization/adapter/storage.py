@@ -68,7 +68,7 @@ def check_tensors(model: nn.Module, config: Any, adapter_name: str, tensors: dic
 
 
 class CheckedLoad:
-    """Stands in for a transformers model's `_load_pretrained_model`, once: checks an adapter's file before it is loaded.
+    """Stands in for a transformers model's `_load_pretrained_model`, once: checks an adapter's file before loading it.
 
     transformers' `load_adapter` offers no hook of its own, and loads whatever fits. It has injected the adapter by the
     time this is called; where the file is refused, the adapter is taken out again.

@@ -138,12 +138,17 @@ def atomic_directory(directory: str | PathLike[str]) -> Iterator[Path]:
     try:
         os.chmod(fresh, 0o755)  # mkdtemp makes it private to the user
         yield fresh
-        if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-            os.replace(target, old / "replaced")
-            os.replace(fresh, target)
-            shutil.rmtree(old)
-        else:
-            os.replace(fresh, target)
+        replace_directory(fresh, target)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def replace_directory(fresh: Path, target: Path) -> None:
+    """Move `fresh` to `target`, in the place of what stands there."""
+    if not target.exists():
+        os.replace(fresh, target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
+    os.replace(target, old / "replaced")
+    os.replace(fresh, target)
+    shutil.rmtree(old)

@@ -8,12 +8,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from tqdm.auto import tqdm
 
 from ..neurons.language_pairs import split_pair
+from .processes import this_process
 from .translate import translate
 
 _METRIC = Path(__file__).parent / "metrics" / "translation_scores.py"
@@ -78,7 +78,7 @@ def evaluate(
     generate_kwargs.setdefault("num_beams", 5)
     directions, translations = {}, {}
     for pair, rows in tqdm(data.items(), desc="evaluating", disable=len(data) < 2):
-        with PartialState().split_between_processes(list(rows["source"])) as sources:
+        with this_process().split_between_processes(list(rows["source"])) as sources:
             mine = translate(
                 model,
                 tokenizer,

@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from accelerate import PartialState
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
 from ..adapter.routing import is_routed
 from ..neurons.activations import ActivationCounts, record_activations
 from .data import TranslationCollator
+from .processes import this_process
 from .tokenization import encode, resolve_tokens
 
 
@@ -66,7 +66,7 @@ def record_corpus(
         examples = sorted((encoded[pair][i] for i in order), key=lambda e: len(e["input_ids"]) + len(e["labels"]))
         whole = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
         route = {"language_pairs": [pair]} if is_routed(model) else {}
-        state = PartialState()
+        state = this_process()
         # whole batches are dealt to processes, so that the number of processes changes no batch
         return DataLoader(
             whole[state.process_index :: state.num_processes],  # type: ignore[arg-type]
@@ -80,7 +80,7 @@ def record_corpus(
             {pair: batches(pair, part) for pair in encoded},
             count_padding,
             source_tag,
-            progress=PartialState().is_main_process,
+            progress=this_process().is_main_process,
         ).all_reduce()
         for part in range(parts)
     ]

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
+from .processes import this_process
+
 _VERSIONED = (
     "neuron-specialization", "torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "sacrebleu",
 )  # fmt: skip
@@ -40,8 +42,9 @@ def write_results(directory: str | Path, results: Mapping[str, Any], name: str =
     return path
 
 
-def environment() -> dict[str, str]:
-    """Return versions of what a number depends on, and the kind of device."""
+def environment() -> dict[str, str | int]:
+    """Return versions of what a number depends on, the kind of device, and how much of it was used."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     versions = {name: importlib.metadata.version(name) for name in _VERSIONED}
-    return {"python": platform.python_version(), "device": device, "threads": str(torch.get_num_threads()), **versions}
+    used = {"device": device, "processes": this_process().num_processes, "threads": torch.get_num_threads()}
+    return {"python": platform.python_version(), **used, **versions}

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from ..adapter.routing import is_routed, routing_of
+from ..neurons.adapter_file import replace_directory
 from ..neurons.ffn import unwrap
 from .data import DirectionBatchSampler, TranslationCollator, encode_parallel
 from .tokenization import resolve_tokens
@@ -143,6 +144,8 @@ def fit(
 ) -> dict[str, Any]:
     """Train `model` on every direction of `train`, resuming from the newest complete checkpoint if there is one.
 
+    The result is saved with its tokenizer as `adapter` (for a model with adapters) or `model` in the output directory.
+
     With validation data, the model is evaluated every `eval_steps` and left at its best validation loss.
 
     Args:
@@ -156,7 +159,7 @@ def fit(
         max_length: truncate training text to so many tokens.
 
     Returns:
-        The Trainer's metrics, with "updates", "best_validation_loss" and the log of losses.
+        The Trainer's metrics, with "updates", "best_validation_loss", the log of losses, and where it was "saved".
     """
     pairs = list(train)
     tokens = resolve_tokens(tokenizer, pairs, language_tokens)
@@ -177,12 +180,25 @@ def fit(
         args.load_best_model_at_end, args.metric_for_best_model, args.greater_is_better = True, "eval_loss", False
     trainer = SpecializationTrainer(model, args, tokenizer, encoded[0], encoded[1], pairs)
     result = trainer.train(resume_from_checkpoint=last_complete_checkpoint(str(args.output_dir)))
+    directory = Path(str(args.output_dir)) / ("adapter" if is_routed(model) else "model")
+    save_whole(trainer, directory)
     return {
+        "saved": str(directory),
         **result.metrics,
         "updates": trainer.state.global_step,
         "best_validation_loss": trainer.state.best_metric,
         "log": trainer.state.log_history,
     }
+
+
+def save_whole(trainer: Seq2SeqTrainer, directory: Path) -> None:
+    """Save a trainer's model and tokenizer, gathering shards, and swap in the whole directory at the end."""
+    partial = directory.with_name(f".{directory.name}-partial")
+    trainer.save_model(str(partial))
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        replace_directory(partial, directory)
+    trainer.accelerator.wait_for_everyone()
 
 
 class _MarkComplete(TrainerCallback):

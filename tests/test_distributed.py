@@ -1,0 +1,99 @@
+"""Several processes: the same weights as one process on the same global batch, counts added up, files written once."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+import neuron_specialization as ns
+from neuron_specialization.translation.checkpoints import load_checkpoint
+from neuron_specialization.translation.identification import record_corpus
+
+from .test_recipes import ACCELERATE, CPU, ROOT, launch_options
+
+SCRIPT = str(Path(__file__).parent / "distributed" / "train.py")
+FSDP2 = ["--config_file", str(ROOT / "recipes" / "accelerate" / "fsdp2.yaml"), "--num_processes", "2"]
+DDP, ONE = launch_options(2), launch_options(1)
+
+
+def train(launch, toy_checkpoint, toy_files, masks, mode, output, accumulation) -> dict[str, torch.Tensor]:
+    arguments = [
+        *("1" if launch is ONE else "2", str(toy_checkpoint), str(toy_files / "train.jsonl"), str(masks), mode),
+        *("--output_dir", str(output), "--max_steps", "3", "--per_device_train_batch_size", "4"),
+        *("--gradient_accumulation_steps", str(accumulation), "--learning_rate", "0.1", "--temperature", "1"),
+        *("--lr_scheduler_type", "constant", "--disable_tqdm", "true", "--save_steps", "3", "--weight_decay", "0.1"),
+        *("--dataloader_pin_memory", "false", "--seed", "0", "--optim", "sgd", "--max_grad_norm", "1"),
+    ]
+    environment = {**os.environ, **CPU}
+    command = [ACCELERATE, "launch", *launch, SCRIPT, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    kind = "model" if mode == "dense" else "adapter"
+    files = sorted(p.name for p in output.iterdir())
+    assert kind in files and not any("partial" in name for name in files)
+    return load_file(output / kind / ("model.safetensors" if mode == "dense" else "adapter_model.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def masks(toy_checkpoint, toy_files, toy_data, tmp_path_factory):
+    model, tokenizer = load_checkpoint(str(toy_checkpoint))
+    directory = tmp_path_factory.mktemp("distributed") / "masks"
+    ns.CumulativeThreshold(0.3).select(record_corpus(model, tokenizer, toy_data["validation"])[0]).save(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def one_process(toy_checkpoint, toy_files, masks, tmp_path_factory):
+    """Weights after training in one process, which accumulates what two processes see at once."""
+    output = tmp_path_factory.mktemp("one")
+    return {
+        mode: train(ONE, toy_checkpoint, toy_files, masks, mode, output / mode, 2)
+        for mode in ("delta", "full", "dense")
+    }
+
+
+@pytest.mark.parametrize("mode", ["delta", "full", "dense"])
+@pytest.mark.parametrize("launch", [DDP, FSDP2], ids=["ddp", "fsdp2"])
+def test_two_processes_train_to_the_weights_of_one(
+    launch, mode, one_process, toy_checkpoint, toy_files, masks, tmp_path
+):
+    """In float32, to 1e-5: gradients are summed in another order. SGD, because Adam turns rounding into signs."""
+    found = train(launch, toy_checkpoint, toy_files, masks, mode, tmp_path / "run", 1)
+    expected = one_process[mode]
+    assert found.keys() == expected.keys()
+    start = dict(load_checkpoint(str(toy_checkpoint))[0].named_parameters())
+    moved = 0.0
+    for name, tensor in expected.items():
+        torch.testing.assert_close(
+            found[name], tensor, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+        base = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        moved = max(moved, (tensor - start[base]).abs().max().item() if base in start else tensor.float().abs().max())
+    assert moved > 1e-3
+    if mode == "full":
+        rows = ns.NeuronMasks.from_pretrained(masks).rows
+        for name, mask in rows.items():
+            kept = found[f"base_model.model.{name}.base_layer.weight"][~mask.any(0)]
+            assert kept.equal(start[f"{name}.weight"][~mask.any(0)]), "rows that no pair selects never move"
+    if mode != "dense":
+        model, tokenizer = load_checkpoint(str(toy_checkpoint))
+        adapted = PeftModel.from_pretrained(model, str(tmp_path / "run" / "adapter"))
+        assert len(ns.translate(adapted, tokenizer, ["ba bu"], "Pv-Aa", max_new_tokens=4)) == 1
+    state = json.loads((tmp_path / "run" / "checkpoint-3" / "trainer_state.json").read_text())
+    assert state["global_step"] == 3 and (tmp_path / "run" / "checkpoint-3" / "complete.json").is_file()
+
+
+def test_the_shipped_configurations_are_what_accelerate_reads():
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    names = {path.stem for path in (ROOT / "recipes" / "accelerate").glob("*.yaml")}
+    assert names == {"one_gpu", "several_gpus", "fsdp2", "several_machines"}
+    for name in names:
+        assert load_config_from_file(str(ROOT / "recipes" / "accelerate" / f"{name}.yaml")).num_processes >= 1
+    assert sys.version_info >= (3, 10)
