@@ -2,12 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import transformers as tf
+from tabulate import tabulate
 from torch import nn
 
+import neuron_specialization as ns
+
 VOCABULARY = 64
+TABLE_BEGINS = "<!-- support table: python -m tests.architectures -->"
+TABLE_ENDS = "<!-- end of the support table -->"
 
 
 @dataclass(frozen=True)
@@ -263,6 +269,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
         2 * (1 + 2),
         experts=True,
+        note="experts are counted over the tokens routed to them",
     ),
     "pegasus": Architecture(_bart_like(tf.PegasusConfig, tf.PegasusForConditionalGeneration, init_std=0.3), 4),
     "pegasus_x": Architecture(
@@ -291,6 +298,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
         2 * (1 + 2),
         experts=True,
+        note="experts are counted over the tokens routed to them",
     ),
     "t5": Architecture(_t5_like(tf.T5Config, tf.T5ForConditionalGeneration), 4),
     "t5gemma": Architecture(_t5gemma, 4),
@@ -351,3 +359,23 @@ def double(name: str, model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple
     if name in ("fsmt", "prophetnet"):
         return model, batch
     return model.double(), {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
+
+
+def support_table() -> str:
+    """Return the README's table: what the contract test finds in each architecture, and passes with it."""
+    rows = []
+    for name, architecture in sorted(ARCHITECTURES.items()):
+        blocks = ns.find_ffn_blocks(make(name))
+        kind = "gated" if blocks[0].gate is not None else "plain"
+        if architecture.experts:
+            kind += ", experts"
+        mixed = "one pair per batch" if architecture.experts else "several pairs"
+        rows.append({"architecture": f"`{name}`", "FFN": kind, "a batch may hold": mixed, "note": architecture.note})
+    return tabulate(rows, headers="keys", tablefmt="github")
+
+
+if __name__ == "__main__":
+    # python -m tests.architectures: rewrite the README's table
+    readme = Path(__file__).parent.parent / "README.md"
+    before, _, rest = readme.read_text().partition(TABLE_BEGINS)
+    readme.write_text(f"{before}{TABLE_BEGINS}\n{support_table()}\n{TABLE_ENDS}{rest.partition(TABLE_ENDS)[2]}")

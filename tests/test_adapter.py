@@ -352,3 +352,96 @@ def test_recording_an_adapted_model_counts_under_its_masks():
     for name, count in counts.counts.items():
         assert not count[0][~masks.row("en-de", name)].any()
         assert count[0].any()
+
+
+class Int8Linear(torch.nn.Module):
+    """A weight-only quantized linear as such libraries make them: no `weight` that could be used as it is."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("qweight", (linear.weight.detach() / self.scale).round().to(torch.int8))
+        self.bias = linear.bias
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.qweight * self.scale, self.bias)
+
+
+def quantized(model):
+    for block in ns.find_ffn_blocks(model):
+        parent, _, child = block.name.rpartition(".")
+        setattr(model.get_submodule(parent), child, Int8Linear(block.up))
+    return model
+
+
+@pytest.mark.parametrize("mode", ["none", "delta", "low_rank"])
+def test_quantized_projections_run_on_the_masked_path(mode):
+    masks = make_masks(make_m2m100())
+    model, batch = quantized(make_m2m100()), make_batch()
+    assert len(ns.find_ffn_blocks(model)) == 4
+    adapted = adapt(model, masks, trainable=mode).eval()
+    found = adapted(**batch, language_pairs=PAIRS)
+    dense = make_m2m100()
+    with torch.no_grad():
+        for block in ns.find_ffn_blocks(dense):
+            linear = Int8Linear(block.up)
+            block.up.weight.copy_(linear.qweight * linear.scale)
+    expected = adapt(dense, masks, trainable=mode).eval()(**batch, language_pairs=PAIRS)
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-5)
+    if mode != "none":
+        found.loss.backward()
+        assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
+        with pytest.raises(ValueError, match="Cannot merge into a Int8Linear"):
+            adapted.set_language_pair("en-de")
+            adapted.merge_adapter()
+
+
+@pytest.mark.parametrize("mode", ["delta", "low_rank", "full"])
+def test_bf16_autocast_trains_in_float32_under_the_masks(mode):
+    model = make_m2m100()
+    masks = make_masks(model)
+    adapted = adapt(model, masks, trainable=mode).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = adapted(**make_batch(), language_pairs=PAIRS).loss
+    loss.backward()
+    exact = adapt(make_m2m100(), masks, trainable=mode).train()(**make_batch(), language_pairs=PAIRS).loss
+    assert loss.item() == pytest.approx(exact.item(), rel=0.02)
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.dtype == parameter.grad.dtype == torch.float32, name
+
+
+def test_a_bf16_base_keeps_its_type_and_its_delta_is_float32():
+    model = make_m2m100().to(torch.bfloat16)
+    adapted = adapt(model, make_masks(make_m2m100()), trainable="delta", init_weights=False)
+    assert adapted(**make_batch(), language_pairs=PAIRS).logits.dtype == torch.bfloat16
+    deltas = [p.dtype for n, p in adapted.named_parameters() if "delta" in n]
+    assert set(deltas) == {torch.float32}
+
+
+def test_many_directions_in_a_batch_take_no_more_operations_than_a_few():
+    """Rows are gathered; a loop over directions or samples would show as more operations."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Counter(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.calls += 1
+            return function(*args, **(kwargs or {}))
+
+    codes = [f"l{i}" for i in range(64)]
+    pairs = [f"{code}-en" for code in codes]
+    model = make_m2m100()
+    draw = torch.Generator().manual_seed(0)
+    rows = {b.name: torch.rand(64, b.d_ff, generator=draw) < 0.7 for b in ns.find_ffn_blocks(model)}
+    like = make_masks(model, ["en-de"])
+    masks = ns.NeuronMasks(rows, like.stacks, type(like.routes).per_pair(pairs), {}, like.fingerprint)
+    adapted = adapt(model, masks, trainable="delta").eval()
+    calls = {}
+    for directions in (8, 64):
+        with torch.no_grad(), Counter() as counter:
+            adapted(**make_batch(64), language_pairs=[pairs[i % directions] for i in range(64)])
+        calls[directions] = counter.calls
+    assert calls[64] == calls[8]

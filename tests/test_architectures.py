@@ -9,7 +9,8 @@ from peft import PeftModel, get_peft_model
 
 import neuron_specialization as ns
 
-from .architectures import ARCHITECTURES, double, make, make_batch
+from .architectures import ARCHITECTURES, TABLE_BEGINS, TABLE_ENDS, double, make, make_batch, support_table
+from .test_recipes import ROOT
 
 NAMES = list(ARCHITECTURES)
 PAIRS = ["en-de", "de-en", "en-fr", "fr-en"]
@@ -147,3 +148,9 @@ def test_time_major_models_are_recognised_even_where_shapes_cannot_tell():
     mixed = adapted(**batch, language_pairs=PAIRS).logits
     for i, pair in enumerate(PAIRS):
         torch.testing.assert_close(mixed[i], adapted(**batch, language_pairs=pair).logits[i], rtol=1e-3, atol=1e-4)
+
+
+def test_the_readmes_support_table_is_the_one_these_tests_make():
+    readme = (ROOT / "README.md").read_text()
+    shown = readme.partition(TABLE_BEGINS)[2].partition(TABLE_ENDS)[0].strip()
+    assert shown == support_table(), "run python -m tests.architectures"

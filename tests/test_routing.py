@@ -66,6 +66,8 @@ def test_forward_reads_the_pair_of_each_sample(convention):
     labels_only = {k: v for k, v in batch.items() if k != "decoder_input_ids"}
     shifted = model(**labels_only, language_pairs=PAIRS).logits
     assert model(**labels_only).logits.equal(shifted), "labels carry the tag too"
+    inputs_only = {k: v for k, v in batch.items() if k != "labels"}
+    assert model(**inputs_only).logits.equal(expected), "and so do decoder inputs"
     one = {k: v[2:3] for k, v in batch.items()}
     assert model(**one).logits.equal(model(**one, language_pairs="en-fr").logits)
 
@@ -163,7 +165,7 @@ def test_wrong_tags_name_the_sample():
     same_twice["input_ids"][0, 3] = EN  # the same tag again says nothing new
     model(**same_twice)
     with pytest.raises(ValueError, match="no language pair 'de-de'"):
-        model(**{**batch, "decoder_input_ids": torch.full_like(batch["decoder_input_ids"], DE)})
+        model(input_ids=batch["input_ids"], decoder_input_ids=torch.full((4, 3), DE))
 
 
 @pytest.mark.parametrize("default", ["base", "en-fr"])

@@ -10,7 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM
 
 import neuron_specialization as ns
+from neuron_specialization.adapter.route_table import table_of
 from neuron_specialization.neurons import adapter_file
+from neuron_specialization.neurons.language_pairs import Routes
 
 from .conftest import PAIRS, make_batch, make_m2m100, make_masks
 
@@ -231,3 +233,39 @@ def test_other_adapters_load_beside_ours(base_directory, tmp_path):
 
 def lora_on_attention() -> LoraConfig:
     return LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="SEQ_2_SEQ_LM")
+
+
+def test_a_resized_vocabulary_travels_with_the_adapter(base_directory, tmp_path):
+    model = AutoModelForSeq2SeqLM.from_pretrained(base_directory)
+    masks = make_masks(model)
+    model.resize_token_embeddings(72)
+    config = ns.NeuronSpecializationConfig(masks=masks, init_weights=False, task_type="SEQ_2_SEQ_LM")
+    adapted = get_peft_model(model, config).eval()
+    expected = adapted(**make_batch(), language_pairs=PAIRS).logits
+    assert expected.shape[-1] == 72
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    base = AutoModelForSeq2SeqLM.from_pretrained(base_directory)
+    base.resize_token_embeddings(72)
+    loaded = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
+    torch.testing.assert_close(loaded(**make_batch(), language_pairs=PAIRS).logits, expected)
+
+
+def test_all_of_nllbs_directions_fit_into_a_small_file(tmp_path):
+    """202 languages, factorised: 40,602 directions of 24 blocks with 4,096 neurons."""
+    languages = [f"lang_{i:03d}" for i in range(202)]
+    draw = torch.Generator().manual_seed(0)
+    names = [f"model.{stack}.layers.{i}.fc1" for stack in ("encoder", "decoder") for i in range(12)]
+    rows = {name: torch.rand(202, 4096, generator=draw) < 0.8 for name in names}
+    stacks = {name: name.split(".")[1] for name in names}
+    masks = ns.NeuronMasks(rows, stacks, Routes(languages, languages))
+    assert len(masks.language_pairs) == 202 * 201 == 40602
+    masks.save(tmp_path / "nllb")
+    assert sum(file.stat().st_size for file in (tmp_path / "nllb").iterdir()) <= 2.6e6
+    loaded = ns.NeuronMasks.from_pretrained(tmp_path / "nllb")
+    assert len(loaded.language_pairs) == 40602
+    assert loaded.row("lang_007-lang_201", names[0]).equal(rows[names[0]][7])
+    assert loaded.row("lang_007-lang_201", names[-1]).equal(rows[names[-1]][201])
+    config = ns.NeuronSpecializationConfig.from_pretrained(str(tmp_path / "nllb"))
+    table = table_of(config)
+    assert table.rows.shape == (40602, 2) and table.route("lang_003-lang_004") == (3, 4)
+    assert table.rows[table.pair_id("lang_003-lang_004")].tolist() == [3, 4]

@@ -20,18 +20,24 @@ def language_tokens(tokenizer: Any, tokens: Mapping[str, str]) -> dict[str, int]
     Raises:
         ValueError: if a token is not in the vocabulary, or two languages share one.
     """
-    vocabulary = tokenizer.get_vocab()
-    absent = [f"{token!r} ({code})" for code, token in tokens.items() if token not in vocabulary]
+    found = {code: token_id(tokenizer, token) for code, token in tokens.items()}
+    absent = [f"{tokens[code]!r} ({code})" for code, i in found.items() if i is None]
     if absent:
         known = [token for token in tokenizer.all_special_tokens if token not in tokenizer.special_tokens_map.values()]
         raise ValueError(
             f"Language tokens not in the tokenizer's vocabulary: {', '.join(absent)}. "
             + (f"Among those it knows: {', '.join(known[:12])}." if known else "It seems to have no language tokens.")
         )
-    ids = {code: int(vocabulary[token]) for code, token in tokens.items()}
+    ids = {code: i for code, i in found.items() if i is not None}
     if len(set(ids.values())) < len(ids):
         raise ValueError(f"Two languages share one token: {dict(tokens)}. Each language needs a token of its own.")
     return ids
+
+
+def token_id(tokenizer: Any, token: str) -> int | None:
+    """Return a token's id, or None where the tokenizer does not know it (M2M100's tags are not in `get_vocab()`)."""
+    found = tokenizer.convert_tokens_to_ids(token)
+    return None if found is None or (found == tokenizer.unk_token_id and token != tokenizer.unk_token) else int(found)
 
 
 @dataclass(frozen=True)
@@ -53,10 +59,13 @@ class TokenBatch:
 
 
 def tokens_of_forward(args: tuple, kwargs: Mapping[str, Any]) -> TokenBatch:
-    """Return the tokens of a model's forward call; labels stand in for missing decoder inputs."""
+    """Return the tokens of a model's forward call.
+
+    Labels go before decoder inputs, which lack their last token: the tag itself, in conventions that put it there.
+    """
     source = kwargs.get("input_ids", args[0] if args else None)
-    target = kwargs.get("decoder_input_ids")
-    return TokenBatch(_ids(source), _ids(kwargs.get("labels") if target is None else target))
+    labels = kwargs.get("labels")
+    return TokenBatch(_ids(source), _ids(kwargs.get("decoder_input_ids") if labels is None else labels))
 
 
 def tokens_of_generate(model: Any, language_ids: set[int], args: tuple, kwargs: Mapping[str, Any]) -> TokenBatch:

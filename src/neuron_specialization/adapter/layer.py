@@ -210,10 +210,10 @@ class Linear(nn.Module, NeuronSpecializationLayer):
         if not names:
             return
         base: Any = self.get_base_layer()
-        if isinstance(base.weight, torch.distributed.tensor.DTensor):
-            raise ValueError("Cannot merge into a sharded weight (FSDP). Save the adapter and merge in one process.")
         if not is_plain_linear(base):
             raise ValueError(f"Cannot merge into a {type(base).__name__}; load the base model unquantized to merge.")
+        if isinstance(base.weight, torch.distributed.tensor.DTensor):
+            raise ValueError("Cannot merge into a sharded weight (FSDP). Save the adapter and merge in one process.")
         if self._unmerged is None:
             self._unmerged = (base.weight.data.clone(), None if base.bias is None else base.bias.data.clone())
         weight, bias = self._merged_weights([*self.merged_adapters, *names])

@@ -1,6 +1,6 @@
 """Parallel text: load any number of directions, check them, encode them, and batch them one direction at a time."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -287,9 +287,8 @@ class TranslationCollator:
     """
 
     def __init__(self, tokenizer: Any, model: Any, pair_ids: torch.Tensor | None = None) -> None:
-        base = unwrap(model)
         self.pad_token_id = tokenizer.pad_token_id
-        self.decoder_start_token_id = base.config.decoder_start_token_id
+        self.shift_right = label_shift(unwrap(model))
         self.pair_ids = pair_ids
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -299,17 +298,31 @@ class TranslationCollator:
             "input_ids": input_ids,
             "attention_mask": (input_ids != self.pad_token_id).long(),
             "labels": labels,
-            "decoder_input_ids": self._shift_right(labels),
+            "decoder_input_ids": self.shift_right(labels),
         }
         if self.pair_ids is not None:
             batch["language_pairs"] = self.pair_ids[[example["language_pair"] for example in examples]]
         return batch
 
-    def _shift_right(self, labels: torch.Tensor) -> torch.Tensor:
-        shifted = labels.new_full(labels.shape, self.decoder_start_token_id)
-        shifted[:, 1:] = labels[:, :-1]
-        return shifted.masked_fill(shifted == -100, self.pad_token_id)
-
     @staticmethod
     def _pad(rows: list[list[int]], value: int) -> torch.Tensor:
         return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, value)
+
+
+def label_shift(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return the function from labels to decoder inputs (int64 [batch, length]): the model's own, or the usual one.
+
+    Models such as mBART move the last token to the front; those without a method of their own (NLLB, M2M100) start
+    with `decoder_start_token_id`.
+    """
+    own = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if own is not None:
+        return own
+    start, pad = model.config.decoder_start_token_id, model.config.pad_token_id
+
+    def shift_right(labels: torch.Tensor) -> torch.Tensor:
+        shifted = labels.new_full(labels.shape, start)
+        shifted[:, 1:] = labels[:, :-1]
+        return shifted.masked_fill(shifted == -100, pad)
+
+    return shift_right

@@ -8,6 +8,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import NllbTokenizer
 
+from ..adapter.language_tokens import token_id
 from ..neurons.language_pairs import split_pair
 
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")
@@ -28,8 +29,7 @@ def resolve_tokens(
     """
     codes = dict.fromkeys(code for pair in language_pairs for code in split_pair(pair))
     resolved = {code: (tokens or {}).get(code, code) for code in codes}
-    vocabulary = tokenizer.get_vocab()
-    absent = [f"{token!r} for {code!r}" for code, token in resolved.items() if token not in vocabulary]
+    absent = [f"{token!r} for {code!r}" for code, token in resolved.items() if token_id(tokenizer, token) is None]
     if absent:
         raise ValueError(
             f"Language token not in the tokenizer: {', '.join(absent)}. Map language codes to the tokenizer's tokens, "
@@ -67,7 +67,9 @@ def encode(
     if source_tag == "target":
         sources = [f"{tokens[target]} {sentence}" for sentence in sources]
     else:
-        tokenizer.src_lang, tokenizer.tgt_lang = tokens[source], tokens[target]
+        # M2M100 calls its languages otherwise than their tokens: "de" is "__de__"
+        names = {token: name for name, token in getattr(tokenizer, "lang_code_to_token", {}).items()}
+        tokenizer.src_lang, tokenizer.tgt_lang = (names.get(tokens[code], tokens[code]) for code in (source, target))
     encoded = {"input_ids": tokenizer(list(sources), **options)["input_ids"]}
     if targets is not None:
         encoded["labels"] = tokenizer(text_target=list(targets), **options)["input_ids"]

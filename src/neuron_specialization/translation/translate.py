@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 from ..adapter.routing import is_routed
 from ..neurons.ffn import unwrap
 from ..neurons.language_pairs import split_pair
+from .data import label_shift
 from .tokenization import encode, resolve_tokens
 
 
@@ -50,8 +51,8 @@ def translate(
     encoded = encode(tokenizer, pair, sentences, None, tokens, source_tag)["input_ids"]
     _check_lengths(unwrap(model), encoded)
     kwargs = dict(generate_kwargs)
-    if source_tag == "source":
-        kwargs.setdefault("forced_bos_token_id", tokenizer.convert_tokens_to_ids(tokens[split_pair(pair)[1]]))
+    if source_tag == "source" and "decoder_input_ids" not in kwargs:
+        kwargs = {**_target_tag(unwrap(model), tokenizer, pair, tokens), **kwargs}
     if is_routed(model):
         kwargs["language_pairs"] = [pair]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]), reverse=True)
@@ -67,6 +68,15 @@ def translate(
     finally:
         model.train(training)
     return translations
+
+
+def _target_tag(base: Any, tokenizer: Any, pair: str, tokens: Mapping[str, str]) -> dict[str, int]:
+    """Return how `generate` is told the target language: as the first token of the decoder's input where training puts
+    the tag there (mBART), else as the first token generated (NLLB, M2M100, mBART-50)."""
+    tag = tokenizer.convert_tokens_to_ids(tokens[split_pair(pair)[1]])
+    labels = torch.tensor(encode(tokenizer, pair, [""], [""], tokens)["labels"])
+    opens = label_shift(base)(labels)[0, 0].item() == tag
+    return {"decoder_start_token_id" if opens else "forced_bos_token_id": tag}
 
 
 def adapter_config(model: Any) -> Any:
