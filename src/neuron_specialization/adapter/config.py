@@ -12,7 +12,7 @@ from ..neurons.masks import NeuronMasks, check_format_version, routes_from_confi
 from .registration import NATIVE_OR_OWN
 
 TRAINABLE = ("none", "delta", "low_rank", "full")
-EXECUTION = ("auto", "masked")
+EXECUTION = ("auto", "masked", "compact")
 BASE_PAIR = "base"
 
 
@@ -32,7 +32,9 @@ class NeuronSpecializationConfig(PeftConfig):
             paper's continued training); the adapter directory then holds them all.
         r: rank of "low_rank".
         mask_bias: silence masked neurons wholly. By default one emits the constant act(b1), as in the paper.
-        execution: "auto" or "masked".
+        execution: "masked" computes all neurons and then masks; "compact" computes only those kept, and is an error
+            where that is not possible; "auto" takes compact where it is possible: one pair in the batch, plain
+            weights, nothing else attached to the block, no activation dropout in training.
         language_tokens: language code → id of its token in the tokenizer (see `language_tokens`).
         source_tag: what the tag on the source side names: "source" (NLLB, M2M100, mBART) or "target" (Marian, T5).
         default_pair: pair to fall back to; "base" runs the untouched base.

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ..neurons.adapter_file import DELTA, DELTA_A, DELTA_B, MASK, pack_rows, unpack_rows
 from ..neurons.ffn import STACKS
+from .compact import CompactBlock
 from .route_table import BASE_ROW
 from .routing import Routing
 
@@ -26,7 +27,7 @@ class NeuronSpecializationLayer(BaseTunerLayer):
     """State of the method on one projection: per adapter, packed mask rows and the trained delta."""
 
     adapter_layer_names = (DELTA, DELTA_A, DELTA_B)
-    other_param_names = (MASK, "mask_bias")
+    other_param_names = (MASK, "mask_bias", "execution")
 
     def __init__(self, base_layer: nn.Module, routing: Routing, stack: str) -> None:
         self.base_layer = base_layer
@@ -37,6 +38,8 @@ class NeuronSpecializationLayer(BaseTunerLayer):
         self.neuron_specialization_delta_a = nn.ParameterDict()
         self.neuron_specialization_delta_b = nn.ParameterDict()
         self.mask_bias: dict[str, bool] = {}
+        self.execution: dict[str, str] = {}
+        self.compact: CompactBlock | None = None
         self.merged_adapters = []
         self._unmerged: tuple[torch.Tensor, torch.Tensor | None] | None = None
         linear: Any = self.get_base_layer()
@@ -51,12 +54,14 @@ class NeuronSpecializationLayer(BaseTunerLayer):
         trainable: str,
         r: int,
         mask_bias: bool,
+        execution: str,
         init_weights: bool,
         inference_mode: bool,
     ) -> None:
         """Add an adapter. `mask` is bool [rows, d_ff]."""
         self.neuron_specialization_mask[adapter_name] = pack_rows(mask)
         self.mask_bias[adapter_name] = mask_bias
+        self.execution[adapter_name] = execution
         shape = (self.out_features, self.in_features)
         if trainable == "delta":
             delta = torch.zeros(shape) if init_weights else torch.randn(shape) * RANDOM_INIT_STD
@@ -74,14 +79,39 @@ class NeuronSpecializationLayer(BaseTunerLayer):
     def _get_available_adapters(self) -> set[str]:
         return set(self.neuron_specialization_mask.keys())
 
-    def delta(self, adapter_name: str) -> torch.Tensor | None:
-        """Return ΔW1 [d_ff, d_model] of one adapter, or None where nothing of its own is trained."""
+    def own_parameters(self, adapter_name: str) -> list[torch.Tensor]:
+        """Return what one adapter trains on this projection."""
+        containers = [getattr(self, name) for name in self.adapter_layer_names]
+        return [container[adapter_name] for container in containers if adapter_name in container]
+
+    def delta(self, adapter_name: str, rows: torch.Tensor | None = None) -> torch.Tensor | None:
+        """Return ΔW1 [d_ff, d_model] of one adapter, or some rows of it; None where nothing of its own is trained."""
         if adapter_name in self.neuron_specialization_delta:
-            return self.neuron_specialization_delta[adapter_name]
+            delta = self.neuron_specialization_delta[adapter_name]
+            return delta if rows is None else delta.index_select(0, rows)
         if adapter_name in self.neuron_specialization_delta_a:
             b, a = self.neuron_specialization_delta_b[adapter_name], self.neuron_specialization_delta_a[adapter_name]
-            return b @ a
+            return (b if rows is None else b.index_select(0, rows)) @ a
         return None
+
+    def release(self) -> None:
+        """Give the block's other projections their own `forward` back, before this layer goes."""
+        if self.compact is not None:
+            self.compact.release()
+
+    def single_row(self) -> tuple[str, int] | None:
+        """Return the only active adapter and its row of the batch, or None where there are several, or the base's."""
+        active = [name for name in self.active_adapters if name in self.mask_bias]
+        if len(active) != 1 or self.execution[active[0]] == "masked" or self.routing.adapter_names is not None:
+            return None
+        if self.disable_adapters or self.merged:
+            return None
+        row = self.routing.rows(active[0], self.stack, self.weight.device).single
+        return None if row is None or row == BASE_ROW else (active[0], row)
+
+    def silences_masked(self) -> bool:
+        """Whether the active adapter makes masked neurons emit nothing at all."""
+        return any(self.mask_bias[name] for name in self.active_adapters if name in self.mask_bias)
 
     def unselected_rows(self) -> torch.Tensor:
         """Return the indices of the neurons that no pair of any adapter keeps: int64 [n]."""
@@ -109,7 +139,27 @@ class Linear(nn.Module, NeuronSpecializationLayer):
             return self._forward_per_sample_adapters(x, self.routing.adapter_names)
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
-        return self._forward_masked(x, [name for name in self.active_adapters if name in self.mask_bias])
+        narrow = self.compact.narrow() if self.compact is not None else None
+        if narrow is not None:
+            return F.linear(x, *narrow.up)
+        active = [name for name in self.active_adapters if name in self.mask_bias]
+        self._note_masked_execution(active)
+        return self._forward_masked(x, active)
+
+    def _note_masked_execution(self, active: list[str]) -> None:
+        """Say once per model that compact execution was not possible; raise where it was demanded."""
+        if torch.compiler.is_compiling():
+            return
+        obstacle = self.compact.obstacle() if self.compact is not None else None
+        if any(self.execution[name] == "compact" for name in active):
+            raise ValueError(
+                "execution='compact' is not possible here: "
+                f"{obstacle or 'it needs one language pair in the batch, and an FFN block'}. Use execution='auto' to run "
+                "masked in such cases."
+            )
+        if obstacle is not None and not self.routing.noted and any(self.execution[name] == "auto" for name in active):
+            self.routing.noted = True
+            warnings.warn(f"FFN blocks run masked, not compact, because of {obstacle}.", stacklevel=2)
 
     def _forward_masked(
         self, x: torch.Tensor, adapters: list[str], samples: torch.Tensor | None = None, batch: int | None = None

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from ..neurons.adapter_file import PREFIX
 from ..neurons.ffn import DECODER, ENCODER, FfnBlock, find_ffn_blocks, fingerprint
 from . import frozen_rows, routing, storage
+from .compact import CompactBlock
 from .config import NeuronSpecializationConfig
 from .layer import Linear, NeuronSpecializationLayer
 from .route_table import table_of
@@ -108,6 +109,7 @@ class NeuronSpecializationModel(BaseTuner):
             trainable=peft_config.trainable,
             r=peft_config.r,
             mask_bias=peft_config.mask_bias,
+            execution=peft_config.execution,
             init_weights=peft_config.init_weights,
             inference_mode=peft_config.inference_mode,
         )
@@ -115,6 +117,8 @@ class NeuronSpecializationModel(BaseTuner):
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
+        if fresh and block is not None:
+            layer.compact = CompactBlock(layer, block, self.model)
         if peft_config.trainable == "full":
             frozen_rows.protect(layer)
 
@@ -155,6 +159,8 @@ class NeuronSpecializationModel(BaseTuner):
         setattr(parent, child_name, new_module)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        for layer in [m for m in self.model.modules() if isinstance(m, NeuronSpecializationLayer)]:
+            layer.release()
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         routing.detach(self.model)
         return model

@@ -8,7 +8,7 @@ recomputes layers after the first one ends.
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,10 +30,12 @@ class Rows:
     Attributes:
         index: int64 [1] where one pair holds for the whole batch, else [samples]; -1 stands for the untouched base.
         has_base: whether -1 may occur.
+        single: the one row of the whole batch, where it is one.
     """
 
     index: torch.Tensor
     has_base: bool
+    single: int | None = None
 
 
 @dataclass
@@ -48,6 +50,7 @@ class Routing:
         batch: tokens of the current call.
         adapter_names: PEFT's `adapter_names` of the current call, one per sample.
         generating: whether a `generate` call has fixed the pairs for its inner forward passes.
+        noted: whether it was said already that compact execution is not possible.
     """
 
     tables: dict[str, RouteTable] = field(default_factory=dict)
@@ -57,6 +60,7 @@ class Routing:
     batch: TokenBatch = field(default_factory=TokenBatch)
     adapter_names: list[str] | None = None
     generating: bool = False
+    noted: bool = False
     _current: dict[str, tuple[Rows, Rows] | ValueError] = field(default_factory=dict)
     _thread: int | None = None
 
@@ -115,7 +119,7 @@ class Routing:
         if isinstance(found, ValueError):
             raise found
         rows = found[STACKS.index(stack)]
-        return rows if rows.index.device == device else Rows(rows.index.to(device), rows.has_base)
+        return rows if rows.index.device == device else replace(rows, index=rows.index.to(device))
 
     def single_route(self, adapter: str) -> tuple[int, int]:
         """Return the (encoder row, decoder row) of the pair set on the model, or of the adapter's only pair.
@@ -132,7 +136,8 @@ class Routing:
         except ValueError as error:
             self._current[adapter] = error
         else:
-            encoder, decoder = (Rows(both[:, side].contiguous(), has_base) for side in range(2))
+            single = both[0].tolist() if len(both) == 1 else [None, None]
+            encoder, decoder = (Rows(both[:, side].contiguous(), has_base, single[side]) for side in range(2))
             self._current[adapter] = encoder, decoder
 
     def _resolve(self, adapter: str, device: torch.device | None) -> tuple[torch.Tensor, bool]:
@@ -140,6 +145,7 @@ class Routing:
         table = self.tables[adapter]
         if isinstance(self.said, torch.Tensor):
             ids = self.said.to(device) if device is not None else self.said
+            ids = ids[:1] if bool((ids == ids[:1]).all()) else ids  # one transfer per batch buys compact execution
             rows = table.rows.to(ids.device)[ids.clamp_min(0)]
             if table.default_pair == BASE_PAIR:
                 return torch.where(ids[:, None] < 0, BASE_ROW, rows), True

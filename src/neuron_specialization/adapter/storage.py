@@ -127,6 +127,7 @@ def remove_injected(model: Any, adapter_name: str) -> None:
     for name, layer in list(model.named_modules()):
         if isinstance(layer, NeuronSpecializationLayer):
             if layer._all_available_adapter_names() == [adapter_name]:
+                layer.release()
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, layer.base_layer)
             elif adapter_name in layer.mask_bias:

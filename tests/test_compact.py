@@ -1,0 +1,244 @@
+"""Compact execution: outputs and gradients are those of the masked path, and it knows when it may not run."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+import neuron_specialization as ns
+
+from .conftest import PAIRS, make_batch, make_m2m100, make_masks, make_t5
+
+MODELS = {"plain": make_m2m100, "gated": make_t5, "plain without biases": lambda: make_t5("relu")}
+
+
+def pair_of_models(make, mode="full", **config):
+    """The same adapted model twice: masked and compact."""
+    model = make().double()
+    masks = make_masks(model)
+    settings = {"masks": masks, "trainable": mode, "task_type": "SEQ_2_SEQ_LM", **config}
+    models = []
+    for execution in ("masked", "compact"):
+        adapted = get_peft_model(copy.deepcopy(model), ns.NeuronSpecializationConfig(**settings, execution=execution))
+        models.append(adapted)
+    models[1].load_state_dict(models[0].state_dict())
+    return models
+
+
+def widths(model) -> dict[str, int]:
+    """Widths that really enter the down projections."""
+    seen = {}
+    for name, module in model.named_modules():
+        if name.endswith((".fc2", ".wo")):
+            original = module.forward
+
+            def forward(x, name=name, original=original):
+                seen[name] = x.shape[-1]
+                return original(x)
+
+            module.forward = forward
+    return seen
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("mode", ["none", "delta", "low_rank", "full"])
+@pytest.mark.parametrize("mask_bias", [False, True])
+def test_outputs_and_gradients_are_those_of_the_masked_path(make, mode, mask_bias):
+    masked, compact = pair_of_models(make, mode, mask_bias=mask_bias, init_weights=False)
+    batch = make_batch(pad=masked.config.pad_token_id)
+    for training in (True, False):
+        losses = []
+        for model in (masked, compact):
+            model.train(training)
+            model.zero_grad()
+            losses.append(model(**batch, language_pairs="en-fr"))
+            if mode != "none":
+                losses[-1].loss.backward()
+        torch.testing.assert_close(losses[1].logits, losses[0].logits, rtol=1e-9, atol=1e-10)
+        theirs = dict(masked.named_parameters())
+        for name, parameter in compact.named_parameters():
+            assert (parameter.grad is None) == (theirs[name].grad is None), name
+            if parameter.grad is not None:
+                torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-8, atol=1e-10, msg=name)
+
+
+def test_only_kept_neurons_are_computed():
+    _, compact = pair_of_models(make_m2m100, "none")
+    seen = widths(compact.get_base_model())
+    masks = compact.peft_config["default"].masks
+    with torch.no_grad():
+        compact(**make_batch(), language_pairs="en-de")
+    for name, width in seen.items():
+        assert width == masks.row("en-de", name.replace("fc2", "fc1")).sum(), name
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_auto_runs_compact_only_where_one_pair_is_in_the_batch(training):
+    model = make_m2m100()
+    adapted = get_peft_model(
+        model, ns.NeuronSpecializationConfig(masks=make_masks(model), trainable="full", task_type="SEQ_2_SEQ_LM")
+    ).train(training)
+    seen = widths(adapted.get_base_model())
+    full = {name: 20 if "encoder" in name else 28 for name in seen or dict.fromkeys(_downs(adapted))}
+    for said, narrow in (
+        (PAIRS, False),
+        ("en-de", True),
+        (torch.tensor([1] * 4), True),
+        (torch.tensor([1, 2] * 2), False),
+    ):
+        seen.clear()
+        adapted(**make_batch(), language_pairs=said)
+        assert all((seen[name] < full[name]) == narrow for name in seen), (said, seen)
+
+
+def _downs(model) -> list[str]:
+    return [name for name, _ in model.get_base_model().named_modules() if name.endswith("fc2")]
+
+
+def changes():
+    def in_place(model, layer):
+        with torch.no_grad():
+            layer.weight.mul_(1.5)
+
+    def replaced(model, layer):
+        layer.weight.data = layer.weight.data * 2
+        layer.weight.data = layer.weight.data * 2
+
+    def down(model, layer):
+        with torch.no_grad():
+            layer.compact.down.weight.mul_(-1)
+
+    def bias(model, layer):
+        with torch.no_grad():
+            layer.bias.add_(1)
+
+    def delta(model, layer):
+        with torch.no_grad():
+            layer.neuron_specialization_delta["default"].add_(0.5)
+
+    def mask(model, layer):
+        layer.neuron_specialization_mask["default"][:, 0] = 5
+
+    def cast(model, layer):
+        model.float()
+
+    def loaded(model, layer):
+        state = {
+            name: value * 1.1 if value.is_floating_point() else value for name, value in model.state_dict().items()
+        }
+        model.load_state_dict(state)
+
+    def trained(model, layer):
+        model.train()
+        loss = model(**make_batch(), language_pairs="en-de").loss
+        loss.backward()
+        torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5).step()
+        model.eval()
+
+    return {f.__name__: f for f in (in_place, replaced, down, bias, delta, mask, cast, loaded, trained)}
+
+
+@pytest.mark.parametrize("change", changes().values(), ids=changes())
+def test_cached_weights_follow_every_change(change):
+    masked, compact = (model.eval() for model in pair_of_models(make_m2m100, "delta", init_weights=False))
+    batch = make_batch()
+    with torch.no_grad():
+        before = compact(**batch, language_pairs="en-de").logits
+    for model in (masked, compact):
+        change(model, model.get_base_model().model.encoder.layers[0].fc1)
+    with torch.no_grad():
+        found = compact(**batch, language_pairs="en-de").logits
+        expected = masked(**batch, language_pairs="en-de").logits
+        other = compact(**batch, language_pairs="fr-en").logits
+        torch.testing.assert_close(other, masked(**batch, language_pairs="fr-en").logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert change.__name__ == "cast" or not torch.allclose(found, before)
+
+
+def test_unchanged_weights_are_gathered_once():
+    _, compact = (model.eval() for model in pair_of_models(make_m2m100, "delta"))
+    block = compact.get_base_model().model.encoder.layers[0].fc1.compact
+    with torch.no_grad():
+        compact(**make_batch(), language_pairs="en-de")
+        first = block.cached[1]
+        compact(**make_batch(), language_pairs="en-de")
+        assert block.cached[1] is first
+        compact(**make_batch(), language_pairs="en-fr")
+        assert block.cached[1] is not first
+
+
+def obstacles():
+    def hook(model):
+        model.model.encoder.layers[0].fc2.register_forward_hook(lambda module, args, output: output)
+
+    def activation_hook(model):
+        model.model.encoder.layers[0].activation_fn.register_forward_hook(lambda module, args, output: None)
+
+    def lora(model):
+        model.add_adapter(LoraConfig(target_modules=["fc2"], init_lora_weights=False), "lora")
+
+    def dropout(model):
+        model.train()
+        for layer in model.model.encoder.layers:
+            layer.activation_dropout = 0.5
+
+    return {f.__name__: f for f in (hook, activation_hook, lora, dropout)}
+
+
+@pytest.mark.parametrize("attach", obstacles().values(), ids=obstacles())
+def test_auto_runs_masked_where_something_else_is_attached_and_says_so_once(attach):
+    model = make_m2m100()
+    masks = make_masks(model)
+    model.add_adapter(ns.NeuronSpecializationConfig(masks=masks, trainable="none"), "masks")
+    attach(model)
+    if attach.__name__ == "lora":
+        model.set_adapter(["masks", "lora"])
+    with pytest.warns(UserWarning, match="run masked, not compact, because of"):
+        model(**make_batch(), language_pairs="en-de")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**make_batch(), language_pairs="en-de")
+
+
+def test_demanded_compact_execution_that_is_not_possible_is_an_error():
+    _, compact = pair_of_models(make_m2m100, "none")
+    with pytest.raises(ValueError, match="execution='compact' is not possible.*one language pair"):
+        compact(**make_batch(), language_pairs=PAIRS)
+    compact.get_base_model().model.encoder.layers[0].fc2.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="hooks on its projections"):
+        compact(**make_batch(), language_pairs="en-de")
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing(use_reentrant):
+    masked, compact = pair_of_models(make_m2m100, "full")
+    masked(**make_batch(), language_pairs="en-de").loss.backward()
+    compact.train().get_base_model().activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    compact.enable_input_require_grads()
+    compact(**make_batch(), language_pairs="en-de").loss.backward()
+    theirs = dict(masked.named_parameters())
+    for name, parameter in compact.named_parameters():
+        torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-8, atol=1e-10, msg=name)
+
+
+def test_recording_runs_masked():
+    _, compact = pair_of_models(make_m2m100, "none")
+    compact.peft_config["default"].execution = "auto"
+    for module in compact.modules():
+        if hasattr(module, "execution"):
+            module.execution["default"] = "auto"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        counts = ns.record_activations(
+            compact, {"en-de": [{**make_batch(), "language_pairs": "en-de"}]}, progress=False
+        )
+    assert all(count.shape[1] in (20, 28) for count in counts.counts.values())
+
+
+def test_unloading_leaves_the_projections_as_they_were():
+    model = make_m2m100()
+    adapted = get_peft_model(model, ns.NeuronSpecializationConfig(masks=make_masks(model), task_type="SEQ_2_SEQ_LM"))
+    unloaded = adapted.unload()
+    assert all("forward" not in vars(module) for module in unloaded.modules())
