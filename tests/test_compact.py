@@ -116,7 +116,7 @@ def changes():
 
     def delta(model, layer):
         with torch.no_grad():
-            layer.neuron_specialization_delta["default"].add_(0.5)
+            layer.neuron_specialization_delta["default"].mul_(-2)
 
     def mask(model, layer):
         layer.neuron_specialization_mask["default"][:, 0] = 5

@@ -27,6 +27,7 @@ __all__ = [
     "NeuronSpecializationModel",
     "RandomMatched",
     "TopShare",
+    "compact",
     "find_ffn_blocks",
     "language_pair",
     "language_tokens",
@@ -43,4 +44,8 @@ def __getattr__(name: str) -> object:
         from .translation.translate import translate
 
         return translate
+    if name == "compact":
+        from .export.compaction import compact
+
+        return compact
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -102,6 +102,10 @@ class CompactBlock:
         own = [self.layer.neuron_specialization_mask[adapter], *self.layer.own_parameters(adapter)]
         return [*(part.weight for part in parts), *(part.bias for part in parts), *own]
 
+    def gather(self, adapter: str, row: int) -> Narrow:
+        """Return the weights of one row of one adapter."""
+        return self._gather(adapter, self._kept(adapter, row))
+
     def _kept(self, adapter: str, row: int) -> torch.Tensor:
         """Return the indices of the neurons that a row keeps, int64 [kept], looked up once per row."""
         packed = self.layer.neuron_specialization_mask[adapter]

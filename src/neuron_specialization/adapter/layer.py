@@ -99,10 +99,13 @@ class NeuronSpecializationLayer(BaseTunerLayer):
         if self.compact is not None:
             self.compact.release()
 
-    def single_row(self) -> tuple[str, int] | None:
-        """Return the only active adapter and its row of the batch, or None where there are several, or the base's."""
+    def single_row(self, any_execution: bool = False) -> tuple[str, int] | None:
+        """Return the only active adapter and its row of the batch; None where there are several, or the base's row, or
+        where the adapter is to run masked (unless `any_execution`)."""
         active = [name for name in self.active_adapters if name in self.mask_bias]
-        if len(active) != 1 or self.execution[active[0]] == "masked" or self.routing.adapter_names is not None:
+        if len(active) != 1 or self.routing.adapter_names is not None:
+            return None
+        if self.execution[active[0]] == "masked" and not any_execution:
             return None
         if self.disable_adapters or self.merged:
             return None
@@ -154,8 +157,8 @@ class Linear(nn.Module, NeuronSpecializationLayer):
         if any(self.execution[name] == "compact" for name in active):
             raise ValueError(
                 "execution='compact' is not possible here: "
-                f"{obstacle or 'it needs one language pair in the batch, and an FFN block'}. Use execution='auto' to run "
-                "masked in such cases."
+                f"{obstacle or 'it needs one language pair in the batch, and an FFN block'}. Use execution='auto' to "
+                "run masked in such cases."
             )
         if obstacle is not None and not self.routing.noted and any(self.execution[name] == "auto" for name in active):
             self.routing.noted = True

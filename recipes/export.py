@@ -1,0 +1,86 @@
+"""One pair as a smaller plain model: a transformers checkpoint and, with --quantization, a CTranslate2 model.
+
+accelerate launch recipes/export.py --model path/to/checkpoint --adapter build/specialized/adapter --pair en-de \
+    --test data/test.parquet --language_tokens en=eng_Latn de=deu_Latn --output_dir build/en-de --quantization int8
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import neuron_specialization as ns
+from neuron_specialization.export.compaction import save_compact
+from neuron_specialization.translation.arguments import DataArguments, ModelArguments, parse
+from neuron_specialization.translation.checkpoints import load_adapted, load_checkpoint
+from neuron_specialization.translation.data import load_parallel
+from neuron_specialization.translation.evaluation import score
+from neuron_specialization.translation.results import table, write_results
+from neuron_specialization.translation.tokenization import resolve_tokens
+
+
+@dataclass
+class ExportArguments:
+    """What to export, and how to check it."""
+
+    pair: str = field(metadata={"help": "Direction to keep, such as en-de."})
+    output_dir: str = field(metadata={"help": "Where the models and results.json go."})
+    quantization: str | None = field(default=None, metadata={"help": "Also write a CTranslate2 model: int8, ..."})
+    num_beams: int = field(default=5, metadata={"help": "Beams of the verification."})
+    sample: int = field(default=100, metadata={"help": "Test sentences to verify on."})
+
+
+def main() -> None:
+    args, where, data = parse(ExportArguments, ModelArguments, DataArguments)
+    sample = load_parallel(data.test, [args.pair], split="test", columns=data.column_names, max_sentences=args.sample)[
+        args.pair
+    ]
+    model, tokenizer = load_adapted(where.model, where.adapter)
+    tokens = resolve_tokens(tokenizer, [args.pair], data.tokens)
+    sources, references = sample["source"][:], sample["target"][:]
+    options = {"language_tokens": tokens, "num_beams": args.num_beams}
+    expected = ns.translate(model, tokenizer, sources, args.pair, **options)
+    rows = [
+        row("base under the adapter", count(load_checkpoint(where.model)[0]), Path(where.model), expected, expected)
+    ]
+    small = ns.compact(model, args.pair)
+    directory = Path(args.output_dir) / "checkpoint"
+    padded = save_compact(small, directory, tokenizer)
+    found = ns.translate(load_checkpoint(str(directory))[0], tokenizer, sources, args.pair, **options)
+    rows.append(row("checkpoint", count(padded), directory, found, expected))
+    if args.quantization:
+        import ctranslate2
+
+        from neuron_specialization.export.ctranslate2 import save_ctranslate2, translate_ctranslate2
+
+        directory = Path(args.output_dir) / "ctranslate2"
+        save_ctranslate2(small, tokenizer, directory, args.quantization)
+        longest = getattr(small.config, "max_position_embeddings", 256) - 1
+        found = translate_ctranslate2(
+            ctranslate2.Translator(str(directory)),
+            *(tokenizer, sources, args.pair, tokens),
+            num_beams=args.num_beams,
+            max_length=min(longest, small.generation_config.max_length or longest),
+        )
+        rows.append(row(f"CTranslate2 {args.quantization}", count(small), directory, found, expected))
+    target = args.pair.split("-")[1]
+    for entry in rows:
+        entry["BLEU"] = score(entry.pop("translations"), references, target)["bleu"]
+    print(table(rows))
+    settings = {"pair": args.pair, "sentences": len(sources), "arguments": [vars(args), vars(where), vars(data)]}
+    print(f"wrote {write_results(args.output_dir, {'exports': rows, **settings})}")
+
+
+def count(model) -> int:
+    """Return the number of parameters, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def row(name: str, parameters: int, directory: Path, found: list[str], expected: list[str]) -> dict:
+    """Return one row of the report: sizes, and the share of translations identical to the adapter's."""
+    weights = [p for p in directory.glob("*") if p.suffix in (".safetensors", ".bin")] if directory.is_dir() else []
+    same = sum(a == b for a, b in zip(found, expected, strict=True)) / len(expected)
+    megabytes = sum(p.stat().st_size for p in weights) / 1e6
+    return {"export": name, "parameters": parameters, "MB": megabytes, "identical": same, "translations": found}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What leaves the package: models without any of its code in them."""

@@ -1,0 +1,140 @@
+"""One language pair as a smaller plain model: masked neurons are cut out, and nothing it computes changes."""
+
+import copy
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..adapter.layer import NeuronSpecializationLayer
+from ..adapter.routing import detach, routing_of
+from ..neurons.adapter_file import atomic_directory
+from ..neurons.ffn import STACKS, find_ffn_blocks, unwrap
+
+
+def compact(model: nn.Module, pair: str) -> Any:
+    """Return a copy of `model` for one pair: a plain transformers model whose FFNs hold only the pair's neurons.
+
+    Each layer is as narrow as its mask, so layers differ in width. `save_compact` writes it as a checkpoint.
+
+    Args:
+        model: a model with one active neuron specialization adapter and no other; it is left as it is.
+        pair: the language pair to keep.
+
+    Raises:
+        ValueError: if the pair is unknown, or the model has other adapters or an FFN that cannot be cut.
+    """
+    routing_of(model).check(pair)
+    base = copy.deepcopy(unwrap(model))
+    routing = routing_of(base)
+    routing.select(pair)
+    base.eval()
+    layers = {name: m for name, m in base.named_modules() if isinstance(m, NeuronSpecializationLayer)}
+    with torch.no_grad():
+        for name, layer in layers.items():
+            _cut(base, name, layer)
+    detach(base)
+    for attribute in ("peft_config", "_hf_peft_config_loaded", "_load_pretrained_model"):
+        vars(base).pop(attribute, None)
+    left = sorted({type(module).__name__ for module in base.modules() if hasattr(module, "base_layer")})
+    if left:
+        raise ValueError(
+            f"The model has other adapter layers ({', '.join(left)}) besides its masks; merge or unload them first."
+        )
+    return base.requires_grad_(True)
+
+
+def save_compact(model: Any, directory: str | PathLike[str], tokenizer: Any = None) -> Any:
+    """Write a compact model as a checkpoint that transformers loads without this package, and return that model.
+
+    transformers knows one width per stack, so narrower layers are filled up with neurons that are always silent.
+
+    Args:
+        model: what `compact` returned; it is left as it is.
+        directory: where to write; replaced as a whole.
+        tokenizer: written beside it.
+
+    Raises:
+        ValueError: if the model's config has no FFN width that could be set.
+    """
+    padded = pad_stacks(copy.deepcopy(model))
+    with atomic_directory(directory) as fresh:
+        padded.save_pretrained(fresh)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(fresh)
+    return padded
+
+
+def pad_stacks(model: Any) -> Any:
+    """Give all layers of a stack the width of its widest one, in place, and say so in the config."""
+    blocks = find_ffn_blocks(model)
+    widths = {stack: max(block.d_ff for block in blocks if block.stack == stack) for stack in STACKS}
+    _set_widths(model.config, widths)
+    widths = _widths_of(model, {block.name: block.d_ff for block in blocks})
+    with torch.no_grad():
+        for block in blocks:
+            extra = widths[block.name] - block.d_ff
+            for part in (block.up, block.gate):
+                if part is not None:
+                    _grow(part, rows=extra)
+            _grow(block.down, columns=extra)
+    return model
+
+
+def _cut(base: nn.Module, name: str, layer: Any) -> None:
+    """Replace a masked layer, and its block's other projections, by plain linears."""
+    parent, _, child = name.rpartition(".")
+    owner = base.get_submodule(parent)
+    block = layer.compact
+    row = layer.single_row(any_execution=True)
+    if block is None or row is None or (reason := block.obstacle()) is not None:
+        why = "it is no FFN block, or several adapters are active" if block is None or row is None else reason
+        raise ValueError(f"{name} cannot be cut to one pair: {why}. Merge the pair instead (merge_and_unload).")
+    narrow = block.gather(*row)
+    block.release()
+    setattr(owner, child, _linear(*narrow.up))
+    for owner, place, part in block.places:
+        setattr(owner, place, _linear(*(narrow.down if part is block.down else narrow.other)))
+
+
+def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.detach().clone())
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().clone())
+    return linear
+
+
+def _grow(linear: Any, rows: int = 0, columns: int = 0) -> None:
+    linear.weight = nn.Parameter(nn.functional.pad(linear.weight, (0, columns, 0, rows)))
+    if linear.bias is not None and rows:
+        linear.bias = nn.Parameter(nn.functional.pad(linear.bias, (0, rows)))
+    linear.out_features, linear.in_features = linear.weight.shape
+
+
+def _set_widths(config: Any, widths: dict[str, int]) -> None:
+    """Set each stack's FFN width where the architecture keeps it."""
+    for stack, width in widths.items():
+        own = getattr(config, stack, None)
+        if hasattr(config, f"{stack}_ffn_dim"):
+            setattr(config, f"{stack}_ffn_dim", width)
+        elif own is not None and hasattr(own, "intermediate_size"):
+            own.intermediate_size = width
+        elif hasattr(config, "d_ff"):
+            config.d_ff = max(widths.values())
+        else:
+            raise ValueError(
+                f"{type(config).__name__} has no FFN width that could be set for the {stack} (looked for "
+                f"{stack}_ffn_dim, {stack}.intermediate_size, d_ff). Use the compact model in memory."
+            )
+
+
+def _widths_of(model: Any, narrow: dict[str, int]) -> dict[str, int]:
+    """Return the width of each block in the model that the config now describes, built without weights."""
+    with torch.device("meta"):
+        described = type(model)(model.config)
+    widths = {block.name: block.d_ff for block in find_ffn_blocks(described)}
+    if widths.keys() != narrow.keys() or any(widths[name] < narrow[name] for name in narrow):
+        raise ValueError("The model that the config describes has other FFN blocks; use the compact model in memory.")
+    return widths

@@ -1,0 +1,82 @@
+"""Compact models for CTranslate2, converted from memory: it reads each layer's width, so nothing is filled up."""
+
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import Any
+
+from ..neurons.adapter_file import atomic_directory
+from ..neurons.language_pairs import split_pair
+from ..translation.tokenization import encode
+
+QUANTIZATIONS = ("float32", "float16", "bfloat16", "int16", "int8", "int8_float32", "int8_float16", "int8_bfloat16")
+
+
+def save_ctranslate2(
+    model: Any, tokenizer: Any, directory: str | PathLike[str], quantization: str | None = None
+) -> None:
+    """Convert a plain transformers model, such as `ns.compact` returns, into a CTranslate2 model directory.
+
+    Args:
+        model: the model; it may be ragged.
+        tokenizer: its tokenizer, written beside the converted model.
+        directory: where to write; replaced as a whole.
+        quantization: one of QUANTIZATIONS, or None to keep the type of the weights.
+
+    Raises:
+        ValueError: if CTranslate2 cannot convert this architecture, or does not know the quantization.
+        ImportError: if CTranslate2 is not installed (`pip install neuron-specialization[export]`).
+    """
+    from ctranslate2.converters import Converter
+    from ctranslate2.converters.transformers import _MODEL_LOADERS
+
+    if quantization is not None and quantization not in QUANTIZATIONS:
+        raise ValueError(f"quantization must be one of {', '.join(QUANTIZATIONS)}, got {quantization!r}.")
+    loader = _MODEL_LOADERS.get(type(model.config).__name__)
+    if loader is None:
+        known = ", ".join(sorted(name.removesuffix("Config") for name in _MODEL_LOADERS))
+        raise ValueError(f"CTranslate2 cannot convert a {type(model).__name__}; it converts: {known}.")
+
+    class FromMemory(Converter):
+        """CTranslate2's own converter reads from the disk, where layers of one stack cannot differ in width."""
+
+        def _load(self) -> Any:
+            return loader(model, tokenizer)
+
+    with atomic_directory(directory) as fresh:
+        FromMemory().convert(str(fresh), quantization=quantization, force=True)
+        tokenizer.save_pretrained(fresh)
+
+
+def translate_ctranslate2(
+    translator: Any,
+    tokenizer: Any,
+    sentences: Sequence[str],
+    pair: str,
+    tokens: Mapping[str, str],
+    *,
+    num_beams: int = 5,
+    max_length: int = 256,
+    batch_size: int = 32,
+) -> list[str]:
+    """Translate with a CTranslate2 translator, tagging sentences as NLLB, M2M100 and mBART-50 expect it.
+
+    Args:
+        translator: a `ctranslate2.Translator` of a directory that `save_ctranslate2` wrote.
+        tokenizer: the model's tokenizer.
+        sentences: source sentences.
+        pair: direction, such as "en-de".
+        tokens: language code → language token.
+        num_beams: beams.
+        max_length: longest translation in tokens; within the model's positions.
+        batch_size: sentences per batch.
+    """
+    encoded = encode(tokenizer, pair, sentences, None, tokens)["input_ids"]
+    results = translator.translate_batch(
+        [tokenizer.convert_ids_to_tokens(row) for row in encoded],
+        target_prefix=[[tokens[split_pair(pair)[1]]]] * len(encoded),
+        beam_size=num_beams,
+        max_decoding_length=max_length,
+        max_batch_size=batch_size,
+    )
+    rows = [tokenizer.convert_tokens_to_ids(result.hypotheses[0]) for result in results]
+    return tokenizer.batch_decode(rows, skip_special_tokens=True)

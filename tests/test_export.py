@@ -1,0 +1,110 @@
+"""A pair as a smaller plain model, in memory and as a checkpoint."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForSeq2SeqLM
+
+import neuron_specialization as ns
+from neuron_specialization.export.compaction import save_compact
+from neuron_specialization.export.ctranslate2 import save_ctranslate2, translate_ctranslate2
+from neuron_specialization.translation.identification import record_corpus
+
+from . import architectures
+from .conftest import PAIRS, make_batch, make_m2m100, make_masks, make_t5
+
+MODELS = {"plain": make_m2m100, "gated": make_t5, "t5": lambda: make_t5("relu")}
+INPUTS = {key: make_batch()[key] for key in ("input_ids", "attention_mask")} | {"max_new_tokens": 8, "num_beams": 3}
+
+
+def adapted(make=make_m2m100, **config):
+    model = make()
+    settings = {"masks": make_masks(model), "init_weights": False, "task_type": "SEQ_2_SEQ_LM", **config}
+    return get_peft_model(model, ns.NeuronSpecializationConfig(**settings)).eval()
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("mode", ["none", "delta", "low_rank", "full"])
+@pytest.mark.parametrize("mask_bias", [False, True])
+def test_a_compact_model_is_plain_smaller_and_computes_the_same(make, mode, mask_bias):
+    model = adapted(make, trainable=mode, mask_bias=mask_bias).double()
+    batch = make_batch(pad=model.config.pad_token_id)
+    expected = model(**batch, language_pairs="en-fr").logits
+    small = ns.compact(model, "en-fr")
+    torch.testing.assert_close(small(**batch).logits, expected, rtol=1e-9, atol=1e-10)
+    assert type(small) is type(model.get_base_model())
+    assert not any("neuron_specialization" in type(module).__module__ for module in small.modules())
+    assert "generate" not in vars(small) and not hasattr(small, "peft_config")
+    masks = model.peft_config["default"].masks
+    assert {b.name: b.d_ff for b in ns.find_ffn_blocks(small)} == {
+        name: int(masks.row("en-fr", name).sum()) for name in masks.rows
+    }
+    assert small.generate(**INPUTS).equal(model.generate(**INPUTS, language_pairs="en-fr"))
+    assert model(**batch, language_pairs="en-fr").logits.equal(expected), "the adapted model is left as it was"
+    small(**batch).loss.backward()  # and it trains on as any model
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_the_checkpoint_is_loaded_by_transformers_alone(make, tmp_path):
+    model = adapted(make)
+    expected = model.generate(**INPUTS, language_pairs="de-en")
+    saved = save_compact(ns.compact(model, "de-en"), tmp_path / "checkpoint")
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "checkpoint")
+    assert loaded.generate(**INPUTS).equal(expected)
+    batch = make_batch(pad=model.config.pad_token_id)
+    torch.testing.assert_close(loaded(**batch).logits, model(**batch, language_pairs="de-en").logits)
+    assert saved.num_parameters() < make().num_parameters()
+    widest = {b.stack: b.d_ff for b in ns.find_ffn_blocks(loaded)}
+    masks = model.peft_config["default"].masks
+    for stack, width in widest.items():
+        kept = [int(masks.row("de-en", name).sum()) for name in masks.rows if masks.stacks[name] == stack]
+        assert width >= max(kept)
+    code = (
+        "import sys; from transformers import AutoModelForSeq2SeqLM as A;"
+        f"A.from_pretrained({str(tmp_path / 'checkpoint')!r});"
+        "assert not any(m.startswith(('neuron_specialization', 'peft')) for m in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_a_loaded_adapter_and_composed_pairs_can_be_cut(tmp_path):
+    model = adapted(trainable="delta")
+    model.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(make_m2m100(), str(tmp_path)).eval()
+    small = ns.compact(loaded, "de-fr")
+    torch.testing.assert_close(small(**make_batch()).logits, model(**make_batch(), language_pairs="de-fr").logits)
+
+
+def test_what_cannot_be_cut_says_why():
+    model = adapted()
+    with pytest.raises(ValueError, match="no language pair 'en-it'"):
+        ns.compact(model, "en-it")
+    with pytest.raises(ValueError, match="no neuron specialization adapter"):
+        ns.compact(make_m2m100(), "en-de")
+    config = ns.NeuronSpecializationConfig(target_modules=["q_proj"], language_pairs=PAIRS, task_type="SEQ_2_SEQ_LM")
+    with pytest.raises(ValueError, match="q_proj cannot be cut.*no FFN block"):
+        ns.compact(get_peft_model(make_m2m100(), config), "en-de")
+
+
+def test_ragged_models_convert_to_ctranslate2(toy, toy_model, toy_tokenizer, toy_data, tmp_path):
+    ctranslate2 = pytest.importorskip("ctranslate2")
+    (counts,) = record_corpus(toy_model, toy_tokenizer, toy_data["validation"])
+    masks = ns.CumulativeThreshold(0.4).select(counts)
+    config = ns.NeuronSpecializationConfig(masks=masks, init_weights=False, task_type="SEQ_2_SEQ_LM")
+    model = get_peft_model(toy_model, config).eval()
+    small = ns.compact(model, "Pv-Aa")
+    assert len({b.d_ff for b in ns.find_ffn_blocks(small)}) > 1, "ragged"
+    save_ctranslate2(small, toy_tokenizer, tmp_path / "float32")
+    translator = ctranslate2.Translator(str(tmp_path / "float32"), intra_threads=1)
+    sentences = toy.sentences(12, "ct2")["Pv"][:]
+    found = translate_ctranslate2(
+        translator, toy_tokenizer, sentences, "Pv-Aa", {"Pv": "Pv", "Aa": "Aa"}, num_beams=2, max_length=10
+    )
+    assert found == ns.translate(model, toy_tokenizer, sentences, "Pv-Aa", num_beams=2, max_new_tokens=10)
+    with pytest.raises(ValueError, match="quantization must be one of"):
+        save_ctranslate2(small, toy_tokenizer, tmp_path / "x", "int3")
+    with pytest.raises(ValueError, match="CTranslate2 cannot convert a FSMT"):
+        save_ctranslate2(architectures.make("fsmt"), toy_tokenizer, tmp_path / "x")
