@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -19,7 +19,6 @@ class Recorder:
         self.model = model
         self.blocks = blocks
         self.count_padding = count_padding
-        self.time_major = is_time_major(model)
         self.counts = {
             block.name: torch.zeros(pairs, block.d_ff, dtype=torch.int64, device=_device_of(block)) for block in blocks
         }
@@ -116,9 +115,20 @@ class Recorder:
         Blocks may compute more positions than the batch has (windows are filled up; ProphetNet's future streams follow
         the main one), which do not count, or fewer (speech is shortened), which then stand for several each.
         """
-        if self.time_major:
+        if positions is not None and self._is_time_major(len(positions), values):
             return self._fit_length(positions, values.transpose(0, 1), stack).transpose(0, 1)
         return self._fit_length(positions, values, stack)
+
+    def _is_time_major(self, batch: int, values: torch.Tensor) -> bool:
+        """Whether values are [length, batch, d_ff]; looked up in the model only where the shape does not tell."""
+        if values.shape[0] != values.shape[1] or values.shape[0] != batch:
+            return values.shape[0] != batch and values.shape[1] == batch
+        return self.time_major
+
+    @cached_property
+    def time_major(self) -> bool:
+        """Whether the model's layers compute on [length, batch, d_model]."""
+        return is_time_major(self.model)
 
     @staticmethod
     def _fit_length(positions: torch.Tensor | None, values: torch.Tensor, stack: str) -> torch.Tensor:
