@@ -10,7 +10,8 @@ from datasets import Dataset
 from peft import get_peft_model
 
 import neuron_specialization as ns
-from neuron_specialization.translation.data import TranslationCollator, encode_parallel
+from neuron_specialization.translation.batching import TranslationCollator
+from neuron_specialization.translation.data import encode_parallel
 from neuron_specialization.translation.identification import record_corpus
 from neuron_specialization.translation.tokenization import resolve_tokens, train_tokenizer
 

@@ -6,13 +6,8 @@ import pytest
 import torch
 from datasets import Dataset
 
-from neuron_specialization.translation.data import (
-    DirectionBatchSampler,
-    TranslationCollator,
-    check_parallel,
-    encode_parallel,
-    load_parallel,
-)
+from neuron_specialization.translation.batching import DirectionBatchSampler, TranslationCollator
+from neuron_specialization.translation.data import check_parallel, encode_parallel, load_parallel
 from neuron_specialization.translation.tokenization import resolve_tokens
 
 ROWS = {

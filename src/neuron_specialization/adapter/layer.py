@@ -109,7 +109,7 @@ class NeuronSpecializationLayer(BaseTunerLayer):
             return None
         if self.disable_adapters or self.merged:
             return None
-        row = self.routing.rows(active[0], self.stack, self.weight.device).single
+        row = self.routing.rows(active[0], self.stack).single
         return None if row is None or row == BASE_ROW else (active[0], row)
 
     def silences_masked(self) -> bool:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..neurons.adapter_file import PREFIX
 from ..neurons.ffn import DECODER, ENCODER, FfnBlock, find_ffn_blocks, fingerprint
-from . import frozen_rows, routing, storage
+from . import attachment, frozen_rows, routing, storage
 from .compact import CompactBlock
 from .config import NeuronSpecializationConfig
 from .layer import Linear, NeuronSpecializationLayer
@@ -46,7 +46,7 @@ class NeuronSpecializationModel(BaseTuner):
         config: Any = self.peft_config[adapter_name]
         self._check_other_adapters(adapter_name)
         self._blocks = _find_blocks(config, model)
-        shared = routing.attach(model)
+        shared = attachment.attach(model)
         shared.tables[adapter_name] = table_of(config)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -62,7 +62,7 @@ class NeuronSpecializationModel(BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter and its routes."""
         super().delete_adapter(adapter_name)
-        routing.attach(self.model).tables.pop(adapter_name, None)
+        attachment.attach(self.model).tables.pop(adapter_name, None)
 
     def _check_other_adapters(self, adapter_name: str) -> None:
         trained = [n for n, c in self.peft_config.items() if getattr(c, "trainable", None) == "full"]
@@ -102,7 +102,7 @@ class NeuronSpecializationModel(BaseTuner):
         peft_config.d_ff[current_key] = linear.out_features
         peft_config.stacks[current_key] = stack
         fresh = not isinstance(target, NeuronSpecializationLayer)
-        layer: Any = Linear(target, adapter_name, routing.attach(self.model), stack) if fresh else target
+        layer: Any = Linear(target, adapter_name, attachment.attach(self.model), stack) if fresh else target
         layer.update_layer(
             adapter_name,
             _initial_mask(peft_config, current_key, stack, linear.out_features),
@@ -147,7 +147,7 @@ class NeuronSpecializationModel(BaseTuner):
             if isinstance(module, AuxiliaryTrainingWrapper)
         ]
         try:
-            with routing.attach(self.model).per_sample_adapters(list(names)):
+            with attachment.attach(self.model).per_sample_adapters(list(names)):
                 yield
         finally:
             for handle in handles:
@@ -162,15 +162,15 @@ class NeuronSpecializationModel(BaseTuner):
         for layer in [m for m in self.model.modules() if isinstance(m, NeuronSpecializationLayer)]:
             layer.release()
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
-        routing.detach(self.model)
+        attachment.detach(self.model)
         return model
 
     def _forget(self, adapter_name: str) -> None:
         """Undo the routes of an injection that failed."""
-        shared = routing.attach(self.model)
+        shared = attachment.attach(self.model)
         shared.tables.pop(adapter_name, None)
         if not shared.tables:
-            routing.detach(self.model)
+            attachment.detach(self.model)
 
     @classmethod
     def _get_adapter_state_dict(

@@ -18,8 +18,8 @@ from ..neurons.adapter_file import (
     read_weights,
     verify_digest,
 )
+from .attachment import attach, detach
 from .layer import NeuronSpecializationLayer
-from .routing import attach, detach
 
 
 def save_adapter(model: PeftModel, directory: str | PathLike[str], **kwargs: Any) -> None:

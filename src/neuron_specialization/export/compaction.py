@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..adapter.attachment import detach
 from ..adapter.layer import NeuronSpecializationLayer
-from ..adapter.routing import detach, routing_of
+from ..adapter.routing import routing_of
 from ..neurons.adapter_file import atomic_directory
 from ..neurons.ffn import STACKS, find_ffn_blocks, unwrap
 

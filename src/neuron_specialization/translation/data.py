@@ -1,16 +1,12 @@
-"""Parallel text: load any number of directions, check them, encode them, and batch them one direction at a time."""
+"""Parallel text: load any number of directions, check them, encode them."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from datasets import Dataset, concatenate_datasets, load_dataset
-from torch.utils.data import Sampler
 
-from ..neurons.ffn import unwrap
 from ..neurons.language_pairs import check_pairs, split_pair
 from .tokenization import encode
 
@@ -206,123 +202,3 @@ def encode_parallel(
 
         parts.append(rows.map(encode_rows, batched=True, remove_columns=rows.column_names, desc=f"tokenizing {pair}"))
     return concatenate_datasets(parts)
-
-
-class DirectionBatchSampler(Sampler[list[int]]):
-    """Batches of one direction each, drawn with temperature, of similar length: a pure function of the seed.
-
-    A direction with a share p of the data is drawn with probability proportional to p^(1/T) (paper, section 4.2).
-    Inside a direction every sentence is used once before any is used again. One iteration covers the whole run, so
-    resuming after n batches means skipping n.
-
-    Args:
-        directions: direction of each example, int [examples].
-        lengths: length of each example in tokens, int [examples].
-        batch_size: examples per batch.
-        num_batches: batches in the whole run, of all processes.
-        temperature: T; 1 follows the data, larger values move towards equal shares.
-        seed: everything drawn depends on it.
-    """
-
-    def __init__(
-        self,
-        directions: np.ndarray,
-        lengths: np.ndarray,
-        batch_size: int,
-        num_batches: int,
-        temperature: float = 1.0,
-        seed: int = 0,
-    ) -> None:
-        if temperature <= 0:
-            raise ValueError(f"The sampling temperature T must be above 0 (1 follows the data), got {temperature}.")
-        # not named batch_size: accelerate would then deal parts of batches to processes instead of whole ones
-        self._examples_per_batch = batch_size
-        self._lengths = lengths
-        self._members = [np.flatnonzero(directions == d) for d in range(int(directions.max()) + 1)]
-        self._num_batches = num_batches
-        self._seed = seed
-        shares = np.array([len(m) for m in self._members], dtype=np.float64) / len(directions)
-        self.probabilities = shares ** (1 / temperature) / (shares ** (1 / temperature)).sum()
-
-    def __len__(self) -> int:
-        return self._num_batches
-
-    def __iter__(self) -> Iterator[list[int]]:
-        draw = np.random.default_rng([self._seed, 0])
-        streams = [self._stream(direction) for direction in range(len(self._members))]
-        for _ in range(self._num_batches):
-            yield next(streams[draw.choice(len(streams), p=self.probabilities)])
-
-    def _stream(self, direction: int) -> Iterator[list[int]]:
-        """Yield batches of one direction without end: shuffle, sort by length inside large pools, shuffle batches."""
-        size = self._examples_per_batch
-        for epoch in _count():
-            draw = np.random.default_rng([self._seed, 1, direction, epoch])
-            order = draw.permutation(self._members[direction])
-            pool = 64 * size
-            batches: list[np.ndarray] = []
-            for start in range(0, len(order), pool):
-                members = order[start : start + pool]
-                members = members[np.argsort(self._lengths[members], kind="stable")]
-                batches += [members[i : i + size] for i in range(0, len(members), size)]
-            for i in draw.permutation(len(batches)):
-                yield batches[i].tolist()
-
-
-def _count() -> Iterator[int]:
-    epoch = 0
-    while True:
-        yield epoch
-        epoch += 1
-
-
-class TranslationCollator:
-    """Pad encoded examples into a batch that always holds `decoder_input_ids`, whatever the model or loss needs.
-
-    Args:
-        tokenizer: for its padding token.
-        model: the model to train, with or without adapters; it knows how to shift labels to the right.
-        pair_ids: for models that route: id in the adapter of each direction of the encoded data, int64 [directions].
-            The batch then holds `language_pairs`.
-    """
-
-    def __init__(self, tokenizer: Any, model: Any, pair_ids: torch.Tensor | None = None) -> None:
-        self.pad_token_id = tokenizer.pad_token_id
-        self.shift_right = label_shift(unwrap(model))
-        self.pair_ids = pair_ids
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        input_ids = self._pad([example["input_ids"] for example in examples], self.pad_token_id)
-        labels = self._pad([example["labels"] for example in examples], -100)
-        batch = {
-            "input_ids": input_ids,
-            "attention_mask": (input_ids != self.pad_token_id).long(),
-            "labels": labels,
-            "decoder_input_ids": self.shift_right(labels),
-        }
-        if self.pair_ids is not None:
-            batch["language_pairs"] = self.pair_ids[[example["language_pair"] for example in examples]]
-        return batch
-
-    @staticmethod
-    def _pad(rows: list[list[int]], value: int) -> torch.Tensor:
-        return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, value)
-
-
-def label_shift(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return the function from labels to decoder inputs (int64 [batch, length]): the model's own, or the usual one.
-
-    Models such as mBART move the last token to the front; those without a method of their own (NLLB, M2M100) start
-    with `decoder_start_token_id`.
-    """
-    own = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    if own is not None:
-        return own
-    start, pad = model.config.decoder_start_token_id, model.config.pad_token_id
-
-    def shift_right(labels: torch.Tensor) -> torch.Tensor:
-        shifted = labels.new_full(labels.shape, start)
-        shifted[:, 1:] = labels[:, :-1]
-        return shifted.masked_fill(shifted == -100, pad)
-
-    return shift_right

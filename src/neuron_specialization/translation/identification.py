@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from ..adapter.routing import is_routed
 from ..neurons.activations import ActivationCounts, record_activations
-from .data import TranslationCollator
+from .batching import TranslationCollator
 from .processes import this_process
 from .tokenization import encode, resolve_tokens
 

@@ -25,7 +25,8 @@ from transformers import (
 from ..adapter.routing import is_routed, routing_of
 from ..neurons.adapter_file import replace_directory
 from ..neurons.ffn import unwrap
-from .data import DirectionBatchSampler, TranslationCollator, encode_parallel
+from .batching import DirectionBatchSampler, TranslationCollator
+from .data import encode_parallel
 from .tokenization import resolve_tokens
 from .translate import adapter_config
 

@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 from ..adapter.routing import is_routed
 from ..neurons.ffn import unwrap
 from ..neurons.language_pairs import split_pair
-from .data import label_shift
+from .batching import label_shift
 from .tokenization import encode, resolve_tokens
 
 
