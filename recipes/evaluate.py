@@ -10,7 +10,6 @@ from pathlib import Path
 
 from neuron_specialization.translation.arguments import DataArguments, ModelArguments, parse
 from neuron_specialization.translation.checkpoints import load_adapted
-from neuron_specialization.translation.data import load_parallel
 from neuron_specialization.translation.evaluation import evaluate, score_rows
 from neuron_specialization.translation.processes import this_process
 from neuron_specialization.translation.results import table, write_results
@@ -27,9 +26,7 @@ class EvaluateArguments:
 
 def main() -> None:
     args, where, data = parse(EvaluateArguments, ModelArguments, DataArguments)
-    test = load_parallel(
-        data.test, data.language_pairs, split="test", columns=data.column_names, max_sentences=data.max_sentences
-    )
+    test = data.load("test", max_sentences=data.max_sentences)
     model, tokenizer = load_adapted(where.model, where.adapter)
     started = time.perf_counter()
     result = evaluate(

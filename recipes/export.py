@@ -11,10 +11,10 @@ import neuron_specialization as ns
 from neuron_specialization.export.compaction import save_compact
 from neuron_specialization.translation.arguments import DataArguments, ModelArguments, parse
 from neuron_specialization.translation.checkpoints import load_adapted, load_checkpoint
-from neuron_specialization.translation.data import load_parallel
 from neuron_specialization.translation.evaluation import score
 from neuron_specialization.translation.results import table, write_results
 from neuron_specialization.translation.tokenization import resolve_tokens
+from neuron_specialization.translation.translate import translate_ctranslate2
 
 
 @dataclass
@@ -30,9 +30,8 @@ class ExportArguments:
 
 def main() -> None:
     args, where, data = parse(ExportArguments, ModelArguments, DataArguments)
-    sample = load_parallel(data.test, [args.pair], split="test", columns=data.column_names, max_sentences=args.sample)[
-        args.pair
-    ]
+    data.language_pairs = [args.pair]
+    sample = data.load("test", max_sentences=args.sample)[args.pair]
     model, tokenizer = load_adapted(where.model, where.adapter)
     tokens = resolve_tokens(tokenizer, [args.pair], data.tokens)
     sources, references = sample["source"][:], sample["target"][:]
@@ -49,7 +48,7 @@ def main() -> None:
     if args.quantization:
         import ctranslate2
 
-        from neuron_specialization.export.ctranslate2 import save_ctranslate2, translate_ctranslate2
+        from neuron_specialization.export.ctranslate2 import save_ctranslate2
 
         directory = Path(args.output_dir) / "ctranslate2"
         save_ctranslate2(small, tokenizer, directory, args.quantization)

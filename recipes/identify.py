@@ -11,7 +11,6 @@ import neuron_specialization as ns
 from neuron_specialization.neurons.stability import stability
 from neuron_specialization.translation.arguments import DataArguments, ModelArguments, parse
 from neuron_specialization.translation.checkpoints import load_adapted
-from neuron_specialization.translation.data import load_parallel
 from neuron_specialization.translation.identification import record_corpus
 from neuron_specialization.translation.processes import this_process
 from neuron_specialization.translation.results import table, write_results
@@ -35,13 +34,7 @@ class IdentifyArguments:
 def main() -> None:
     args, where, data = parse(IdentifyArguments, ModelArguments, DataArguments)
     selector = ns.CumulativeThreshold(args.k, args.encoder_k, args.decoder_k)
-    corpus = load_parallel(
-        data.validation,
-        data.language_pairs,
-        split="validation",
-        columns=data.column_names,
-        max_sentences=data.max_sentences,
-    )
+    corpus = data.load("validation", max_sentences=data.max_sentences)
     model, tokenizer = load_adapted(where.model, where.adapter)
     started = time.perf_counter()
     parts = record_corpus(

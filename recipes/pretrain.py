@@ -10,7 +10,6 @@ from transformers import set_seed
 
 from neuron_specialization.translation.arguments import DataArguments, parse
 from neuron_specialization.translation.checkpoints import load_checkpoint, new_model
-from neuron_specialization.translation.data import check_parallel, data_check_rows, load_parallel
 from neuron_specialization.translation.results import table, write_results
 from neuron_specialization.translation.tokenization import train_tokenizer
 from neuron_specialization.translation.training import SpecializationTrainingArguments, fit
@@ -32,15 +31,9 @@ class PretrainArguments:
 def main() -> None:
     pretrain, data, training = parse(PretrainArguments, DataArguments, SpecializationTrainingArguments)
     set_seed(training.seed)
-    options = {"columns": data.column_names, "max_sentences": data.max_sentences}
-    train = load_parallel(data.train, data.language_pairs, split="train", **options)
-    validation = load_parallel(data.validation, data.language_pairs, split="validation", columns=data.column_names)
-    held_out = [validation]
-    if data.test:
-        held_out.append(load_parallel(data.test, data.language_pairs, split="test", columns=data.column_names))
-    train, checks = check_parallel(train, held_out, drop=data.drop_faulty)
+    train, validation, checked = data.load_checked()
     if training.process_index == 0:
-        print(table(data_check_rows(checks)))
+        print(table(checked))
     if pretrain.model:
         model, tokenizer = load_checkpoint(pretrain.model)
     else:
@@ -62,7 +55,7 @@ def main() -> None:
     )
     if training.process_index == 0:
         settings = {"arguments": [vars(pretrain), vars(data), training.to_dict()]}
-        results = {**metrics, "data": data_check_rows(checks), **settings}
+        results = {**metrics, "data": checked, **settings}
         print(table([{k: metrics[k] for k in ("updates", "best_validation_loss", "train_runtime")}]))
         print(f"wrote {metrics['saved']} and {write_results(training.output_dir, results)}")
 

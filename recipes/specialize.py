@@ -12,7 +12,6 @@ from transformers import set_seed
 import neuron_specialization as ns
 from neuron_specialization.translation.arguments import DataArguments, ModelArguments, parse
 from neuron_specialization.translation.checkpoints import load_checkpoint
-from neuron_specialization.translation.data import check_parallel, data_check_rows, load_parallel
 from neuron_specialization.translation.results import table, write_results
 from neuron_specialization.translation.tokenization import resolve_tokens
 from neuron_specialization.translation.training import SpecializationTrainingArguments, fit
@@ -32,12 +31,9 @@ def main() -> None:
         SpecializeArguments, ModelArguments, DataArguments, SpecializationTrainingArguments
     )
     set_seed(training.seed)
-    options = {"columns": data.column_names, "max_sentences": data.max_sentences}
-    train = load_parallel(data.train, data.language_pairs, split="train", **options)
-    validation = load_parallel(data.validation, data.language_pairs, split="validation", columns=data.column_names)
-    train, checks = check_parallel(train, [validation], drop=data.drop_faulty)
+    train, validation, checked = data.load_checked()
     if training.process_index == 0:
-        print(table(data_check_rows(checks)))
+        print(table(checked))
     model, tokenizer = load_checkpoint(where.model)
     tokens = resolve_tokens(tokenizer, data.language_pairs, data.tokens)
     dense = args.masks == "none"
@@ -65,7 +61,7 @@ def main() -> None:
     )
     if training.process_index == 0:
         settings = {"arguments": [vars(args), vars(where), vars(data), training.to_dict()]}
-        results = {**metrics, "data": data_check_rows(checks), **settings}
+        results = {**metrics, "data": checked, **settings}
         print(table([{k: metrics[k] for k in ("updates", "best_validation_loss", "train_runtime")}]))
         print(f"wrote {metrics['saved']} and {write_results(training.output_dir, results)}")
 

@@ -10,8 +10,9 @@ from transformers import AutoModelForSeq2SeqLM
 
 import neuron_specialization as ns
 from neuron_specialization.export.compaction import save_compact
-from neuron_specialization.export.ctranslate2 import save_ctranslate2, translate_ctranslate2
+from neuron_specialization.export.ctranslate2 import save_ctranslate2
 from neuron_specialization.translation.identification import record_corpus
+from neuron_specialization.translation.translate import translate_ctranslate2
 
 from . import architectures
 from .conftest import PAIRS, make_batch, make_m2m100, make_masks, make_t5

@@ -135,6 +135,33 @@ def test_pretrain_makes_a_checkpoint_with_its_tokenizer(workspace, toy_files):
     assert len(text.splitlines()) == 2
 
 
+def test_export_writes_a_checkpoint_and_a_ctranslate2_model(identified, workspace, toy_files, toy_checkpoint):
+    printed = run(
+        "export.py",
+        *("--model", str(toy_checkpoint), "--adapter", str(identified[0])),
+        *("--pair", "Pv-Aa", "--quantization", "int8"),
+        *("--test", str(toy_files / "test.jsonl"), "--output_dir", str(workspace / "export"), "--num_beams", "2"),
+    )
+    exports = json.loads((workspace / "export" / "results.json").read_text())["exports"]
+    base, checkpoint, ctranslate2 = exports
+    assert checkpoint["identical"] == 1.0 and "checkpoint" in printed
+    assert ctranslate2["parameters"] <= checkpoint["parameters"] < base["parameters"]
+    assert ctranslate2["MB"] < checkpoint["MB"] < base["MB"]
+
+
+def test_the_benchmark_measures_every_row(workspace):
+    run(
+        "benchmark.py",
+        *("--output_dir", str(workspace / "benchmark"), "--layers", "1", "--d_model", "16", "--d_ff", "32"),
+        *("--vocab_size", "60", "--batch_size", "8", "--length", "6", "--repeats", "1"),
+    )
+    rows = json.loads((workspace / "benchmark" / "results.json").read_text())["rows"]
+    compared = {(row["what"], row.get("compared with")) for row in rows}
+    assert ("training step, full, one pair", "dense fine-tuning") in compared
+    assert ("mixed batch of 8 pairs, forward", "LoRA, 8 adapter_names") in compared and len(rows) >= 18
+    assert all(row.get("ratio", row.get("seconds")) > 0 for row in rows if row["what"] != "load 40,602 directions")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,12 +1,9 @@
 """Compact models for CTranslate2, converted from memory: it reads each layer's width, so nothing is filled up."""
 
-from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
 from ..neurons.adapter_file import atomic_directory
-from ..neurons.language_pairs import split_pair
-from ..translation.tokenization import encode
 
 QUANTIZATIONS = ("float32", "float16", "bfloat16", "int16", "int8", "int8_float32", "int8_float16", "int8_bfloat16")
 
@@ -45,38 +42,3 @@ def save_ctranslate2(
     with atomic_directory(directory) as fresh:
         FromMemory().convert(str(fresh), quantization=quantization, force=True)
         tokenizer.save_pretrained(fresh)
-
-
-def translate_ctranslate2(
-    translator: Any,
-    tokenizer: Any,
-    sentences: Sequence[str],
-    pair: str,
-    tokens: Mapping[str, str],
-    *,
-    num_beams: int = 5,
-    max_length: int = 256,
-    batch_size: int = 32,
-) -> list[str]:
-    """Translate with a CTranslate2 translator, tagging sentences as NLLB, M2M100 and mBART-50 expect it.
-
-    Args:
-        translator: a `ctranslate2.Translator` of a directory that `save_ctranslate2` wrote.
-        tokenizer: the model's tokenizer.
-        sentences: source sentences.
-        pair: direction, such as "en-de".
-        tokens: language code → language token.
-        num_beams: beams.
-        max_length: longest translation in tokens; within the model's positions.
-        batch_size: sentences per batch.
-    """
-    encoded = encode(tokenizer, pair, sentences, None, tokens)["input_ids"]
-    results = translator.translate_batch(
-        [tokenizer.convert_ids_to_tokens(row) for row in encoded],
-        target_prefix=[[tokens[split_pair(pair)[1]]]] * len(encoded),
-        beam_size=num_beams,
-        max_decoding_length=max_length,
-        max_batch_size=batch_size,
-    )
-    rows = [tokenizer.convert_tokens_to_ids(result.hypotheses[0]) for result in results]
-    return tokenizer.batch_decode(rows, skip_special_tokens=True)

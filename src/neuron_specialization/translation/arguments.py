@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from datasets import Dataset
 from transformers import HfArgumentParser
+
+from .data import check_parallel, data_check_rows, load_parallel
 
 
 @dataclass
@@ -33,6 +36,32 @@ class DataArguments:
     max_length: int = field(default=128, metadata={"help": "Training text is truncated to so many tokens."})
     max_sentences: int | None = field(default=None, metadata={"help": "Use at most so many sentence pairs each."})
     drop_faulty: bool = field(default=False, metadata={"help": "Drop what the data check finds, not only report it."})
+
+    def load(self, split: str, **changes: Any) -> dict[str, Dataset]:
+        """Load every direction of one split: "train" (up to `max_sentences`), "validation" or "test".
+
+        Raises:
+            SystemExit: if the command line names no data for that split.
+        """
+        path = getattr(self, split)
+        if path is None:
+            raise SystemExit(
+                f"Name the {split} data: --{split} FILE (.parquet, .jsonl, .tsv) or a dataset on the Hub."
+            )
+        limit = self.max_sentences if split == "train" else None
+        options = {"split": split, "columns": self.column_names, "max_sentences": limit, **changes}
+        return load_parallel(path, self.language_pairs, **options)
+
+    def load_checked(self) -> tuple[dict[str, Dataset], dict[str, Dataset], list[dict[str, Any]]]:
+        """Load training and validation data, and check the former against all held-out data there is.
+
+        Returns:
+            Training data, validation data, and the rows of the data check's table.
+        """
+        validation = self.load("validation")
+        held_out = [validation] + ([self.load("test")] if self.test is not None else [])
+        train, checks = check_parallel(self.load("train"), held_out, drop=self.drop_faulty)
+        return train, validation, data_check_rows(checks)
 
     @property
     def column_names(self) -> dict[str, str]:

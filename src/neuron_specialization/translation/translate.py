@@ -70,6 +70,41 @@ def translate(
     return translations
 
 
+def translate_ctranslate2(
+    translator: Any,
+    tokenizer: Any,
+    sentences: Sequence[str],
+    pair: str,
+    tokens: Mapping[str, str],
+    *,
+    num_beams: int = 5,
+    max_length: int = 256,
+    batch_size: int = 32,
+) -> list[str]:
+    """Translate with a CTranslate2 translator, tagging sentences as NLLB, M2M100 and mBART-50 expect it.
+
+    Args:
+        translator: a `ctranslate2.Translator` of a directory that `save_ctranslate2` wrote.
+        tokenizer: the model's tokenizer.
+        sentences: source sentences.
+        pair: direction, such as "en-de".
+        tokens: language code → language token.
+        num_beams: beams.
+        max_length: longest translation in tokens; within the model's positions.
+        batch_size: sentences per batch.
+    """
+    encoded = encode(tokenizer, pair, sentences, None, tokens)["input_ids"]
+    results = translator.translate_batch(
+        [tokenizer.convert_ids_to_tokens(row) for row in encoded],
+        target_prefix=[[tokens[split_pair(pair)[1]]]] * len(encoded),
+        beam_size=num_beams,
+        max_decoding_length=max_length,
+        max_batch_size=batch_size,
+    )
+    rows = [tokenizer.convert_tokens_to_ids(result.hypotheses[0]) for result in results]
+    return tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+
 def _target_tag(base: Any, tokenizer: Any, pair: str, tokens: Mapping[str, str]) -> dict[str, int]:
     """Return how `generate` is told the target language: as the first token of the decoder's input where training puts
     the tag there (mBART), else as the first token generated (NLLB, M2M100, mBART-50)."""
