@@ -1,16 +1,21 @@
 """One pair as a smaller plain model: a transformers checkpoint and, with --quantization, a CTranslate2 model.
 
+With --trim_vocabulary, both know only the tokens of the pair's own text.
+
 accelerate launch recipes/export.py --model path/to/checkpoint --adapter build/specialized/adapter --pair en-de \
     --test data/test.parquet --language_tokens en=eng_Latn de=deu_Latn --output_dir build/en-de --quantization int8
 """
 
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import neuron_specialization as ns
 from neuron_specialization.export.compaction import save_compact
+from neuron_specialization.export.vocabulary import trim_vocabulary, unknown_rate
 from neuron_specialization.translation.arguments import DataArguments, ModelArguments, parse
 from neuron_specialization.translation.checkpoints import load_adapted, load_checkpoint
+from neuron_specialization.translation.data import load_parallel
 from neuron_specialization.translation.evaluation import score
 from neuron_specialization.translation.results import table, write_results
 from neuron_specialization.translation.tokenization import resolve_tokens
@@ -23,6 +28,9 @@ class ExportArguments:
 
     pair: str = field(metadata={"help": "Direction to keep, such as en-de."})
     output_dir: str = field(metadata={"help": "Where the models and results.json go."})
+    trim_vocabulary: str | None = field(
+        default=None, metadata={"help": "Keep only the tokens of this parallel text, such as the training data."}
+    )
     quantization: str | None = field(default=None, metadata={"help": "Also write a CTranslate2 model: int8, ..."})
     num_beams: int = field(default=5, metadata={"help": "Beams of the verification."})
     sample: int = field(default=100, metadata={"help": "Test sentences to verify on."})
@@ -41,6 +49,15 @@ def main() -> None:
         row("base under the adapter", count(load_checkpoint(where.model)[0]), Path(where.model), expected, expected)
     ]
     small = ns.compact(model, args.pair)
+    vocabulary = {}
+    if args.trim_vocabulary:
+        corpus = load_parallel(args.trim_vocabulary, [args.pair], split="train", columns=data.column_names)[args.pair]
+        text = chain(corpus["source"], corpus["target"])
+        small, trimmed, cut = trim_vocabulary(small, tokenizer, text, list(tokens.values()))
+        unknown = unknown_rate(tokenizer, trimmed, sources + references)
+        vocabulary = {"before": cut.before, "after": cut.after, "unknown rate": unknown}
+        print(f"vocabulary: {cut.before} -> {cut.after} tokens; {unknown:.2%} of the sample's tokens are now unknown")
+        tokenizer = trimmed
     directory = Path(args.output_dir) / "checkpoint"
     padded = save_compact(small, directory, tokenizer)
     found = ns.translate(load_checkpoint(str(directory))[0], tokenizer, sources, args.pair, **options)
@@ -64,7 +81,12 @@ def main() -> None:
     for entry in rows:
         entry["BLEU"] = score(entry.pop("translations"), references, target)["bleu"]
     print(table(rows))
-    settings = {"pair": args.pair, "sentences": len(sources), "arguments": [vars(args), vars(where), vars(data)]}
+    settings = {
+        "pair": args.pair,
+        "vocabulary": vocabulary,
+        "sentences": len(sources),
+        "arguments": [vars(args), vars(where), vars(data)],
+    }
     print(f"wrote {write_results(args.output_dir, {'exports': rows, **settings})}")
 
 

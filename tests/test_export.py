@@ -11,11 +11,14 @@ from transformers import AutoModelForSeq2SeqLM
 import neuron_specialization as ns
 from neuron_specialization.export.compaction import save_compact
 from neuron_specialization.export.ctranslate2 import save_ctranslate2
+from neuron_specialization.export.vocabulary import trim_vocabulary, unknown_rate
+from neuron_specialization.translation.checkpoints import load_checkpoint
 from neuron_specialization.translation.identification import record_corpus
 from neuron_specialization.translation.translate import translate_ctranslate2
 
 from . import architectures
 from .conftest import PAIRS, make_batch, make_m2m100, make_masks, make_t5
+from .test_conventions import TEXT, m2m100, mbart25, mbart50, mbart_model
 
 MODELS = {"plain": make_m2m100, "gated": make_t5, "t5": lambda: make_t5("relu")}
 INPUTS = {key: make_batch()[key] for key in ("input_ids", "attention_mask")} | {"max_new_tokens": 8, "num_beams": 3}
@@ -109,3 +112,51 @@ def test_ragged_models_convert_to_ctranslate2(toy, toy_model, toy_tokenizer, toy
         save_ctranslate2(small, toy_tokenizer, tmp_path / "x", "int3")
     with pytest.raises(ValueError, match="CTranslate2 cannot convert a FSMT"):
         save_ctranslate2(architectures.make("fsmt"), toy_tokenizer, tmp_path / "x")
+
+
+def test_a_trimmed_vocabulary_computes_the_same_for_its_own_text(toy_model, toy_tokenizer, toy_data, tmp_path):
+    (counts,) = record_corpus(toy_model, toy_tokenizer, toy_data["validation"])
+    config = ns.NeuronSpecializationConfig(
+        masks=ns.CumulativeThreshold(0.5).select(counts), init_weights=False, task_type="SEQ_2_SEQ_LM"
+    )
+    small = ns.compact(get_peft_model(toy_model, config).eval(), "Pv-Aa")
+    text = [s for side in ("source", "target") for s in toy_data["train"]["Pv-Aa"][side]]
+    trimmed, tokenizer, cut = trim_vocabulary(small, toy_tokenizer, text, ["Pv", "Aa"])
+    assert cut.after < cut.before == len(toy_tokenizer) and len(tokenizer) == cut.after
+    assert "Ba" not in tokenizer.get_vocab() and trimmed.config.vocab_size == cut.after
+    assert trimmed.num_parameters() == small.num_parameters() - (cut.before - cut.after) * 32
+    save_compact(trimmed, tmp_path / "trimmed", tokenizer)
+    loaded, reloaded = load_checkpoint(str(tmp_path / "trimmed"))
+    sentences = toy_data["train"]["Pv-Aa"]["source"][:20]
+    assert ns.translate(loaded, reloaded, sentences, "Pv-Aa") == ns.translate(trimmed, tokenizer, sentences, "Pv-Aa")
+    assert unknown_rate(toy_tokenizer, tokenizer, sentences) == 0
+    other = toy_data["train"]["Pv-Ba"]["target"][:20]
+    assert 0.05 < unknown_rate(toy_tokenizer, tokenizer, other) <= 1
+    # the logits of the kept tokens are untouched
+    toy_tokenizer.src_lang, toy_tokenizer.tgt_lang = "Pv", "Aa"
+    tokenizer.src_lang, tokenizer.tgt_lang = "Pv", "Aa"
+    old = toy_tokenizer(sentences[:1], text_target=sentences[:1], return_tensors="pt")
+    new = tokenizer(sentences[:1], text_target=sentences[:1], return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(trimmed(**new).logits, small(**old).logits[..., cut.ids])
+
+
+def test_tokenizers_that_cannot_be_trimmed_are_refused(tmp_path):
+    tokenizer, _ = m2m100(tmp_path)
+    with pytest.raises(ValueError, match="Only BPE and Unigram tokenizers.*M2M100Tokenizer"):
+        trim_vocabulary(make_m2m100(), tokenizer, ["text"], ["__en__"])
+
+
+@pytest.mark.parametrize("make", [mbart25, mbart50])
+def test_unigram_vocabularies_are_trimmed_too(make, tmp_path):
+    tokenizer, tokens = make(tmp_path)
+    model = mbart_model(tokenizer)
+    trimmed, smaller, cut = trim_vocabulary(model, tokenizer, TEXT[:2], [tokens["en"], tokens["de"]])
+    assert cut.after < cut.before
+    for t in (tokenizer, smaller):
+        t.src_lang, t.tgt_lang = tokens["en"], tokens["de"]
+    old = tokenizer(TEXT[:1], text_target=TEXT[1:2], return_tensors="pt")
+    new = smaller(TEXT[:1], text_target=TEXT[1:2], return_tensors="pt")
+    assert cut.ids[new["input_ids"]].equal(old["input_ids"])
+    with torch.no_grad():
+        torch.testing.assert_close(trimmed(**new).logits, model(**old).logits[..., cut.ids])

@@ -136,17 +136,24 @@ def test_pretrain_makes_a_checkpoint_with_its_tokenizer(workspace, toy_files):
 
 
 def test_export_writes_a_checkpoint_and_a_ctranslate2_model(identified, workspace, toy_files, toy_checkpoint):
-    printed = run(
-        "export.py",
-        *("--model", str(toy_checkpoint), "--adapter", str(identified[0])),
-        *("--pair", "Pv-Aa", "--quantization", "int8"),
-        *("--test", str(toy_files / "test.jsonl"), "--output_dir", str(workspace / "export"), "--num_beams", "2"),
-    )
+    options = ("--model", str(toy_checkpoint), "--adapter", str(identified[0]), "--pair", "Pv-Aa", "--num_beams", "2")
+    options += ("--test", str(toy_files / "test.jsonl"))
+    run("export.py", *options, "--quantization", "int8", "--output_dir", str(workspace / "export"))
     exports = json.loads((workspace / "export" / "results.json").read_text())["exports"]
     base, checkpoint, ctranslate2 = exports
-    assert checkpoint["identical"] == 1.0 and "checkpoint" in printed
+    assert checkpoint["identical"] == 1.0
     assert ctranslate2["parameters"] <= checkpoint["parameters"] < base["parameters"]
     assert ctranslate2["MB"] < checkpoint["MB"] < base["MB"]
+
+    trimmed = workspace / "trimmed"
+    printed = run(
+        "export.py", *options, "--trim_vocabulary", str(toy_files / "train.jsonl"), "--output_dir", str(trimmed)
+    )
+    results = json.loads((trimmed / "results.json").read_text())
+    assert "vocabulary: " in printed and results["vocabulary"]["unknown rate"] < 0.01
+    vocabulary = json.loads((trimmed / "checkpoint" / "config.json").read_text())["vocab_size"]
+    assert vocabulary == results["vocabulary"]["after"] < results["vocabulary"]["before"]
+    assert results["exports"][1]["parameters"] < checkpoint["parameters"]
 
 
 def test_the_benchmark_measures_every_row(workspace):

@@ -1,0 +1,196 @@
+"""Cut a vocabulary down to the tokens that a pair's text uses: most of a large multilingual model is vocabulary."""
+
+import copy
+import json
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer
+
+_TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "forced_bos_token_id")
+
+
+@dataclass
+class VocabularyCut:
+    """What was cut.
+
+    Attributes:
+        before: entries before.
+        after: entries after.
+        ids: old ids of the kept entries in their new order, int64 [after].
+    """
+
+    before: int
+    after: int
+    ids: torch.Tensor
+
+
+def trim_vocabulary(
+    model: Any, tokenizer: Any, sentences: Iterable[str], language_tokens: Sequence[str]
+) -> tuple[Any, Any, VocabularyCut]:
+    """Return copies of a plain model and its tokenizer that know only the tokens of some text.
+
+    Kept are the tokens that `sentences` are cut into, the language tokens named, all special tokens but the tags of
+    other languages, and what the tokenizer needs to build the kept ones (merges) or to fall back to (single characters
+    and bytes). Embeddings and LM head are cut alike.
+
+    Args:
+        model: a plain transformers model, such as `ns.compact` returns.
+        tokenizer: its tokenizer, backed by the `tokenizers` library (BPE or Unigram).
+        sentences: text of both languages.
+        language_tokens: tags of the pair; those of other languages are dropped.
+
+    Raises:
+        ValueError: if the tokenizer is of another kind, or the trimmed one would cut the text differently.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or json.loads(backend.to_str())["model"]["type"] not in ("BPE", "Unigram"):
+        raise ValueError(
+            f"Only BPE and Unigram tokenizers backed by the tokenizers library can be trimmed, not a "
+            f"{type(tokenizer).__name__}."
+        )
+    text = list(dict.fromkeys(sentences))
+    used = {token for sentence in text for token in backend.encode(sentence, add_special_tokens=False).tokens}
+    with tempfile.TemporaryDirectory() as directory:
+        tokenizer.save_pretrained(directory)
+        path = Path(directory) / "tokenizer.json"
+        written = json.loads(path.read_text())
+        kept = _rewrite(written, used, set(language_tokens), set(_tags(tokenizer)))
+        path.write_text(json.dumps(written, ensure_ascii=False))
+        _drop_tags(Path(directory) / "tokenizer_config.json", kept, language_tokens[0])
+        trimmed = AutoTokenizer.from_pretrained(directory)
+    ids = _old_ids(tokenizer, trimmed)
+    _check(tokenizer, trimmed, text)
+    cut = VocabularyCut(model.get_input_embeddings().weight.shape[0], len(ids), ids)
+    return _cut_embeddings(copy.deepcopy(model), ids), trimmed, cut
+
+
+def unknown_rate(tokenizer: Any, trimmed: Any, sentences: Sequence[str]) -> float:
+    """Return the share of the tokens of some text that the trimmed tokenizer cuts differently or does not know."""
+    total, unknown = 0, 0
+    for sentence in sentences:
+        before = tokenizer.backend_tokenizer.encode(sentence, add_special_tokens=False).tokens
+        after = set(trimmed.backend_tokenizer.encode(sentence, add_special_tokens=False).tokens)
+        total += len(before)
+        unknown += sum(token not in after for token in before)
+    return unknown / max(total, 1)
+
+
+def _tags(tokenizer: Any) -> list[str]:
+    """Return special tokens that are none of the usual ones: language tags."""
+    usual = {value for value in tokenizer.special_tokens_map.values() if isinstance(value, str)}
+    return [token for token in tokenizer.all_special_tokens if token not in usual]
+
+
+def _rewrite(written: dict[str, Any], used: set[str], wanted_tags: set[str], tags: set[str]) -> set[str]:
+    """Cut the vocabulary of a serialized tokenizer, in place; return the tokens that stay."""
+    model = written["model"]
+    vocabulary = (
+        model["vocab"] if isinstance(model["vocab"], dict) else {t: i for i, (t, _) in enumerate(model["vocab"])}
+    )
+    added = [entry for entry in written["added_tokens"] if entry["content"] not in tags - wanted_tags]
+    kept = {token for token in vocabulary if len(token) == 1 or token.startswith("<0x")}
+    kept |= (used | {entry["content"] for entry in added} | wanted_tags | {str(model.get("unk_token"))}) - (
+        tags - wanted_tags
+    )
+    if model["type"] == "BPE":
+        kept |= _parts(model["merges"], kept)
+        model["merges"] = [m for m in model["merges"] if {m[0], m[1], m[0] + m[1]} <= kept]
+    ordered = [token for token in sorted(vocabulary, key=vocabulary.__getitem__) if token in kept]
+    ids = {token: i for i, token in enumerate(ordered)}
+    for entry in added:
+        entry["id"] = ids.setdefault(entry["content"], len(ids))
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = ids
+    else:
+        unknown = model["vocab"][model["unk_id"]][0] if model["unk_id"] is not None else None
+        model["vocab"] = [entry for entry in model["vocab"] if entry[0] in kept]
+        model["unk_id"] = ids.get(unknown)
+    written["added_tokens"] = added
+    written["post_processor"] = None  # made anew, with the new ids, when a language is set
+    return set(ids)
+
+
+def _parts(merges: list, kept: set[str]) -> set[str]:
+    """Return every token that a kept one is merged from, however deep."""
+    halves = {left + right: (left, right) for left, right in reversed(merges)}
+    found: set[str] = set()
+    stack = [token for token in kept if token in halves]
+    while stack:
+        for part in halves.get(stack.pop(), ()):
+            if part not in found:
+                found.add(part)
+                stack.append(part)
+    return found
+
+
+def _drop_tags(path: Path, kept: set[str], language_token: str) -> None:
+    config = json.loads(path.read_text())
+    for name in ("extra_special_tokens", "additional_special_tokens"):
+        if isinstance(config.get(name), list):
+            config[name] = [token for token in config[name] if token in kept]
+    for name in ("src_lang", "tgt_lang"):
+        if config.get(name) not in (None, *kept):
+            config[name] = language_token
+    config.pop("added_tokens_decoder", None)
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False))
+
+
+def _old_ids(tokenizer: Any, trimmed: Any) -> torch.Tensor:
+    old, new = tokenizer.get_vocab(), trimmed.get_vocab()
+    unknown = sorted(set(new) - set(old))
+    if unknown:
+        raise ValueError(f"The trimmed tokenizer has tokens that the model does not know: {', '.join(unknown[:5])}.")
+    # a row that no token reaches, such as a second <unk>, may hold anything
+    ids = torch.full((max(new.values()) + 1,), old[tokenizer.unk_token])
+    for token, i in new.items():
+        ids[i] = old[token]
+    return ids
+
+
+def _check(tokenizer: Any, trimmed: Any, text: Sequence[str]) -> None:
+    for sentence in text:
+        before, after = (
+            t.backend_tokenizer.encode(sentence, add_special_tokens=False).tokens for t in (tokenizer, trimmed)
+        )
+        if before != after:
+            raise ValueError(f"The trimmed tokenizer would cut {sentence!r} into {after} instead of {before}.")
+
+
+def _cut_embeddings(model: Any, ids: torch.Tensor) -> Any:
+    """Keep the rows `ids` of all token embeddings, the LM head and its bias, in place; tied weights stay tied."""
+    size = model.get_input_embeddings().weight.shape[0]
+    for name, buffer in list(model.named_buffers()):
+        if buffer.shape == (1, size):  # final_logits_bias of the BART family
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, buffer[:, ids])
+    owners = (model, model.get_encoder(), model.get_decoder())
+    tables = {id(owner.get_input_embeddings().weight) for owner in owners} | {id(model.get_output_embeddings().weight)}
+    cut: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if weight is None or id(weight) not in tables:
+            continue
+        if id(weight) not in cut:
+            cut[id(weight)] = nn.Parameter(weight.detach()[ids].clone(), requires_grad=weight.requires_grad)
+        module.weight = cut[id(weight)]
+        if isinstance(module, nn.Embedding):
+            module.num_embeddings = len(ids)
+            if module.padding_idx is not None:
+                module.padding_idx = ids.tolist().index(module.padding_idx)
+        else:
+            module.out_features = len(ids)
+            if module.bias is not None:
+                module.bias = nn.Parameter(module.bias.detach()[ids].clone())
+    new = {old: i for i, old in enumerate(ids.tolist())}
+    model.config.vocab_size = len(ids)
+    for config in (model.config, model.generation_config):
+        for name in _TOKEN_IDS:
+            if isinstance(getattr(config, name, None), int):
+                setattr(config, name, new.get(getattr(config, name)))
+    return model
