@@ -35,6 +35,7 @@ def main() -> None:
         test,
         pivot=data.pivot,
         language_tokens=data.tokens,
+        source_tag=data.source_tag,
         batch_size=args.batch_size,
         num_beams=args.num_beams,
     )

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import neuron_specialization as ns
 from neuron_specialization.export.compaction import save_compact
+from neuron_specialization.export.ctranslate2 import check_convertible, save_ctranslate2
 from neuron_specialization.export.vocabulary import trim_vocabulary, unknown_rate
 from neuron_specialization.translation.arguments import DataArguments, ModelArguments, parse
 from neuron_specialization.translation.checkpoints import load_adapted, load_checkpoint
 from neuron_specialization.translation.data import load_parallel
 from neuron_specialization.translation.evaluation import score
 from neuron_specialization.translation.results import table, write_results
-from neuron_specialization.translation.tokenization import resolve_tokens
-from neuron_specialization.translation.translate import translate_ctranslate2
+from neuron_specialization.translation.translate import adapter_config, pair_tokens, translate_ctranslate2
 
 
 @dataclass
@@ -38,17 +38,22 @@ class ExportArguments:
 
 def main() -> None:
     args, where, data = parse(ExportArguments, ModelArguments, DataArguments)
+    if where.adapter is None:
+        raise SystemExit("Name the adapter whose pair to export: --adapter DIRECTORY or Hub id.")
     data.language_pairs = [args.pair]
     sample = data.load("test", max_sentences=args.sample)[args.pair]
-    model, tokenizer = load_adapted(where.model, where.adapter)
-    tokens = resolve_tokens(tokenizer, [args.pair], data.tokens)
     sources, references = sample["source"][:], sample["target"][:]
-    options = {"language_tokens": tokens, "num_beams": args.num_beams}
-    expected = ns.translate(model, tokenizer, sources, args.pair, **options)
-    rows = [
-        row("base under the adapter", count(load_checkpoint(where.model)[0]), Path(where.model), expected, expected)
-    ]
+    model, tokenizer = load_adapted(where.model, where.adapter)
     small = ns.compact(model, args.pair)
+    if args.quantization:
+        check_convertible(small, args.quantization)
+    tokens = pair_tokens(model, tokenizer, args.pair, data.tokens)
+    source_tag = adapter_config(model).source_tag
+    options = {"language_tokens": tokens, "source_tag": source_tag, "num_beams": args.num_beams}
+    expected = ns.translate(model, tokenizer, sources, args.pair, **options)
+    base = load_checkpoint(where.model)[0]
+    size = sum(parameter.nbytes for parameter in base.parameters())
+    rows = [row("base under the adapter", count(base), size, expected, expected)]
     vocabulary = {}
     if args.trim_vocabulary:
         corpus = load_parallel(args.trim_vocabulary, [args.pair], split="train", columns=data.column_names)[args.pair]
@@ -61,11 +66,9 @@ def main() -> None:
     directory = Path(args.output_dir) / "checkpoint"
     padded = save_compact(small, directory, tokenizer)
     found = ns.translate(load_checkpoint(str(directory))[0], tokenizer, sources, args.pair, **options)
-    rows.append(row("checkpoint", count(padded), directory, found, expected))
+    rows.append(row("checkpoint", count(padded), weight_bytes(directory), found, expected))
     if args.quantization:
         import ctranslate2
-
-        from neuron_specialization.export.ctranslate2 import save_ctranslate2
 
         directory = Path(args.output_dir) / "ctranslate2"
         save_ctranslate2(small, tokenizer, directory, args.quantization)
@@ -73,10 +76,11 @@ def main() -> None:
         found = translate_ctranslate2(
             ctranslate2.Translator(str(directory)),
             *(tokenizer, sources, args.pair, tokens),
+            source_tag=source_tag,
             num_beams=args.num_beams,
             max_length=min(longest, small.generation_config.max_length or longest),
         )
-        rows.append(row(f"CTranslate2 {args.quantization}", count(small), directory, found, expected))
+        rows.append(row(f"CTranslate2 {args.quantization}", count(small), weight_bytes(directory), found, expected))
     target = args.pair.split("-")[1]
     for entry in rows:
         entry["BLEU"] = score(entry.pop("translations"), references, target)["bleu"]
@@ -95,12 +99,15 @@ def count(model) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def row(name: str, parameters: int, directory: Path, found: list[str], expected: list[str]) -> dict:
+def weight_bytes(directory: Path) -> int:
+    """Return the size of the weights in a directory."""
+    return sum(path.stat().st_size for path in directory.glob("*") if path.suffix in (".safetensors", ".bin"))
+
+
+def row(name: str, parameters: int, size: int, found: list[str], expected: list[str]) -> dict:
     """Return one row of the report: sizes, and the share of translations identical to the adapter's."""
-    weights = [p for p in directory.glob("*") if p.suffix in (".safetensors", ".bin")] if directory.is_dir() else []
     same = sum(a == b for a, b in zip(found, expected, strict=True)) / len(expected)
-    megabytes = sum(p.stat().st_size for p in weights) / 1e6
-    return {"export": name, "parameters": parameters, "MB": megabytes, "identical": same, "translations": found}
+    return {"export": name, "parameters": parameters, "MB": size / 1e6, "identical": same, "translations": found}
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ class TranslateArguments:
     input: str = field(default="-", metadata={"help": "File to read, or - for standard input."})
     output: str = field(default="-", metadata={"help": "File to write, or - for standard output."})
     language_tokens: list[str] = field(default_factory=list, metadata={"help": "code=token, such as de=deu_Latn."})
+    source_tag: str = field(default="source", metadata={"help": "What the source side's tag names: source or target."})
     num_beams: int = field(default=5, metadata={"help": "Beams."})
     batch_size: int = field(default=32, metadata={"help": "Sentences per batch."})
 
@@ -36,6 +37,7 @@ def main() -> None:
         text.splitlines(),
         args.pair,
         language_tokens=as_mapping(args.language_tokens),
+        source_tag=args.source_tag,
         batch_size=args.batch_size,
         num_beams=args.num_beams,
     )

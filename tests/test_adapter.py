@@ -369,9 +369,8 @@ class Int8Linear(torch.nn.Module):
 
 
 def quantized(model):
-    for block in ns.find_ffn_blocks(model):
-        parent, _, child = block.name.rpartition(".")
-        setattr(model.get_submodule(parent), child, Int8Linear(block.up))
+    for layer in [*model.model.encoder.layers, *model.model.decoder.layers]:
+        layer.fc1, layer.fc2 = Int8Linear(layer.fc1), Int8Linear(layer.fc2)
     return model
 
 
@@ -385,8 +384,9 @@ def test_quantized_projections_run_on_the_masked_path(mode):
     dense = make_m2m100()
     with torch.no_grad():
         for block in ns.find_ffn_blocks(dense):
-            linear = Int8Linear(block.up)
-            block.up.weight.copy_(linear.qweight * linear.scale)
+            for part in (block.up, block.down):
+                linear = Int8Linear(part)
+                part.weight.copy_(linear.qweight * linear.scale)
     expected = adapt(dense, masks, trainable=mode).eval()(**batch, language_pairs=PAIRS)
     torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-5)
     if mode != "none":

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import LoraConfig, get_peft_model
 
 import neuron_specialization as ns
@@ -170,6 +171,9 @@ def test_unchanged_weights_are_gathered_once():
 
 
 def obstacles():
+    def accelerate_hook(model):
+        add_hook_to_module(model.model.encoder.layers[0].fc2, AlignDevicesHook("cpu"))
+
     def hook(model):
         model.model.encoder.layers[0].fc2.register_forward_hook(lambda module, args, output: output)
 
@@ -184,7 +188,7 @@ def obstacles():
         for layer in model.model.encoder.layers:
             layer.activation_dropout = 0.5
 
-    return {f.__name__: f for f in (hook, activation_hook, lora, dropout)}
+    return {f.__name__: f for f in (accelerate_hook, hook, activation_hook, lora, dropout)}
 
 
 @pytest.mark.parametrize("attach", obstacles().values(), ids=obstacles())
@@ -200,6 +204,27 @@ def test_auto_runs_masked_where_something_else_is_attached_and_says_so_once(atta
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(**make_batch(), language_pairs="en-de")
+
+
+def test_lora_that_was_there_first_keeps_its_effect():
+    """It stands where the block's down projection is found."""
+    masks, batch = make_masks(make_m2m100()), make_batch()
+    logits = []
+    for first in ("lora", "masks"):
+        model = make_m2m100()
+        torch.manual_seed(0)
+        configs = {
+            "lora": LoraConfig(target_modules=["fc2"], init_lora_weights=False),
+            "masks": ns.NeuronSpecializationConfig(masks=masks, trainable="none"),
+        }
+        for name in sorted(configs, key=lambda name: name != first):
+            torch.manual_seed(0)
+            model.add_adapter(configs[name], name)
+        model.set_adapter(["lora", "masks"])
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            logits.append(model.eval()(**batch, language_pairs="en-de").logits)
+    torch.testing.assert_close(*logits)
 
 
 def test_demanded_compact_execution_that_is_not_possible_is_an_error():

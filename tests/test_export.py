@@ -114,6 +114,22 @@ def test_ragged_models_convert_to_ctranslate2(toy, toy_model, toy_tokenizer, toy
         save_ctranslate2(architectures.make("fsmt"), toy_tokenizer, tmp_path / "x")
 
 
+def test_modules_trained_beside_the_masks_are_exported():
+    model = make_m2m100()
+    config = ns.NeuronSpecializationConfig(
+        masks=make_masks(model), modules_to_save=["layer_norm"], trainable_token_indices=[5], task_type="SEQ_2_SEQ_LM"
+    )
+    adapted = get_peft_model(model, config).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "modules_to_save" in name or "trainable_tokens_delta" in name:
+                parameter.add_(torch.rand_like(parameter))
+        expected = adapted(**make_batch(), language_pairs="en-de").logits
+        small = ns.compact(adapted, "en-de")
+        torch.testing.assert_close(small(**make_batch()).logits, expected, rtol=1e-4, atol=1e-5)
+    assert not any("modules_to_save" in name or "original_module" in name for name in small.state_dict())
+
+
 def test_a_trimmed_vocabulary_computes_the_same_for_its_own_text(toy_model, toy_tokenizer, toy_data, tmp_path):
     (counts,) = record_corpus(toy_model, toy_tokenizer, toy_data["validation"])
     config = ns.NeuronSpecializationConfig(

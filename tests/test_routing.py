@@ -291,3 +291,11 @@ def test_compiled_models_switch_pairs_without_compiling_again():
         compiled(**batch)
         assert len(graphs) == made, f"{len(graphs) - made} compilations too many"
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("ids", [[-1, 0, 0, 0], [0, 1, 2, 99]])
+def test_pair_ids_that_are_none_are_refused(ids):
+    model = make_m2m100()
+    config = ns.NeuronSpecializationConfig(masks=make_masks(model), task_type="SEQ_2_SEQ_LM")
+    with pytest.raises(ValueError, match="Expected pair ids from 0 to"):
+        get_peft_model(model, config)(**make_batch(), language_pairs=torch.tensor(ids))

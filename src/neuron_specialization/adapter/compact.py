@@ -5,7 +5,7 @@ the up projection computes the kept rows, the down projection reads the kept col
 joins the bias. In gated blocks a masked neuron is silent. Outputs and gradients are those of the masked path.
 """
 
-from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,19 +16,49 @@ from ..neurons.adapter_file import unpack_rows
 from ..neurons.ffn import FfnBlock
 
 
-@dataclass
 class Narrow:
-    """The weights of one block for one pair.
+    """The weights of one block for one row of masks, each gathered when it is first asked for.
 
-    Attributes:
-        up: [kept, d_model] and bias [kept] of the masked projection.
-        other: likewise of a gated block's second projection.
-        down: [d_model, kept], and the bias with the masked neurons' constant in it.
+    Args:
+        block: the block.
+        adapter: name of the adapter.
+        kept: indices of the neurons kept, int64 [kept].
     """
 
-    up: tuple[torch.Tensor, torch.Tensor | None]
-    other: tuple[torch.Tensor, torch.Tensor | None] | None
-    down: tuple[torch.Tensor, torch.Tensor | None]
+    def __init__(self, block: "CompactBlock", adapter: str, kept: torch.Tensor) -> None:
+        self.block, self.adapter, self.kept = block, adapter, kept
+
+    @cached_property
+    def up(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[kept, d_model] and bias [kept] of the masked projection."""
+        base: Any = self.block.layer.base_layer
+        weight = base.weight.index_select(0, self.kept)
+        delta = self.block.layer.delta(self.adapter, self.kept)
+        if delta is not None:
+            weight = (weight + delta).to(weight.dtype)
+        return weight, None if base.bias is None else base.bias.index_select(0, self.kept)
+
+    @cached_property
+    def other(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """Likewise of a gated block's second projection; None in plain blocks."""
+        other = self.block.other
+        if other is None:
+            return None
+        return other.weight.index_select(0, self.kept), (
+            None if other.bias is None else other.bias.index_select(0, self.kept)
+        )
+
+    @cached_property
+    def down(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[d_model, kept], and the bias b2 + W2[:, off] · act(b1[off])."""
+        block, down = self.block, self.block.down
+        weight = down.weight.index_select(1, self.kept)
+        up_bias = block.layer.base_layer.bias
+        if up_bias is None or block.other is not None or block.layer.silences_masked():
+            return weight, down.bias
+        off = torch.ones_like(up_bias).index_fill(0, self.kept, 0)
+        constant = down.weight @ (block.activation(up_bias) * off)
+        return weight, constant if down.bias is None else down.bias + constant
 
 
 class CompactBlock:
@@ -49,30 +79,41 @@ class CompactBlock:
         self.indices: dict[tuple, torch.Tensor] = {}
         self.cached: tuple[tuple, Narrow, list[torch.Tensor]] | None = None
         self.elementwise = not any(_mixes_neurons(child, block.d_ff) for p in self.parents for child in p.children())
-        self.down.forward = _NarrowInput(self)
+        self.stand_ins: list[tuple[Any, _NarrowInput | _NarrowOutput]] = [(self.down, _NarrowInput(self))]
         if self.other is not None:
-            self.other.forward = _NarrowOutput(self)
+            self.stand_ins.append((self.other, _NarrowOutput(self)))
+        # what is no plain linear layer keeps its own forward, and the block runs masked for good
+        self.stands_in = all(type(part) is nn.Linear and "forward" not in vars(part) for part, _ in self.stand_ins)
+        if self.stands_in:
+            for part, stand_in in self.stand_ins:
+                part.forward = stand_in
 
     def release(self) -> None:
         """Give the projections their own `forward` back."""
-        for part in (self.down, self.other):
-            if part is not None:
-                vars(part).pop("forward", None)
+        for part, _ in self.stand_ins if self.stands_in else ():
+            vars(part).pop("forward", None)
 
     def narrow(self) -> Narrow | None:
         """Return the weights to run with, or None where the block has to run masked."""
-        row = None if torch.compiler.is_compiling() else self.layer.single_row()
-        if row is None or self.obstacle() is not None:
+        if torch.compiler.is_compiling():
+            return None
+        if torch.is_grad_enabled():
+            self.cached = None  # an optimizer may write to weights in ways that leave no trace on them
+        row = self.layer.single_row()
+        if row is None:
+            return None
+        if self.obstacle() is not None:
+            self.cached = None
             return None
         adapter, index = row
         tensors = self._tensors(adapter)
         key = (adapter, index, *map(_state, tensors))
-        if self.cached is not None and self.cached[0] == key and not torch.is_grad_enabled():
+        if self.cached is not None and self.cached[0] == key:
             return self.cached[1]
         kept = self._kept(adapter, index)
         if len(kept) == self.layer.out_features:
             return None
-        found = self._gather(adapter, kept)
+        found = Narrow(self, adapter, kept)
         if not torch.is_grad_enabled():
             # holding on to the old storage keeps its address from being given to other weights
             self.cached = key, found, [tensor.detach() for tensor in tensors if tensor is not None]
@@ -82,7 +123,9 @@ class CompactBlock:
         """Return what keeps the block from running narrow, or None: it must be by itself, with plain weights."""
         base: Any = self.layer.base_layer
         parts = [part for part in (base, self.down, self.other) if part is not None]
-        if any(type(part) is not nn.Linear or type(part.weight.data) is not torch.Tensor for part in parts):
+        if not self.stands_in or any(
+            type(part) is not nn.Linear or type(part.weight.data) is not torch.Tensor for part in parts
+        ):
             return "weights that are not plain tensors"
         if not self.elementwise:
             return "an operation between the projections that is not elementwise"
@@ -104,7 +147,7 @@ class CompactBlock:
 
     def gather(self, adapter: str, row: int) -> Narrow:
         """Return the weights of one row of one adapter."""
-        return self._gather(adapter, self._kept(adapter, row))
+        return Narrow(self, adapter, self._kept(adapter, row))
 
     def _kept(self, adapter: str, row: int) -> torch.Tensor:
         """Return the indices of the neurons that a row keeps, int64 [kept], looked up once per row."""
@@ -116,28 +159,6 @@ class CompactBlock:
                 del self.indices[old]
             self.indices[key] = unpack_rows(packed[row], self.layer.out_features).nonzero().flatten()
         return self.indices[key]
-
-    def _gather(self, adapter: str, kept: torch.Tensor) -> Narrow:
-        base: Any = self.layer.base_layer
-        weight = base.weight.index_select(0, kept)
-        delta = self.layer.delta(adapter, kept)
-        if delta is not None:
-            weight = (weight + delta).to(weight.dtype)
-        bias = None if base.bias is None else base.bias.index_select(0, kept)
-        other = None
-        if self.other is not None:
-            other_bias = None if self.other.bias is None else self.other.bias.index_select(0, kept)
-            other = self.other.weight.index_select(0, kept), other_bias
-        down = self.down.weight.index_select(1, kept), self._down_bias(base.bias, kept)
-        return Narrow((weight, bias), other, down)
-
-    def _down_bias(self, up_bias: torch.Tensor | None, kept: torch.Tensor) -> torch.Tensor | None:
-        """Return b2 + W2[:, off] · act(b1[off])."""
-        if up_bias is None or self.other is not None or self.layer.silences_masked():
-            return self.down.bias
-        off = torch.ones_like(up_bias).index_fill(0, kept, 0)
-        constant = self.down.weight @ (self.activation(up_bias) * off)
-        return constant if self.down.bias is None else self.down.bias + constant
 
 
 class _NarrowInput:
@@ -184,7 +205,11 @@ def _state(tensor: torch.Tensor | None) -> tuple | None:
 
 def _has_hooks(module: nn.Module) -> bool:
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        hasattr(module, "_hf_hook")  # accelerate moves weights in and out of the device
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
     )
 
 

@@ -146,10 +146,12 @@ class Routing:
         if isinstance(self.said, torch.Tensor):
             ids = self.said.to(device) if device is not None else self.said
             ids = ids[:1] if bool((ids == ids[:1]).all()) else ids  # one transfer per batch buys compact execution
+            with_base = table.default_pair == BASE_PAIR
+            lowest, count = -1 if with_base else 0, len(table.rows)
+            if bool(((ids < lowest) | (ids >= count)).any()):
+                raise ValueError(f"Expected pair ids from {lowest} to {count - 1}, got {sorted(set(ids.tolist()))}.")
             rows = table.rows.to(ids.device)[ids.clamp_min(0)]
-            if table.default_pair == BASE_PAIR:
-                return torch.where(ids[:, None] < 0, BASE_ROW, rows), True
-            return rows, False
+            return (torch.where(ids[:, None] < 0, BASE_ROW, rows) if with_base else rows), with_base
         mine = None if self.adapter_names is None else [name == adapter for name in self.adapter_names]
         if self.said is not None:
             one_each = mine is not None and len(mine) == len(self.said)

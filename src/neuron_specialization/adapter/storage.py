@@ -90,7 +90,7 @@ class CheckedLoad:
             tensors = self._tensors(config, **kwargs)
             if config is not None and any(PREFIX in key for key in tensors or [PREFIX]):
                 check_tensors(model, config, self.adapter_name, self._as_model_keys(tensors))
-        except ValueError:
+        except Exception:
             remove_injected(model, self.adapter_name)
             raise
         loaded = model._load_pretrained_model(*args, **kwargs)

@@ -5,6 +5,7 @@ from os import PathLike
 from typing import Any
 
 import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..adapter.attachment import detach
@@ -35,6 +36,11 @@ def compact(model: nn.Module, pair: str) -> Any:
     with torch.no_grad():
         for name, layer in layers.items():
             _cut(base, name, layer)
+        for name, module in list(base.named_modules()):
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                parent, _, child = name.rpartition(".")
+                trained = module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+                setattr(base.get_submodule(parent), child, trained)
     detach(base)
     for attribute in ("peft_config", "_hf_peft_config_loaded", "_load_pretrained_model"):
         vars(base).pop(attribute, None)

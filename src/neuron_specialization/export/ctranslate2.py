@@ -23,15 +23,8 @@ def save_ctranslate2(
         ValueError: if CTranslate2 cannot convert this architecture, or does not know the quantization.
         ImportError: if CTranslate2 is not installed (`pip install neuron-specialization[export]`).
     """
+    loader = check_convertible(model, quantization)
     from ctranslate2.converters import Converter
-    from ctranslate2.converters.transformers import _MODEL_LOADERS
-
-    if quantization is not None and quantization not in QUANTIZATIONS:
-        raise ValueError(f"quantization must be one of {', '.join(QUANTIZATIONS)}, got {quantization!r}.")
-    loader = _MODEL_LOADERS.get(type(model.config).__name__)
-    if loader is None:
-        known = ", ".join(sorted(name.removesuffix("Config") for name in _MODEL_LOADERS))
-        raise ValueError(f"CTranslate2 cannot convert a {type(model).__name__}; it converts: {known}.")
 
     class FromMemory(Converter):
         """CTranslate2's own converter reads from the disk, where layers of one stack cannot differ in width."""
@@ -42,3 +35,18 @@ def save_ctranslate2(
     with atomic_directory(directory) as fresh:
         FromMemory().convert(str(fresh), quantization=quantization, force=True)
         tokenizer.save_pretrained(fresh)
+
+
+def check_convertible(model: Any, quantization: str | None) -> Any:
+    """Return CTranslate2's loader for a model's architecture; raises as `save_ctranslate2` does, before any work."""
+    try:
+        from ctranslate2.converters.transformers import _MODEL_LOADERS
+    except ImportError as error:
+        raise ImportError("CTranslate2 is missing: pip install 'neuron-specialization[export]'.") from error
+    if quantization is not None and quantization not in QUANTIZATIONS:
+        raise ValueError(f"quantization must be one of {', '.join(QUANTIZATIONS)}, got {quantization!r}.")
+    loader = _MODEL_LOADERS.get(type(model.config).__name__)
+    if loader is None:
+        known = ", ".join(sorted(name.removesuffix("Config") for name in _MODEL_LOADERS))
+        raise ValueError(f"CTranslate2 cannot convert a {type(model).__name__}; it converts: {known}.")
+    return loader

@@ -12,7 +12,9 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer
 
-_TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "forced_bos_token_id")
+from ..neurons.ffn import STACKS
+
+_TOKEN_IDS = tuple(f"{name}_token_id" for name in ("pad", "bos", "eos", "decoder_start", "forced_bos", "forced_eos"))
 
 
 @dataclass
@@ -55,17 +57,17 @@ def trim_vocabulary(
             f"{type(tokenizer).__name__}."
         )
     text = list(dict.fromkeys(sentences))
-    used = {token for sentence in text for token in backend.encode(sentence, add_special_tokens=False).tokens}
+    used = {token for sentence in text for token in _cut(tokenizer, sentence)}
     with tempfile.TemporaryDirectory() as directory:
         tokenizer.save_pretrained(directory)
         path = Path(directory) / "tokenizer.json"
-        written = json.loads(path.read_text())
+        written = json.loads(path.read_text()) | {"truncation": None, "padding": None}
         kept = _rewrite(written, used, set(language_tokens), set(_tags(tokenizer)))
         path.write_text(json.dumps(written, ensure_ascii=False))
         _drop_tags(Path(directory) / "tokenizer_config.json", kept, language_tokens[0])
         trimmed = AutoTokenizer.from_pretrained(directory)
     ids = _old_ids(tokenizer, trimmed)
-    _check(tokenizer, trimmed, text)
+    _check(tokenizer, trimmed, ids, text)
     cut = VocabularyCut(model.get_input_embeddings().weight.shape[0], len(ids), ids)
     return _cut_embeddings(copy.deepcopy(model), ids), trimmed, cut
 
@@ -74,11 +76,17 @@ def unknown_rate(tokenizer: Any, trimmed: Any, sentences: Sequence[str]) -> floa
     """Return the share of the tokens of some text that the trimmed tokenizer cuts differently or does not know."""
     total, unknown = 0, 0
     for sentence in sentences:
-        before = tokenizer.backend_tokenizer.encode(sentence, add_special_tokens=False).tokens
-        after = set(trimmed.backend_tokenizer.encode(sentence, add_special_tokens=False).tokens)
+        before, after = _cut(tokenizer, sentence), set(_cut(trimmed, sentence))
         total += len(before)
         unknown += sum(token not in after for token in before)
     return unknown / max(total, 1)
+
+
+def _cut(tokenizer: Any, sentence: str) -> list[str]:
+    """Return a sentence's tokens, all of them: tokenizers remember the truncation of the call before."""
+    return tokenizer.convert_ids_to_tokens(
+        tokenizer(sentence, add_special_tokens=False, truncation=False)["input_ids"]
+    )
 
 
 def _tags(tokenizer: Any) -> list[str]:
@@ -153,13 +161,14 @@ def _old_ids(tokenizer: Any, trimmed: Any) -> torch.Tensor:
     return ids
 
 
-def _check(tokenizer: Any, trimmed: Any, text: Sequence[str]) -> None:
+def _check(tokenizer: Any, trimmed: Any, ids: torch.Tensor, text: Sequence[str]) -> None:
     for sentence in text:
-        before, after = (
-            t.backend_tokenizer.encode(sentence, add_special_tokens=False).tokens for t in (tokenizer, trimmed)
-        )
+        before, after = _cut(tokenizer, sentence), _cut(trimmed, sentence)
         if before != after:
             raise ValueError(f"The trimmed tokenizer would cut {sentence!r} into {after} instead of {before}.")
+    whole, again = (t(text[:1], truncation=False)["input_ids"][0] for t in (tokenizer, trimmed))
+    if ids[again].tolist() != whole and getattr(tokenizer, "src_lang", None) == getattr(trimmed, "src_lang", None):
+        raise ValueError("The trimmed tokenizer would put other special tokens around a sentence.")
 
 
 def _cut_embeddings(model: Any, ids: torch.Tensor) -> Any:
@@ -188,9 +197,14 @@ def _cut_embeddings(model: Any, ids: torch.Tensor) -> Any:
             if module.bias is not None:
                 module.bias = nn.Parameter(module.bias.detach()[ids].clone())
     new = {old: i for i, old in enumerate(ids.tolist())}
-    model.config.vocab_size = len(ids)
-    for config in (model.config, model.generation_config):
+    stacks = [getattr(model.config, stack, None) for stack in STACKS]
+    for config in (model.config, *stacks, model.generation_config):
+        if getattr(config, "vocab_size", None) is not None:
+            config.vocab_size = len(ids)
         for name in _TOKEN_IDS:
-            if isinstance(getattr(config, name, None), int):
-                setattr(config, name, new.get(getattr(config, name)))
+            value = getattr(config, name, None)
+            if isinstance(value, int):
+                setattr(config, name, new.get(value))
+            elif isinstance(value, list):
+                setattr(config, name, [new[i] for i in value if i in new])
     return model

@@ -58,6 +58,7 @@ def evaluate(
     *,
     pivot: str | None = None,
     language_tokens: Mapping[str, str] | None = None,
+    source_tag: str = "source",
     batch_size: int = 32,
     **generate_kwargs: Any,
 ) -> dict[str, Any]:
@@ -69,6 +70,7 @@ def evaluate(
         data: pair → Dataset with columns "source" and "target". References are compared whole.
         pivot: language whose directions make the one-to-many and many-to-one averages.
         language_tokens: language code → language token (see `translate`).
+        source_tag: what the tag on the source side names (see `translate`).
         batch_size: sentences per batch.
         **generate_kwargs: passed to `model.generate`; five beams unless said otherwise.
 
@@ -85,6 +87,7 @@ def evaluate(
                 sources,
                 pair,
                 language_tokens=language_tokens,
+                source_tag=source_tag,
                 batch_size=batch_size,
                 **generate_kwargs,
             )

@@ -1,6 +1,7 @@
 """Training on transformers' Seq2SeqTrainer: it brings the loop, this adds what multilingual specialization needs."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -195,6 +196,9 @@ def fit(
 def save_whole(trainer: Seq2SeqTrainer, directory: Path) -> None:
     """Save a trainer's model and tokenizer, gathering shards, and swap in the whole directory at the end."""
     partial = directory.with_name(f".{directory.name}-partial")
+    if trainer.is_world_process_zero():
+        shutil.rmtree(partial, ignore_errors=True)  # what a run that was cut off left there
+    trainer.accelerator.wait_for_everyone()
     trainer.save_model(str(partial))
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():

@@ -20,6 +20,7 @@ def translate(
     pair: str,
     *,
     language_tokens: Mapping[str, str] | None = None,
+    source_tag: str = "source",
     batch_size: int = 32,
     **generate_kwargs: Any,
 ) -> list[str]:
@@ -32,6 +33,7 @@ def translate(
         pair: direction, such as "en-de".
         language_tokens: language code → language token. Where the adapter knows its tokens, those hold; codes that
             neither names must be tokens of the tokenizer themselves.
+        source_tag: what the tag on the source side names, "source" or "target"; an adapter's own holds.
         batch_size: sentences per batch.
         **generate_kwargs: passed to `model.generate`, for example `num_beams=5`.
 
@@ -46,8 +48,8 @@ def translate(
     if not sentences:
         return []
     config = adapter_config(model)
-    tokens = resolve_tokens(tokenizer, [pair], _known_tokens(config, tokenizer) or language_tokens)
-    source_tag = config.source_tag if config is not None else "source"
+    tokens = pair_tokens(model, tokenizer, pair, language_tokens)
+    source_tag = config.source_tag if config is not None else source_tag
     encoded = encode(tokenizer, pair, sentences, None, tokens, source_tag)["input_ids"]
     _check_lengths(unwrap(model), encoded)
     kwargs = dict(generate_kwargs)
@@ -77,11 +79,12 @@ def translate_ctranslate2(
     pair: str,
     tokens: Mapping[str, str],
     *,
+    source_tag: str = "source",
     num_beams: int = 5,
     max_length: int = 256,
     batch_size: int = 32,
 ) -> list[str]:
-    """Translate with a CTranslate2 translator, tagging sentences as NLLB, M2M100 and mBART-50 expect it.
+    """Translate with a CTranslate2 translator, tagging sentences as `translate` does.
 
     Args:
         translator: a `ctranslate2.Translator` of a directory that `save_ctranslate2` wrote.
@@ -89,14 +92,16 @@ def translate_ctranslate2(
         sentences: source sentences.
         pair: direction, such as "en-de".
         tokens: language code → language token.
+        source_tag: what the tag on the source side names; "source" puts the target's on the decoder.
         num_beams: beams.
         max_length: longest translation in tokens; within the model's positions.
         batch_size: sentences per batch.
     """
-    encoded = encode(tokenizer, pair, sentences, None, tokens)["input_ids"]
+    encoded = encode(tokenizer, pair, sentences, None, tokens, source_tag)["input_ids"]
+    prefix = [tokens[split_pair(pair)[1]]] if source_tag == "source" else []
     results = translator.translate_batch(
         [tokenizer.convert_ids_to_tokens(row) for row in encoded],
-        target_prefix=[[tokens[split_pair(pair)[1]]]] * len(encoded),
+        target_prefix=[prefix] * len(encoded),
         beam_size=num_beams,
         max_decoding_length=max_length,
         max_batch_size=batch_size,
@@ -123,10 +128,19 @@ def adapter_config(model: Any) -> Any:
     return model.peft_config[name]
 
 
-def _known_tokens(config: Any, tokenizer: Any) -> dict[str, str] | None:
-    if config is None or not config.language_tokens:
-        return None
-    return {code: tokenizer.convert_ids_to_tokens(int(i)) for code, i in config.language_tokens.items()}
+def pair_tokens(
+    model: Any, tokenizer: Any, pair: str, language_tokens: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Return the language tokens of a pair: those that the model's adapter knows, else those given.
+
+    Raises:
+        ValueError: if a token is not in the tokenizer.
+    """
+    config = adapter_config(model)
+    if config is not None and config.language_tokens:
+        known = {code: tokenizer.convert_ids_to_tokens(int(i)) for code, i in config.language_tokens.items()}
+        return resolve_tokens(tokenizer, [pair], known)
+    return resolve_tokens(tokenizer, [pair], language_tokens)
 
 
 def _generate(model: Any, tokenizer: Any, rows: list[list[int]], kwargs: Mapping[str, Any]) -> list[str]:
