@@ -166,7 +166,9 @@ def test_the_benchmark_measures_every_row(workspace):
     compared = {(row["what"], row.get("compared with")) for row in rows}
     assert ("training step, full, one pair", "dense fine-tuning") in compared
     assert ("mixed batch of 8 pairs, forward", "LoRA, 8 adapter_names") in compared and len(rows) >= 18
-    assert all(row.get("ratio", row.get("seconds")) > 0 for row in rows if row["what"] != "load 40,602 directions")
+    assert all(
+        row.get("ratio", row.get("seconds")) > 0 for row in rows if row["what"].split()[0] not in ("load", "switch")
+    )
 
 
 @pytest.mark.parametrize(
