@@ -28,6 +28,7 @@ from ..neurons.adapter_file import replace_directory
 from ..neurons.ffn import unwrap
 from .batching import DirectionBatchSampler, TranslationCollator
 from .data import encode_parallel
+from .processes import this_process
 from .tokenization import resolve_tokens
 from .translate import adapter_config
 
@@ -195,15 +196,16 @@ def fit(
 
 def save_whole(trainer: Seq2SeqTrainer, directory: Path) -> None:
     """Save a trainer's model and tokenizer, gathering shards, and swap in the whole directory at the end."""
+    process = this_process()
     partial = directory.with_name(f".{directory.name}-partial")
-    if trainer.is_world_process_zero():
+    if process.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)  # what a run that was cut off left there
-    trainer.accelerator.wait_for_everyone()
+    process.wait_for_everyone()
     trainer.save_model(str(partial))
-    trainer.accelerator.wait_for_everyone()
-    if trainer.is_world_process_zero():
+    process.wait_for_everyone()
+    if process.is_main_process:
         replace_directory(partial, directory)
-    trainer.accelerator.wait_for_everyone()
+    process.wait_for_everyone()
 
 
 class _MarkComplete(TrainerCallback):
