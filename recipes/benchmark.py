@@ -4,19 +4,23 @@ accelerate launch recipes/benchmark.py --output_dir build/benchmark
 """
 
 import copy
+import tempfile
 from dataclasses import dataclass, field
 
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
-from transformers import M2M100Config, M2M100ForConditionalGeneration
+from peft import IA3Config, LoraConfig, get_peft_model
 
 import neuron_specialization as ns
-from neuron_specialization.analysis.timing import count_on_host, random_masks, side_by_side, storage_costs
+from neuron_specialization.analysis.random_models import numbered_words, random_batch, random_m2m100, random_masks
+from neuron_specialization.analysis.timing import TrainingStep, compare, identification_costs, storage_costs, work
+from neuron_specialization.export.ctranslate2 import save_ctranslate2
 from neuron_specialization.translation.arguments import parse
 from neuron_specialization.translation.processes import this_process
 from neuron_specialization.translation.results import table, write_results
 
 PAIRS = [f"l{i}-en" for i in range(8)]
+LORA = LoraConfig(r=16, target_modules=["fc1"], task_type="SEQ_2_SEQ_LM")
+IA3 = IA3Config(target_modules=["fc2"], feedforward_modules=["fc2"], task_type="SEQ_2_SEQ_LM")
 
 
 @dataclass
@@ -28,102 +32,100 @@ class BenchmarkArguments:
     d_model: int = field(default=512, metadata={"help": "Width."})
     d_ff: int = field(default=2048, metadata={"help": "Neurons per layer."})
     vocab_size: int = field(default=32000, metadata={"help": "Vocabulary."})
-    batch_size: int = field(default=16, metadata={"help": "Sentences per batch."})
-    length: int = field(default=32, metadata={"help": "Tokens per sentence."})
+    batch_size: int = field(default=64, metadata={"help": "Sentences per batch."})
+    length: int = field(default=64, metadata={"help": "Tokens per sentence."})
     kept: float = field(default=0.7, metadata={"help": "Share of neurons that a pair keeps."})
-    repeats: int = field(default=7, metadata={"help": "Rounds that count."})
+    repeats: int = field(default=5, metadata={"help": "Rounds that count."})
 
 
 def main() -> None:
     (args,) = parse(BenchmarkArguments)
     torch.manual_seed(0)
-    device = this_process().device
-    config = M2M100Config(
-        vocab_size=args.vocab_size, d_model=args.d_model, encoder_ffn_dim=args.d_ff, decoder_ffn_dim=args.d_ff,
-        encoder_layers=args.layers, decoder_layers=args.layers, encoder_layerdrop=0.0, decoder_layerdrop=0.0,
-        encoder_attention_heads=8, decoder_attention_heads=8, dropout=0.1, activation_dropout=0.0,
-    )  # fmt: skip
-    base = M2M100ForConditionalGeneration(config).to(device)
-    masks = random_masks(base, PAIRS, args.kept)
-    tokens = torch.randint(4, args.vocab_size, (args.batch_size, args.length), device=device)
-    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
-    rows = []
-
-    def compare(what: str, ours: str, functions: dict, target: str) -> None:
-        median = side_by_side(functions, args.repeats)
-        for other in [name for name in functions if name != ours]:
-            ratio = median[ours] / median[other]
-            row = {"what": what, "compared with": other, "seconds": median[ours], "other": median[other]}
-            rows.append({**row, "ratio": ratio, "target": target})
-        print(what, flush=True)
-
-    def adapted(kind) -> PeftModel:
-        model = get_peft_model(copy.deepcopy(base), kind)
-        if hasattr(model, "set_language_pair"):
-            model.set_language_pair(PAIRS[0])
-        return model
-
-    def ours(trainable: str) -> PeftModel:
-        return adapted(ns.NeuronSpecializationConfig(masks=masks, trainable=trainable, task_type="SEQ_2_SEQ_LM"))
-
-    def step(model):
-        optimizer = torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad], lr=1e-5)
-
-        def run() -> None:
-            model(**batch).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        return run
-
-    def forward(model, **kwargs):
-        @torch.no_grad()
-        def run() -> None:
-            model.eval()(**batch, **kwargs)
-
-        return run
-
-    headless = copy.deepcopy(base).model.eval()
-    once = {"input_ids": tokens, "attention_mask": batch["attention_mask"], "decoder_input_ids": tokens}
-    times = range(8)  # batches of one recording
-    identify = {
-        "identification": lambda: ns.record_activations(base, {PAIRS[0]: [batch] * len(times)}, progress=False),
-        "forward with loss": lambda: [forward(base)() for _ in times],
-        "headless forward": torch.no_grad()(lambda: [headless(**once) for _ in times]),
-        "copy to host and nonzero": lambda: [count_on_host(base, batch) for _ in times],
-    }
-    compare("identification", "identification", identify, "<= 0.70 / <= 1.05 headless / <= 0.62 released")
-    lora = LoraConfig(r=16, target_modules=["fc1"], task_type="SEQ_2_SEQ_LM")
-    functions = {"full": step(ours("full")), "dense fine-tuning": step(copy.deepcopy(base))}
-    compare("training step, full, one pair", "full", functions, "<= 0.90")
-    functions = {"delta": step(ours("delta")), "LoRA r=16": step(adapted(lora))}
-    compare("training step, delta", "delta", functions, "<= 1.00")
-    mixed = [PAIRS[i % len(PAIRS)] for i in range(args.batch_size)]
-    many = adapted(lora)
-    for name in PAIRS:
-        many.add_adapter(name.replace("-", "_"), lora)
-    functions = {
-        "mixed batch": forward(ours("none"), language_pairs=mixed),
-        "dense": forward(base),
-        "LoRA, 8 adapter_names": forward(many, adapter_names=[name.replace("-", "_") for name in mixed]),
-    }
-    compare("mixed batch of 8 pairs, forward", "mixed batch", functions, "<= 1.05 dense")
-    small = ns.compact(ours("none"), PAIRS[0])
-    ia3 = IA3Config(target_modules=["fc2"], feedforward_modules=["fc2"], task_type="SEQ_2_SEQ_LM")
-    models = {"ours": ours("delta"), "dense": base, "LoRA": adapted(lora), "IA3": adapted(ia3), "exported": small}
-
-    def generate(model, size: int):
-        inputs = torch.randint(4, args.vocab_size, (size, args.length), device=device)
-        return lambda: model.eval().generate(input_ids=inputs, num_beams=5, max_new_tokens=16, min_new_tokens=16)
-
-    for size in (1, 32):
-        functions = {name: generate(model, size) for name, model in models.items()}
-        compare(f"generate, batch {size}, 5 beams", "ours", functions, "<= 1.00 dense")
-        exported = {name: functions[name] for name in ("exported", "dense")}
-        compare(f"exported, batch {size}, 5 beams", "exported", exported, "the byte and FLOP ratio")
-    rows += storage_costs(args.repeats)
+    shape = {"layers": args.layers, "d_model": args.d_model, "d_ff": args.d_ff, "vocab_size": args.vocab_size}
+    base = random_m2m100(**shape).to(this_process().device)
+    batch = random_batch(base, args.batch_size, args.length)
+    rows = identification_costs(base, batch, args.repeats) + training(base, batch, args) + mixed(base, batch, args)
+    rows += generation(base, args) + storage_costs(args.repeats)
     print("\n" + table(rows))
     print(f"wrote {write_results(args.output_dir, {'rows': rows, 'arguments': vars(args)})}")
+
+
+def adapted(base, trainable: str, kept: float):
+    """Return a copy of the base under random masks, one of whose pairs is set."""
+    masks = random_masks(base, PAIRS, kept)
+    config = ns.NeuronSpecializationConfig(masks=masks, trainable=trainable, task_type="SEQ_2_SEQ_LM")
+    model = get_peft_model(copy.deepcopy(base), config)
+    model.set_language_pair(PAIRS[0])
+    return model
+
+
+def lora(base):
+    return get_peft_model(copy.deepcopy(base), LORA)
+
+
+def training(base, batch: dict, args: BenchmarkArguments) -> list[dict]:
+    dense = TrainingStep(copy.deepcopy(base), batch)
+    rows = []
+    for kept in (args.kept, 0.9, 1.0):
+        full = TrainingStep(adapted(base, "full", kept), batch)
+        functions, target = {"full": full, "dense": dense}, "<= 0.90" if kept == args.kept else "<= 1.02"
+        row = compare(f"training step, full, {kept:.0%} kept", functions, {"dense": target}, args.repeats)[0]
+        rows.append({**row, "FLOPs": work(full)[0] / work(dense)[0]})
+    functions = {"delta": TrainingStep(adapted(base, "delta", args.kept), batch)}
+    functions["LoRA r=16"] = TrainingStep(lora(base), batch)
+    return rows + compare("training step, delta", functions, {"LoRA r=16": "<= 1.00"}, args.repeats)
+
+
+def mixed(base, batch: dict, args: BenchmarkArguments) -> list[dict]:
+    order = [i % len(PAIRS) for i in range(args.batch_size)]
+    ours, many = adapted(base, "none", args.kept).eval(), lora(base)
+    for i in range(len(PAIRS)):
+        many.add_adapter(f"lora{i}", LORA)
+    functions = {
+        "ours": lambda: ours(**batch, language_pairs=[PAIRS[i] for i in order]),
+        "dense": lambda: base.eval()(**batch),
+        "LoRA, 8 adapter_names": lambda: many.eval()(**batch, adapter_names=[f"lora{i}" for i in order]),
+    }
+    functions = {name: torch.no_grad()(function) for name, function in functions.items()}
+    return compare("mixed batch of 8 pairs, forward", functions, {"dense": "<= 1.05"}, args.repeats)
+
+
+def ctranslate2(small, inputs: torch.Tensor):
+    """Return what generates with an exported model in CTranslate2, in int8."""
+    from ctranslate2 import Translator
+
+    words = numbered_words(small.config.vocab_size)
+    with tempfile.TemporaryDirectory() as directory:
+        save_ctranslate2(small, words, directory + "/int8", "int8")
+        translator = Translator(directory + "/int8", intra_threads=torch.get_num_threads())
+    sources = [words.convert_ids_to_tokens(row) for row in inputs.tolist()]
+    return lambda: translator.translate_batch(sources, beam_size=5, min_decoding_length=16, max_decoding_length=16)
+
+
+def generation(base, args: BenchmarkArguments) -> list[dict]:
+    small = ns.compact(adapted(base, "none", args.kept), PAIRS[0])
+    others = {"dense": base, "LoRA r=16": lora(base), "IA3": get_peft_model(copy.deepcopy(base), IA3)}
+    models = {"ours": adapted(base, "delta", args.kept), **others, "exported": small}
+    settings = {"num_beams": 5, "min_new_tokens": 16, "max_new_tokens": 16}
+
+    def generate(model, inputs):
+        return lambda: model.eval().generate(input_ids=inputs, **settings)
+
+    rows = []
+    for size in (1, 32):
+        what = f"batch {size}, 5 beams"
+        inputs = random_batch(base, size, args.length)["input_ids"]
+        functions = {name: generate(model, inputs) for name, model in models.items()}
+        rows += compare(f"generate, {what}", functions, {"dense": "<= 1.00"}, args.repeats)
+        exported = {name: functions[name] for name in ("exported", "dense")}
+        (flops, read), (all_flops, all_read) = work(exported["exported"]), work(exported["dense"])
+        limit = {"FLOPs": flops / all_flops, "bytes": read / all_read}
+        target = {"dense": f"<= {1.1 * max(limit.values()):.2f}"}
+        rows.append({**compare(f"exported, {what}", exported, target, args.repeats)[0], **limit})
+        if base.device.type == "cpu":
+            functions = {"int8": ctranslate2(small, inputs), "transformers, dense": functions["dense"]}
+            rows += compare(f"CTranslate2 int8, {what}", functions, {"transformers, dense": "<= 0.29"}, args.repeats)
+    return rows
 
 
 if __name__ == "__main__":

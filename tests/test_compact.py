@@ -9,16 +9,19 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import LoraConfig, get_peft_model
 
 import neuron_specialization as ns
+from neuron_specialization.adapter import compact as compact_module
 
 from .conftest import PAIRS, make_batch, make_m2m100, make_masks, make_t5
 
 MODELS = {"plain": make_m2m100, "gated": make_t5, "plain without biases": lambda: make_t5("relu")}
 
 
-def pair_of_models(make, mode="full", **config):
-    """The same adapted model twice: masked and compact."""
+def pair_of_models(make, mode="full", kept=None, **config):
+    """The same adapted model twice: masked and compact; with so many neurons kept at random, or selected ones."""
     model = make().double()
     masks = make_masks(model)
+    for name, rows in masks.rows.items() if kept is not None else ():
+        masks.rows[name] = torch.rand(rows.shape).argsort(-1) < kept
     settings = {"masks": masks, "trainable": mode, "task_type": "SEQ_2_SEQ_LM", **config}
     models = []
     for execution in ("masked", "compact"):
@@ -65,18 +68,37 @@ def test_outputs_and_gradients_are_those_of_the_masked_path(make, mode, mask_bia
                 torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-8, atol=1e-10, msg=name)
 
 
-def test_only_kept_neurons_are_computed():
-    _, compact = pair_of_models(make_m2m100, "none")
+@pytest.mark.parametrize("kept", [1, 16, 17, 19, 20])
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("mask_bias", [False, True])
+def test_every_number_of_kept_neurons_gives_the_same(make, kept, mask_bias):
+    """Of 20 neurons (28 in a decoder): one, all, a full width, and what is filled up to it or to the whole block."""
+    masked, compact = pair_of_models(make, "full", kept=kept, mask_bias=mask_bias)
+    batch = make_batch(pad=masked.config.pad_token_id)
+    outputs = [model(**batch, language_pairs="en-fr") for model in (masked, compact)]
+    torch.testing.assert_close(outputs[1].logits, outputs[0].logits, rtol=1e-9, atol=1e-10)
+    for output in outputs:
+        output.loss.backward()
+    theirs = dict(masked.named_parameters())
+    for name, parameter in compact.named_parameters():
+        expected = theirs[name].grad
+        assert (parameter.grad is None) == (expected is None), name
+        if expected is not None:
+            torch.testing.assert_close(parameter.grad, expected, rtol=1e-8, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize(("kept", "width"), [(1, 16), (16, 16), (17, 20), (20, 20)])
+def test_kept_neurons_are_computed_and_few_others(kept, width):
+    _, compact = pair_of_models(make_m2m100, "none", kept=kept)
     seen = widths(compact.get_base_model())
-    masks = compact.peft_config["default"].masks
     with torch.no_grad():
         compact(**make_batch(), language_pairs="en-de")
-    for name, width in seen.items():
-        assert width == masks.row("en-de", name.replace("fc2", "fc1")).sum(), name
+    assert {found for name, found in seen.items() if "encoder" in name} == {width}
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_auto_runs_compact_only_where_one_pair_is_in_the_batch(training):
+def test_auto_runs_compact_only_where_one_pair_is_in_the_batch(training, monkeypatch):
+    monkeypatch.setattr(compact_module, "FEW_TOKENS", 0)
     model = make_m2m100()
     adapted = get_peft_model(
         model, ns.NeuronSpecializationConfig(masks=make_masks(model), trainable="full", task_type="SEQ_2_SEQ_LM")
@@ -102,6 +124,10 @@ def changes():
     def in_place(model, layer):
         with torch.no_grad():
             layer.weight.mul_(1.5)
+
+    def unnoticed(model, layer):
+        layer.weight.data.mul_(1.5)
+        layer.compact.down.weight.data.add_(0.5)
 
     def replaced(model, layer):
         layer.weight.data = layer.weight.data * 2
@@ -138,7 +164,7 @@ def changes():
         torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5).step()
         model.eval()
 
-    return {f.__name__: f for f in (in_place, replaced, down, bias, delta, mask, cast, loaded, trained)}
+    return {f.__name__: f for f in (in_place, unnoticed, replaced, down, bias, delta, mask, cast, loaded, trained)}
 
 
 @pytest.mark.parametrize("change", changes().values(), ids=changes())
@@ -158,16 +184,44 @@ def test_cached_weights_follow_every_change(change):
     assert change.__name__ == "cast" or not torch.allclose(found, before)
 
 
-def test_unchanged_weights_are_gathered_once():
+def test_weights_are_gathered_once_per_generation(monkeypatch):
     _, compact = (model.eval() for model in pair_of_models(make_m2m100, "delta"))
-    block = compact.get_base_model().model.encoder.layers[0].fc1.compact
+    gathered = []
+    original = compact_module.Narrow.__init__
+
+    def count(self, *args):
+        gathered.append(args[0])
+        original(self, *args)
+
+    monkeypatch.setattr(compact_module.Narrow, "__init__", count)
+    for calls in (1, 2):
+        compact.generate(input_ids=make_batch()["input_ids"], language_pairs="en-de", num_beams=2, max_new_tokens=8)
+        assert len(gathered) == 4 * calls, "once for each of four blocks"
+
+
+def test_gathering_for_few_tokens_is_left_where_it_cannot_pay(monkeypatch):
+    """A forward of few tokens runs masked; decoder steps use what they gathered again and again."""
+    model = make_m2m100()
+    adapted = get_peft_model(
+        model, ns.NeuronSpecializationConfig(masks=make_masks(model), trainable="none", task_type="SEQ_2_SEQ_LM")
+    ).eval()
+    seen = widths(adapted.get_base_model())
     with torch.no_grad():
+        adapted(**make_batch(), language_pairs="en-de")
+        assert set(seen.values()) == {20, 28}
+        adapted(**make_batch(batch=40), language_pairs="en-de")
+        assert set(seen.values()) == {16}
+        adapted.generate(input_ids=make_batch()["input_ids"], language_pairs="en-de", max_new_tokens=4)
+    assert {width for name, width in seen.items() if "encoder" in name} == {20}
+    assert {width for name, width in seen.items() if "decoder" in name} == {16}
+
+
+def test_training_goes_on_after_translating():
+    """What was looked up in inference mode is saved for a backward pass."""
+    _, compact = pair_of_models(make_m2m100, "full")
+    with torch.inference_mode():
         compact(**make_batch(), language_pairs="en-de")
-        first = block.cached[1]
-        compact(**make_batch(), language_pairs="en-de")
-        assert block.cached[1] is first
-        compact(**make_batch(), language_pairs="en-fr")
-        assert block.cached[1] is not first
+    compact.train()(**make_batch(), language_pairs="en-de").loss.backward()
 
 
 def obstacles():

@@ -17,12 +17,13 @@ PAIRS = ["Pv-Aa", "Aa-Pv", "Pv-Ba", "Ba-Pv"]
 
 
 CPU = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+CPU["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # where mpirun is
 
 
 def launch_options(processes: int) -> list[str]:
-    """Options of accelerate that start so many processes on the CPU."""
-    several = ["--multi_gpu"] if processes > 1 else ["--cpu"]
-    return [*several, "--num_processes", str(processes), "--num_machines", "1", *NO_CONFIG]
+    """Options of accelerate that start so many processes on the CPU, several of them with mpirun."""
+    several = ["--mpirun_hostfile", str(ROOT / "tests" / "distributed" / "hosts")] if processes > 1 else []
+    return ["--cpu", *several, "--num_processes", str(processes), "--num_machines", "1", *NO_CONFIG]
 
 
 NO_CONFIG = ["--mixed_precision", "no", "--dynamo_backend", "no"]
@@ -156,19 +157,29 @@ def test_export_writes_a_checkpoint_and_a_ctranslate2_model(identified, workspac
     assert results["exports"][1]["parameters"] < checkpoint["parameters"]
 
 
+TINY = ("--layers", "1", "--d_model", "16", "--d_ff", "32", "--vocab_size", "60", "--batch_size", "8", "--length", "6")
+
+
 def test_the_benchmark_measures_every_row(workspace):
-    run(
-        "benchmark.py",
-        *("--output_dir", str(workspace / "benchmark"), "--layers", "1", "--d_model", "16", "--d_ff", "32"),
-        *("--vocab_size", "60", "--batch_size", "8", "--length", "6", "--repeats", "1"),
-    )
+    run("benchmark.py", "--output_dir", str(workspace / "benchmark"), *TINY, "--repeats", "1")
     rows = json.loads((workspace / "benchmark" / "results.json").read_text())["rows"]
     compared = {(row["what"], row.get("compared with")) for row in rows}
-    assert ("training step, full, one pair", "dense fine-tuning") in compared
-    assert ("mixed batch of 8 pairs, forward", "LoRA, 8 adapter_names") in compared and len(rows) >= 18
-    assert all(
-        row.get("ratio", row.get("seconds")) > 0 for row in rows if row["what"].split()[0] not in ("load", "switch")
-    )
+    assert ("training step, full, 70% kept", "dense") in compared
+    assert ("mixed batch of 8 pairs, forward", "LoRA, 8 adapter_names") in compared
+    assert ("CTranslate2 int8, batch 32, 5 beams", "transformers, dense") in compared and len(rows) == 25
+    assert all(row.get("ratio", row.get("ms")) > 0 for row in rows if row["what"].split()[0] not in ("load", "switch"))
+    exported = [row for row in rows if row["what"].startswith("exported")]
+    assert all(0 < row["FLOPs"] < 1 and 0 < row["bytes"] < 1 for row in exported)
+
+
+def test_memory_is_computed_for_nllb_and_measured_here(workspace):
+    run("memory.py", "--output_dir", str(workspace / "memory"), *TINY)
+    results = json.loads((workspace / "memory" / "results.json").read_text())
+    rows = {(row["model"], row["trained"]): row for row in results["bytes"]}
+    assert rows["NLLB 3.3B", "dense"]["weights"] / 4 == pytest.approx(3.3e9, rel=0.03)
+    # 24 blocks of 4,096 neurons and 60 pairs, one bit each
+    assert rows["NLLB 600M", "none"]["file"] == 24 * 4096 * 60 // 8
+    assert {row["peak of a step"] for row in results["peaks"]} == {"full", "delta"}
 
 
 @pytest.mark.parametrize(

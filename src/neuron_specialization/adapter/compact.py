@@ -3,8 +3,12 @@
 A masked neuron emits the constant `act(b1)`, so it can be cut out of a block without changing what the block computes:
 the up projection computes the kept rows, the down projection reads the kept columns, and `W2[:, off] · act(b1[off])`
 joins the bias. In gated blocks a masked neuron is silent. Outputs and gradients are those of the masked path.
+
+A few masked neurons are computed along, with zero rows of W1, to fill the width up to a multiple that matrix products
+are fast for; up to the whole block, nothing has to be gathered at all.
 """
 
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +17,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..neurons.adapter_file import unpack_rows
-from ..neurons.ffn import FfnBlock
+from ..neurons.ffn import DECODER, FfnBlock
+
+WIDTH_MULTIPLE = 16  # in float32, one 64-byte line; matrix products of other widths measured 6 % slower on a CPU
+FEW_TOKENS = 256  # below, gathering weights for one use costs more than it saves (on a CPU, d_model 1,024)
 
 
 class Narrow:
@@ -22,21 +29,31 @@ class Narrow:
     Args:
         block: the block.
         adapter: name of the adapter.
-        kept: indices of the neurons kept, int64 [kept].
+        computed: indices of the neurons that are computed, int64 [computed]; None for all of the block's.
+        filler: indices among them of masked neurons, which only fill the width up, int64.
     """
 
-    def __init__(self, block: "CompactBlock", adapter: str, kept: torch.Tensor) -> None:
-        self.block, self.adapter, self.kept = block, adapter, kept
+    def __init__(
+        self, block: "CompactBlock", adapter: str, computed: torch.Tensor | None, filler: torch.Tensor
+    ) -> None:
+        self.block, self.adapter, self.computed, self.filler = block, adapter, computed, filler
+
+    def _take(self, values: torch.Tensor, dim: int = 0) -> torch.Tensor:
+        return values if self.computed is None else values.index_select(dim, self.computed)
 
     @cached_property
     def up(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[kept, d_model] and bias [kept] of the masked projection."""
+        """[computed, d_model] and bias [computed] of the masked projection."""
         base: Any = self.block.layer.base_layer
-        weight = base.weight.index_select(0, self.kept)
-        delta = self.block.layer.delta(self.adapter, self.kept)
+        weight, bias = self._take(base.weight), None if base.bias is None else self._take(base.bias)
+        delta = self.block.layer.delta(self.adapter, self.computed)
         if delta is not None:
             weight = (weight + delta).to(weight.dtype)
-        return weight, None if base.bias is None else base.bias.index_select(0, self.kept)
+        if len(self.filler):
+            weight = weight.index_fill(0, self.filler, 0)
+            if bias is not None and self.block.layer.silences_masked():
+                bias = bias.index_fill(0, self.filler, 0)
+        return weight, bias
 
     @cached_property
     def other(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
@@ -44,20 +61,17 @@ class Narrow:
         other = self.block.other
         if other is None:
             return None
-        return other.weight.index_select(0, self.kept), (
-            None if other.bias is None else other.bias.index_select(0, self.kept)
-        )
+        return self._take(other.weight), None if other.bias is None else self._take(other.bias)
 
     @cached_property
     def down(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[d_model, kept], and the bias b2 + W2[:, off] · act(b1[off])."""
+        """[d_model, computed], and the bias b2 + W2[:, off] · act(b1[off]) with off the neurons not computed."""
         block, down = self.block, self.block.down
-        weight = down.weight.index_select(1, self.kept)
+        weight = self._take(down.weight, 1)
         up_bias = block.layer.base_layer.bias
-        if up_bias is None or block.other is not None or block.layer.silences_masked():
+        if self.computed is None or up_bias is None or block.other is not None or block.layer.silences_masked():
             return weight, down.bias
-        off = torch.ones_like(up_bias).index_fill(0, self.kept, 0)
-        constant = down.weight @ (block.activation(up_bias) * off)
+        constant = down.weight @ block.activation(up_bias).index_fill(0, self.computed, 0)
         return weight, constant if down.bias is None else down.bias + constant
 
 
@@ -76,8 +90,8 @@ class CompactBlock:
         names = {id(module): name for name, module in model.named_modules()}
         self.places = [_place(model, names[id(part)]) for part in (block.down, block.gate and block.up) if part]
         self.parents = list({id(parent): parent for parent, _, _ in self.places}.values())
-        self.indices: dict[tuple, torch.Tensor] = {}
-        self.cached: tuple[tuple, Narrow, list[torch.Tensor]] | None = None
+        self.looked_up: dict[tuple[str, int], _LookedUp] = {}
+        self.gathered: tuple[tuple, Narrow] | None = None
         self.elementwise = not any(_mixes_neurons(child, block.d_ff) for p in self.parents for child in p.children())
         self.stand_ins: list[tuple[Any, _NarrowInput | _NarrowOutput]] = [(self.down, _NarrowInput(self))]
         if self.other is not None:
@@ -93,31 +107,32 @@ class CompactBlock:
         for part, _ in self.stand_ins if self.stands_in else ():
             vars(part).pop("forward", None)
 
-    def narrow(self) -> Narrow | None:
-        """Return the weights to run with, or None where the block has to run masked."""
+    def narrow(self, x: torch.Tensor) -> Narrow | None:
+        """Return the weights to run with on inputs like `x`, or None where the block has to run masked.
+
+        Without gradients, weights are gathered once per call of the model, so once per `generate`: in between they may
+        be written to in ways that leave no trace.
+        """
         if torch.compiler.is_compiling():
             return None
-        if torch.is_grad_enabled():
-            self.cached = None  # an optimizer may write to weights in ways that leave no trace on them
+        routing = self.layer.routing
+        if torch.is_grad_enabled() or not routing.in_a_call:
+            self.gathered = None
         row = self.layer.single_row()
-        if row is None:
+        if row is None or self.obstacle() is not None or not self._pays(row[0], x):
             return None
-        if self.obstacle() is not None:
-            self.cached = None
-            return None
-        adapter, index = row
-        tensors = self._tensors(adapter)
-        key = (adapter, index, *map(_state, tensors))
-        if self.cached is not None and self.cached[0] == key:
-            return self.cached[1]
-        kept = self._kept(adapter, index)
-        if len(kept) == self.layer.out_features:
-            return None
-        found = Narrow(self, adapter, kept)
-        if not torch.is_grad_enabled():
-            # holding on to the old storage keeps its address from being given to other weights
-            self.cached = key, found, [tensor.detach() for tensor in tensors if tensor is not None]
+        key = (routing.calls, *row)
+        if self.gathered is not None and self.gathered[0] == key:
+            return self.gathered[1]
+        found = Narrow(self, row[0], *self._computed(*row))
+        if not torch.is_grad_enabled() and routing.in_a_call:
+            self.gathered = key, found
         return found
+
+    def _pays(self, adapter: str, x: torch.Tensor) -> bool:
+        """Whether gathering saves time, where it is not demanded: it does for many tokens, or many decoder steps."""
+        many_steps = self.layer.routing.generating and self.layer.stack == DECODER
+        return many_steps or self.layer.execution[adapter] == "compact" or x[..., 0].numel() >= FEW_TOKENS
 
     def obstacle(self) -> str | None:
         """Return what keeps the block from running narrow, or None: it must be by itself, with plain weights."""
@@ -140,25 +155,43 @@ class CompactBlock:
             return "activation dropout"
         return None
 
-    def _tensors(self, adapter: str) -> list[torch.Tensor | None]:
-        parts = [self.layer.base_layer, self.down, *([self.other] if self.other is not None else [])]
-        own = [self.layer.neuron_specialization_mask[adapter], *self.layer.own_parameters(adapter)]
-        return [*(part.weight for part in parts), *(part.bias for part in parts), *own]
+    def kept(self, adapter: str, row: int) -> Narrow:
+        """Return the weights of exactly the neurons that one row of one adapter keeps."""
+        mask = self._mask(adapter, row)
+        return Narrow(self, adapter, mask.nonzero().flatten(), mask.new_empty(0, dtype=torch.long))
 
-    def gather(self, adapter: str, row: int) -> Narrow:
-        """Return the weights of one row of one adapter."""
-        return Narrow(self, adapter, self._kept(adapter, row))
+    def _mask(self, adapter: str, row: int) -> torch.Tensor:
+        return unpack_rows(self.layer.neuron_specialization_mask[adapter][row], self.layer.out_features)
 
-    def _kept(self, adapter: str, row: int) -> torch.Tensor:
-        """Return the indices of the neurons that a row keeps, int64 [kept], looked up once per row."""
+    def _computed(self, adapter: str, row: int) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Return what Narrow asks for: kept neurons and those that fill the width up; looked up once per row."""
         packed = self.layer.neuron_specialization_mask[adapter]
-        key = (adapter, row, _state(packed))
-        if key not in self.indices:
-            stale = [old for old in self.indices if old[0] == adapter and old[2] != key[2]]
-            for old in stale:
-                del self.indices[old]
-            self.indices[key] = unpack_rows(packed[row], self.layer.out_features).nonzero().flatten()
-        return self.indices[key]
+        known = self.looked_up.get((adapter, row))
+        if known is None or known.packed is not packed or known.version != packed._version:
+            with torch.inference_mode(False):  # training may be next, and save the indices for its backward pass
+                known = _LookedUp(packed, packed._version, *_fill_up(self._mask(adapter, row)))
+            self.looked_up[adapter, row] = known
+        return known.computed, known.filler
+
+
+@dataclass
+class _LookedUp:
+    """The neurons to compute for one row of masks, and the masks they were read from."""
+
+    packed: torch.Tensor
+    version: int
+    computed: torch.Tensor | None
+    filler: torch.Tensor
+
+
+def _fill_up(mask: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Return the neurons to compute for bool [d_ff], kept ones first (None for all), and which of them are filler."""
+    order = mask.sort(descending=True, stable=True)
+    kept = int(order.values.sum())
+    width = -(-kept // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+    if width >= len(mask):
+        return None, order.indices[kept:].clone()
+    return order.indices[:width].clone(), torch.arange(kept, width, device=mask.device)
 
 
 class _NarrowInput:
@@ -171,7 +204,7 @@ class _NarrowInput:
         down = self.block.down
         if x.shape[-1] == down.in_features:
             return F.linear(x, down.weight, down.bias)
-        narrow = self.block.narrow()
+        narrow = self.block.narrow(x)
         assert narrow is not None, "the block ran narrow a moment ago"
         return F.linear(x, *narrow.down)
 
@@ -183,7 +216,7 @@ class _NarrowOutput:
         self.block = block
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        narrow = self.block.narrow()
+        narrow = self.block.narrow(x)
         if narrow is None or narrow.other is None:
             return F.linear(x, self.block.other.weight, self.block.other.bias)
         return F.linear(x, *narrow.other)
@@ -193,14 +226,6 @@ def _place(model: nn.Module, name: str) -> tuple[nn.Module, str, nn.Module]:
     parent, _, child = name.rpartition(".")
     owner = model.get_submodule(parent)
     return owner, child, getattr(owner, child)
-
-
-def _state(tensor: torch.Tensor | None) -> tuple | None:
-    """Return what changes when a tensor is written to, moved, cast or replaced."""
-    if tensor is None:
-        return None
-    version = 0 if tensor.is_inference() else tensor._version
-    return id(tensor), version, tensor.data_ptr(), tensor.dtype, tensor.device
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -132,6 +132,12 @@ class NeuronSpecializationConfig(PeftConfig):
         check_source_tag(self.source_tag)
         if not isinstance(self.r, int) or self.r < 1:
             raise ValueError(f"r is the rank of trainable='low_rank', a whole number from 1 on; got {self.r!r}.")
+        texts = {code: token for code, token in (self.language_tokens or {}).items() if not isinstance(token, int)}
+        if texts:
+            raise ValueError(
+                f"language_tokens in the config are token ids, got {texts}. Look them up with "
+                "ns.language_tokens(tokenizer, {code: token})."
+            )
         if self.trainable == "full" and (self.modules_to_save or self.trainable_token_indices):
             raise ValueError(
                 "trainable='full' already trains and saves every parameter of the base: leave out modules_to_save and "

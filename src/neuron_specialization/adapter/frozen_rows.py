@@ -10,15 +10,13 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from .layer import NeuronSpecializationLayer
-
-_protected: "weakref.WeakSet[NeuronSpecializationLayer]" = weakref.WeakSet()
+_protected: "weakref.WeakSet[Any]" = weakref.WeakSet()
 _saved: "weakref.WeakKeyDictionary[torch.optim.Optimizer, list[tuple]]" = weakref.WeakKeyDictionary()
 _registered = False
 
 
-def protect(layer: NeuronSpecializationLayer) -> None:
-    """Hold the unselected rows of `layer`'s base weight still under every optimizer of this process."""
+def protect(layer: Any) -> None:
+    """Hold the unselected rows of a masked layer's base weight still under every optimizer of this process."""
     global _registered
     _protected.add(layer)
     if not _registered:

@@ -72,21 +72,21 @@ def tokens_of_generate(model: Any, language_ids: set[int], args: tuple, kwargs: 
     """Return the tokens of a `generate` call.
 
     The target's tag is the first found of `decoder_input_ids`, `forced_bos_token_id`, `decoder_start_token_id`:
-    arguments first, then the generation config.
+    arguments first, then the generation config. A `forced_bos_token_id` that the caller gave counts even if it is none
+    of `language_ids`, so that a language the adapter does not know is never taken for another.
     """
     source = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
     target = _ids(kwargs.get("decoder_input_ids"))
     if target is not None:
         return TokenBatch(_ids(source), target)
-    configs = [
-        c for c in (kwargs.get("generation_config"), getattr(model, "generation_config", None)) if c is not None
-    ]
+    given, own = kwargs.get("generation_config"), getattr(model, "generation_config", None)
     for name in ("forced_bos_token_id", "decoder_start_token_id"):
-        for value in (kwargs.get(name), *(getattr(config, name, None) for config in configs)):
-            if isinstance(value, int) and value in language_ids:
-                return TokenBatch(_ids(source), value)
-            if isinstance(value, list | torch.Tensor) and name == "decoder_start_token_id":
-                return TokenBatch(_ids(source), torch.as_tensor(value).reshape(-1, 1))
+        said = kwargs.get(name, getattr(given, name, None))
+        value = getattr(own, name, None) if said is None else said
+        if isinstance(value, int) and (value in language_ids or (said is not None and name == "forced_bos_token_id")):
+            return TokenBatch(_ids(source), value)
+        if isinstance(value, list | torch.Tensor) and name == "decoder_start_token_id":
+            return TokenBatch(_ids(source), torch.as_tensor(value).reshape(-1, 1))
     return TokenBatch(_ids(source))
 
 

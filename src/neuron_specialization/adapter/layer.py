@@ -16,11 +16,16 @@ from torch.nn import functional as F
 
 from ..neurons.adapter_file import DELTA, DELTA_A, DELTA_B, MASK, pack_rows, unpack_rows
 from ..neurons.ffn import STACKS
+from . import frozen_rows
 from .compact import CompactBlock
 from .route_table import BASE_ROW
 from .routing import Routing
 
 RANDOM_INIT_STD = 0.1
+_NO_SAMPLES = (
+    "in one batch need inputs of shape [batch, length, d_model], but this layer got {}, from which samples cannot be "
+    "told apart (an expert sees tokens in an order of its own). Run one per batch."
+)
 
 
 class NeuronSpecializationLayer(BaseTunerLayer):
@@ -40,6 +45,7 @@ class NeuronSpecializationLayer(BaseTunerLayer):
         self.mask_bias: dict[str, bool] = {}
         self.execution: dict[str, str] = {}
         self.compact: CompactBlock | None = None
+        self.trains_base = False
         self.merged_adapters = []
         self._unmerged: tuple[torch.Tensor, torch.Tensor | None] | None = None
         linear: Any = self.get_base_layer()
@@ -61,6 +67,9 @@ class NeuronSpecializationLayer(BaseTunerLayer):
         """Add an adapter. `mask` is bool [rows, d_ff]."""
         self.neuron_specialization_mask[adapter_name] = pack_rows(mask)
         self.mask_bias[adapter_name] = mask_bias
+        if trainable == "full":
+            self.trains_base = True
+            frozen_rows.protect(self)
         self.execution[adapter_name] = execution
         shape = (self.out_features, self.in_features)
         if trainable == "delta":
@@ -76,13 +85,13 @@ class NeuronSpecializationLayer(BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter, and its routes with the first of its layers."""
+        super().delete_adapter(adapter_name)
+        self.routing.tables.pop(adapter_name, None)
+
     def _get_available_adapters(self) -> set[str]:
         return set(self.neuron_specialization_mask.keys())
-
-    def own_parameters(self, adapter_name: str) -> list[torch.Tensor]:
-        """Return what one adapter trains on this projection."""
-        containers = [getattr(self, name) for name in self.adapter_layer_names]
-        return [container[adapter_name] for container in containers if adapter_name in container]
 
     def delta(self, adapter_name: str, rows: torch.Tensor | None = None) -> torch.Tensor | None:
         """Return ΔW1 [d_ff, d_model] of one adapter, or some rows of it; None where nothing of its own is trained."""
@@ -132,6 +141,11 @@ class Linear(nn.Module, NeuronSpecializationLayer):
         NeuronSpecializationLayer.__init__(self, base_layer, routing, stack)
         self._active_adapter = adapter_name
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.trains_base:  # copies and unpickled layers are protected like the first one
+            frozen_rows.protect(self)
+
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Project x [..., d_model] to [..., d_ff] under the masks of the current language pairs."""
         if self.disable_adapters:
@@ -142,7 +156,7 @@ class Linear(nn.Module, NeuronSpecializationLayer):
             return self._forward_per_sample_adapters(x, self.routing.adapter_names)
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
-        narrow = self.compact.narrow() if self.compact is not None else None
+        narrow = self.compact.narrow(x) if self.compact is not None else None
         if narrow is not None:
             return F.linear(x, *narrow.up)
         active = [name for name in self.active_adapters if name in self.mask_bias]
@@ -179,11 +193,7 @@ class Linear(nn.Module, NeuronSpecializationLayer):
         for adapter in adapters:
             rows = self.routing.rows(adapter, self.stack, x.device)
             if len(rows.index) > 1 and x.ndim < 3:
-                raise ValueError(
-                    "Several language pairs in one batch need inputs of shape [batch, length, d_model], but this "
-                    f"layer got {list(x.shape)}, from which samples cannot be told apart (an expert sees tokens in an "
-                    "order of its own). Run one language pair per batch."
-                )
+                raise ValueError(f"Several language pairs {_NO_SAMPLES.format(list(x.shape))}")
             index = self._per_sample(rows.index, batch or x.shape[self._batch_dim])
             if samples is not None and len(index) > 1:
                 index = index[samples]
@@ -213,6 +223,8 @@ class Linear(nn.Module, NeuronSpecializationLayer):
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
+        if x.ndim < 3:
+            names = self._one_for_all(names, x)
         dim = self._batch_dim
         batch = x.shape[dim]
         if batch % len(names):
@@ -229,6 +241,12 @@ class Linear(nn.Module, NeuronSpecializationLayer):
             masked = self._forward_masked(x.index_select(dim, samples), [adapter], samples, batch)
             out = out.index_copy(dim, samples, masked.to(out.dtype))
         return out
+
+    @staticmethod
+    def _one_for_all(names: list[str], x: torch.Tensor) -> list[str]:
+        if len(set(names)) > 1:
+            raise ValueError(f"Several adapters {_NO_SAMPLES.format(list(x.shape))}")
+        return names[:1]
 
     @staticmethod
     def _per_sample(values: torch.Tensor, batch: int) -> torch.Tensor:
@@ -263,10 +281,10 @@ class Linear(nn.Module, NeuronSpecializationLayer):
         if not names:
             return
         base: Any = self.get_base_layer()
-        if not is_plain_linear(base):
-            raise ValueError(f"Cannot merge into a {type(base).__name__}; load the base model unquantized to merge.")
         if isinstance(base.weight, torch.distributed.tensor.DTensor):
             raise ValueError("Cannot merge into a sharded weight (FSDP). Save the adapter and merge in one process.")
+        if not is_plain_linear(base):
+            raise ValueError(f"Cannot merge into a {type(base).__name__}; load the base model unquantized to merge.")
         if self._unmerged is None:
             self._unmerged = (base.weight.data.clone(), None if base.bias is None else base.bias.data.clone())
         weight, bias = self._merged_weights([*self.merged_adapters, *names])
@@ -314,5 +332,7 @@ class Linear(nn.Module, NeuronSpecializationLayer):
 
 def is_plain_linear(layer: nn.Module) -> bool:
     """Whether a layer is torch's own linear with nothing attached, so that its weight may be used directly."""
+    if type(layer) is not nn.Linear or type(layer.weight.data) is not torch.Tensor:
+        return False
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return type(layer) is nn.Linear and not any(hooks)
+    return not any(hooks)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..neurons.adapter_file import PREFIX
 from ..neurons.ffn import DECODER, ENCODER, FfnBlock, find_ffn_blocks, fingerprint
-from . import attachment, frozen_rows, routing, storage
+from . import attachment, routing, storage
 from .compact import CompactBlock
 from .config import NeuronSpecializationConfig
 from .layer import Linear, NeuronSpecializationLayer
@@ -58,11 +58,6 @@ class NeuronSpecializationModel(BaseTuner):
         ]
         config.d_ff = {name: config.d_ff[name] for name in layers}
         config.stacks = {name: config.stacks[name] for name in layers}
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter and its routes."""
-        super().delete_adapter(adapter_name)
-        attachment.attach(self.model).tables.pop(adapter_name, None)
 
     def _check_other_adapters(self, adapter_name: str) -> None:
         trained = [n for n, c in self.peft_config.items() if getattr(c, "trainable", None) == "full"]
@@ -119,8 +114,6 @@ class NeuronSpecializationModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
         if fresh and block is not None:
             layer.compact = CompactBlock(layer, block, self.model)
-        if peft_config.trainable == "full":
-            frozen_rows.protect(layer)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)

@@ -53,6 +53,8 @@ class RouteTable:
         """
         if pair in self.pairs:
             return self.pairs.index(pair)
+        if self.routes.knows(pair):
+            raise ValueError(f"{pair!r} is composed of other pairs' rows and has no id of its own; say it by name.")
         if self.default_pair == BASE_PAIR:
             return BASE_ROW
         if self.default_pair is not None or self.pairs == [DEFAULT_PAIR]:
@@ -112,7 +114,10 @@ class RouteTable:
                 "where one is expected. Tag it, pass language_pairs=[...], or give the adapter a default_pair."
             )
         if source is not None and target is not None:
-            return self.route(f"{source}-{target}")
+            try:
+                return self.route(f"{source}-{target}")
+            except ValueError as error:
+                raise ValueError(f"Sample {sample} of the batch: {error}") from error
         fits = fitting_pairs(self.pairs, source, target)
         routes = {self.routes.route(pair) for pair in fits}
         if len(routes) == 1:

@@ -51,6 +51,7 @@ class Routing:
         adapter_names: PEFT's `adapter_names` of the current call, one per sample.
         generating: whether a `generate` call has fixed the pairs for its inner forward passes.
         noted: whether it was said already that compact execution is not possible.
+        calls: how many calls there were.
     """
 
     tables: dict[str, RouteTable] = field(default_factory=dict)
@@ -61,6 +62,7 @@ class Routing:
     adapter_names: list[str] | None = None
     generating: bool = False
     noted: bool = False
+    calls: int = 0
     _current: dict[str, tuple[Rows, Rows] | ValueError] = field(default_factory=dict)
     _thread: int | None = None
 
@@ -85,6 +87,7 @@ class Routing:
                 language_pairs = language_pairs[:1]
         self.said, self.batch = language_pairs, batch or TokenBatch()
         self._current = {}
+        self.calls += 1
         for adapter in self.tables:
             self._find(adapter, device)
 
@@ -97,7 +100,8 @@ class Routing:
 
     def check(self, pair: str) -> None:
         """Raise ValueError unless some adapter routes `pair`."""
-        errors = []
+        errors = [ValueError(f"Got the language pair {pair!r}, but the model's adapters were deleted.")]
+        errors = [] if self.tables else errors
         for table in self.tables.values():
             try:
                 table.route(pair)
@@ -198,6 +202,11 @@ class Routing:
             if entered:
                 self.leave()
 
+    @property
+    def in_a_call(self) -> bool:
+        """Whether a forward pass or a `generate` of the whole model is running."""
+        return self._thread is not None
+
     @torch.compiler.disable
     def enter(self) -> bool:
         """Take the routing for this thread; return whether it was free before.
@@ -246,8 +255,9 @@ def routing_of(model: nn.Module) -> Routing:
 
 
 def is_routed(model: nn.Module) -> bool:
-    """Whether `model` takes `language_pairs`."""
-    return hasattr(unwrap(model), ATTRIBUTE)
+    """Whether `model` takes `language_pairs`: it has an adapter of this method."""
+    routing = getattr(unwrap(model), ATTRIBUTE, None)
+    return routing is not None and bool(routing.tables)
 
 
 def set_language_pair(model: nn.Module, pair: str | None) -> None:

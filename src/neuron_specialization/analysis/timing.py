@@ -1,5 +1,6 @@
 """Timings that can be compared: measured side by side in one run, in turns, as ratios of medians."""
 
+import copy
 import statistics
 import tempfile
 import time
@@ -8,16 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import M2M100Config, M2M100ForConditionalGeneration
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils.flop_counter import FlopCounterMode
 
+from ..neurons.activations import record_activations
 from ..neurons.ffn import find_ffn_blocks
 from ..neurons.language_pairs import Routes
 from ..neurons.masks import NeuronMasks
+from .random_models import random_m2m100
 
 
-def side_by_side(functions: Mapping[str, Callable[[], Any]], repeats: int = 9, warmup: int = 2) -> dict[str, float]:
+def side_by_side(functions: Mapping[str, Callable[[], Any]], repeats: int = 5, warmup: int = 1) -> dict[str, float]:
     """Time functions in turns, A B C A B C ..., so that drift of the machine hits all of them alike.
 
     Args:
@@ -40,16 +44,65 @@ def side_by_side(functions: Mapping[str, Callable[[], Any]], repeats: int = 9, w
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def compare(
+    what: str, functions: Mapping[str, Callable[[], Any]], targets: Mapping[str, str], repeats: int
+) -> list[dict[str, Any]]:
+    """Return one row per pair of functions: the first one's time as a ratio of each other's.
+
+    Args:
+        what: what is timed.
+        functions: name → function, timed by `side_by_side`; the first is compared with the others.
+        targets: name of another function → the ratio aimed at, for people.
+        repeats: counted rounds.
+    """
+    median = side_by_side(functions, repeats)
+    first, *others = functions
+    print(what, flush=True)
+    return [
+        {
+            "what": what,
+            "compared with": other,
+            "ratio": median[first] / median[other],
+            "target": targets.get(other, ""),
+            "ms": 1e3 * median[first],
+            "other ms": 1e3 * median[other],
+        }
+        for other in others
+    ]
+
+
 def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-def random_masks(model: nn.Module, pairs: list[str], kept: float) -> NeuronMasks:
-    """Return masks that keep a random share of each block's neurons, drawn from torch's generator."""
-    blocks = find_ffn_blocks(model)
-    rows = {block.name: torch.rand(len(pairs), block.d_ff) < kept for block in blocks}
-    return NeuronMasks(rows, {block.name: block.stack for block in blocks}, Routes.per_pair(pairs))
+class TrainingStep:
+    """One update of a model with AdamW on one batch, to be called again and again."""
+
+    def __init__(self, model: Any, batch: Mapping[str, Any]) -> None:
+        self.model, self.batch = model.train(), batch
+        self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+
+    def __call__(self) -> None:
+        self.model.train()(**self.batch).loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def work(function: Callable[[], Any]) -> tuple[int, int]:
+    """Return the floating-point operations of a call, and the bytes of linear layers' weights that it reads."""
+    read = 0
+
+    def count(module: nn.Module, args: tuple) -> None:
+        nonlocal read
+        if isinstance(module, nn.Linear):
+            read += module.weight.nbytes
+
+    handle = register_module_forward_pre_hook(count)
+    with FlopCounterMode(display=False) as counter:
+        function()
+    handle.remove()
+    return counter.get_total_flops(), read
 
 
 def count_on_host(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -72,6 +125,22 @@ def count_on_host(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, torch
     return counts
 
 
+def identification_costs(model: Any, batch: Mapping[str, Any], repeats: int) -> list[dict[str, Any]]:
+    """Compare recording activations with passes over the same batches that do not count, and that count elsewhere."""
+    headless = copy.deepcopy(model).model
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    inputs["decoder_input_ids"] = batch["labels"]
+    batches = [batch] * 2
+    functions = {
+        "ours": lambda: record_activations(model, {"a-b": batches}, progress=False),
+        "forward with loss": torch.no_grad()(lambda: [model.eval()(**each) for each in batches]),
+        "headless forward": torch.no_grad()(lambda: [headless.eval()(**inputs) for _ in batches]),
+        "copy to host and nonzero": lambda: [count_on_host(model, each) for each in batches],
+    }
+    targets = {"forward with loss": "<= 0.70", "headless forward": "<= 1.05", "copy to host and nonzero": "<= 0.62"}
+    return compare("identification", functions, targets, repeats)
+
+
 def storage_costs(repeats: int) -> list[dict[str, Any]]:
     """Measure files of NLLB-600M's shape (24 blocks of 4,096 neurons): the size of 60 pairs, loading factorised masks
     of 202 languages (40,602 directions) into a model, and what a new pair adds to a forward."""
@@ -81,48 +150,40 @@ def storage_costs(repeats: int) -> list[dict[str, Any]]:
     def save(directory: str, rows: int, routes: Routes) -> None:
         NeuronMasks({name: torch.rand(rows, 4096) < 0.8 for name in stacks}, stacks, routes).save(directory)
 
-    config = M2M100Config(vocab_size=100, d_model=8, encoder_ffn_dim=4096, decoder_ffn_dim=4096)
-    config.encoder_attention_heads = config.decoder_attention_heads = 2
-
-    def build() -> M2M100ForConditionalGeneration:
-        return M2M100ForConditionalGeneration(config)
+    def build() -> Any:
+        return random_m2m100(layers=12, d_model=8, d_ff=4096, vocab_size=100, heads=2)
 
     with tempfile.TemporaryDirectory() as directory:
         save(f"{directory}/pairs", 60, Routes.per_pair([f"{code}-en" for code in languages[:60]]))
         size = (Path(directory) / "pairs" / "adapter_model.safetensors").stat().st_size
         save(f"{directory}/languages", 202, Routes(languages, languages))
-        loaded: Any = PeftModel.from_pretrained(build(), f"{directory}/languages")
-        token = torch.ones(1, 1, dtype=torch.long)
-        pairs = (f"l{i}-l{i + 1}" for i in range(200))
+        files = {"load": lambda: PeftModel.from_pretrained(build(), f"{directory}/languages"), "build": build}
+        median = side_by_side(files, repeats)
+        rows = [
+            {"what": "file of 60 pairs", "compared with": "bits / 8", "ratio": size / (24 * 512 * 60)},
+            {"what": "load 40,602 directions", "ms": 1e3 * (median["load"] - median["build"])},
+        ]
+        for execution in ("masked", "compact"):
+            config: Any = PeftConfig.from_pretrained(f"{directory}/languages")
+            config.execution = execution
+            model = PeftModel.from_pretrained(build(), f"{directory}/languages", config=config)
+            rows.append({"what": f"switch the pair, {execution}", "ms": 1e3 * _switch(model, repeats)})
+    targets = ("<= 1.03", "about 1000 ms", "about 1 ms", "about 1 ms")
+    return [{**row, "target": target} for row, target in zip(rows, targets, strict=True)]
 
-        @torch.no_grad()
-        def run() -> None:
-            loaded(input_ids=token, decoder_input_ids=token)
 
-        def switch() -> None:
-            loaded.set_language_pair(next(pairs))
-            run()
+def _switch(model: Any, repeats: int) -> float:
+    """Return what a forward of one token takes longer, in seconds, where the pair is not the one before."""
+    token = torch.ones(1, 1, dtype=torch.long)
+    pairs = (f"l{i}-l{i + 1}" for i in range(201))
 
-        median = side_by_side(
-            {
-                "load": lambda: PeftModel.from_pretrained(build(), f"{directory}/languages"),
-                "build": build,
-                "switch": switch,
-                "stay": run,
-            },
-            repeats,
-        )
-    return [
-        {
-            "what": "file of 60 pairs",
-            "compared with": "bits / 8",
-            "ratio": size / (24 * 512 * 60),
-            "target": "<= 1.03",
-        },
-        {"what": "load 40,602 directions", "seconds": median["load"] - median["build"], "target": "about 1 s"},
-        {
-            "what": "switch the pair (d_model 8)",
-            "seconds": median["switch"] - median["stay"],
-            "target": "about 0.001 s",
-        },
-    ]
+    @torch.no_grad()
+    def run() -> None:
+        model(input_ids=token, decoder_input_ids=token)
+
+    def switch() -> None:
+        model.set_language_pair(next(pairs))
+        run()
+
+    median = side_by_side({"switch": switch, "stay": run}, 5 * repeats)
+    return median["switch"] - median["stay"]

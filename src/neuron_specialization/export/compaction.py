@@ -98,7 +98,7 @@ def _cut(base: nn.Module, name: str, layer: Any) -> None:
     if block is None or row is None or (reason := block.obstacle()) is not None:
         why = "it is no FFN block, or several adapters are active" if block is None or row is None else reason
         raise ValueError(f"{name} cannot be cut to one pair: {why}. Merge the pair instead (merge_and_unload).")
-    narrow = block.gather(*row)
+    narrow = block.kept(*row)
     block.release()
     setattr(owner, child, _linear(*narrow.up))
     for owner, place, part in block.places:

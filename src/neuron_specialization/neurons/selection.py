@@ -42,18 +42,15 @@ class CumulativeThreshold:
             DECODER: self.k if self.decoder_k is None else self.decoder_k,
         }
         rows = {name: _smallest_prefix(c, share[counts.stacks[name]]) for name, c in counts.counts.items()}
-        silent = [name for name, c in counts.counts.items() if bool((c.sum(1) == 0).any())]
-        if silent:
-            warnings.warn(
-                f"No neuron was ever active in {', '.join(silent)} for some pairs; these blocks stay dense there.",
-                stacklevel=2,
-            )
         return _per_pair_masks(rows, counts, self)
 
 
 @dataclass(frozen=True)
 class TopShare:
-    """The most active `share` of each block's neurons, rounded up. Ties go to the neuron with the lower index."""
+    """The most active `share` of each block's neurons, rounded up.
+
+    Ties go to the neuron with the lower index. A block without a single activation stays dense, with a warning.
+    """
 
     share: float
 
@@ -165,11 +162,18 @@ def _smallest_prefix(counts: torch.Tensor, k: float) -> torch.Tensor:
     total = counts.sum(1, keepdim=True)
     before = ordered.cumsum(1) - ordered
     kept = before.double() < k * total.double()
-    kept |= total == 0
     return torch.zeros_like(kept).scatter_(1, order, kept)
 
 
 def _per_pair_masks(rows: dict[str, torch.Tensor], counts: ActivationCounts, selector: Any) -> NeuronMasks:
+    """Return masks of these rows, but dense where a pair has no activation to choose by."""
+    silent = {name: count.sum(1, keepdim=True) == 0 for name, count in counts.counts.items()}
+    if any(bool(pairs.any()) for pairs in silent.values()):
+        names = ", ".join(name for name, pairs in silent.items() if bool(pairs.any()))
+        warnings.warn(
+            f"No neuron was ever active in {names} for some pairs; these blocks stay dense there.", stacklevel=3
+        )
+    rows = {name: row | silent[name] for name, row in rows.items()}
     routes = Routes.per_pair(counts.language_pairs, counts.source_tag)
     return NeuronMasks(rows, dict(counts.stacks), routes, _describe(selector), dict(counts.fingerprint))
 

@@ -235,9 +235,9 @@ def pair_ids(model: Any, language_pairs: list[str]) -> torch.Tensor | None:
     Raises:
         ValueError: if the adapter has no route for a direction.
     """
-    if not is_routed(model):
-        return None
     config = adapter_config(model)
+    if config is None:
+        return None
     tables = routing_of(model).tables
     table = next(table for name, table in tables.items() if model.peft_config[name] is config)
     return torch.tensor([table.pair_id(pair) for pair in language_pairs])

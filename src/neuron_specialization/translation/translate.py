@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from ..adapter.config import NeuronSpecializationConfig
 from ..adapter.routing import is_routed
 from ..neurons.ffn import unwrap
 from ..neurons.language_pairs import split_pair
@@ -124,8 +125,8 @@ def adapter_config(model: Any) -> Any:
     if not is_routed(model):
         return None
     active = model.active_adapters
-    name = (active() if callable(active) else active)[0]
-    return model.peft_config[name]
+    configs = [model.peft_config[name] for name in (active() if callable(active) else active)]
+    return next((config for config in configs if isinstance(config, NeuronSpecializationConfig)), None)
 
 
 def pair_tokens(

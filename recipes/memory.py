@@ -1,0 +1,82 @@
+"""Memory of training by `trainable`: computed for the shapes of NLLB, computed and measured for one that runs here.
+
+accelerate launch recipes/memory.py --output_dir build/memory
+"""
+
+import copy
+from dataclasses import dataclass, field
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+import neuron_specialization as ns
+from neuron_specialization.analysis.memory import measured_memory, training_memory
+from neuron_specialization.analysis.random_models import NLLB_SHAPES, random_batch, random_m2m100, random_masks
+from neuron_specialization.analysis.timing import TrainingStep
+from neuron_specialization.translation.arguments import parse
+from neuron_specialization.translation.processes import this_process
+from neuron_specialization.translation.results import table, write_results
+
+COMPARED = {"full": "dense", "delta": "LoRA r=16"}
+
+
+@dataclass
+class MemoryArguments:
+    """An M2M100-shaped model with random weights to measure, and random masks."""
+
+    output_dir: str = field(metadata={"help": "Where results.json goes."})
+    layers: int = field(default=6, metadata={"help": "Encoder layers, and decoder layers."})
+    d_model: int = field(default=512, metadata={"help": "Width."})
+    d_ff: int = field(default=2048, metadata={"help": "Neurons per layer."})
+    vocab_size: int = field(default=32000, metadata={"help": "Vocabulary."})
+    batch_size: int = field(default=64, metadata={"help": "Sentences per update."})
+    length: int = field(default=64, metadata={"help": "Tokens per sentence."})
+    pairs: int = field(default=60, metadata={"help": "Language pairs with masks."})
+    kept: float = field(default=0.7, metadata={"help": "Share of neurons that a pair keeps."})
+
+
+def main() -> None:
+    (args,) = parse(MemoryArguments)
+    torch.manual_seed(0)
+    shape = {"layers": args.layers, "d_model": args.d_model, "d_ff": args.d_ff, "vocab_size": args.vocab_size}
+    base = random_m2m100(**shape).to(this_process().device)
+    batch = random_batch(base, args.batch_size, args.length)
+    rows, peaks = [], {}
+    for name, model in ways_to_train(base, args):
+        print(name, flush=True)
+        rows.append({"model": "here, computed", "trained": name, **training_memory(model)})
+        if name != "none":
+            measured = measured_memory(TrainingStep(model, batch))
+            peaks[name] = measured["peak"]
+            rows.append({"model": "here, measured", "trained": name, **measured})
+    for name, nllb in NLLB_SHAPES.items():
+        with torch.device("meta"):
+            base = random_m2m100(**nllb)
+        rows += [{"model": name, "trained": way, **training_memory(model)} for way, model in ways_to_train(base, args)]
+    megabytes = [
+        {column: value / 1e6 if isinstance(value, int) else value for column, value in row.items()} for row in rows
+    ]
+    print("\nMB in float32, trained with AdamW:\n\n" + table(megabytes))
+    ratios = [
+        {"peak of a step": ours, "compared with": other, "ratio": peaks[ours] / peaks[other], "target": "<= 1.05"}
+        for ours, other in COMPARED.items()
+    ]
+    print("\n" + table(ratios))
+    print(f"wrote {write_results(args.output_dir, {'bytes': rows, 'peaks': ratios, 'arguments': vars(args)})}")
+
+
+def ways_to_train(base, args: MemoryArguments):
+    """Yield the name and the model of each way to train copies of the base."""
+    masks = random_masks(base, [f"l{i}-en" for i in range(args.pairs)], args.kept)
+    yield "dense", copy.deepcopy(base)
+    lora = LoraConfig(r=16, target_modules=["fc1"], task_type="SEQ_2_SEQ_LM")
+    yield "LoRA r=16", get_peft_model(copy.deepcopy(base), lora, low_cpu_mem_usage=base.device.type == "meta")
+    for trainable in ("none", "low_rank", "delta", "full"):
+        config = ns.NeuronSpecializationConfig(masks=masks, trainable=trainable, task_type="SEQ_2_SEQ_LM")
+        model = get_peft_model(copy.deepcopy(base), config)
+        model.set_language_pair("l0-en")
+        yield trainable, model
+
+
+if __name__ == "__main__":
+    main()

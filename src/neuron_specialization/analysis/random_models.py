@@ -1,0 +1,53 @@
+"""Models with random weights, random masks and a tokenizer of numbered words: the shapes that benchmarks run on."""
+
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch import nn
+from transformers import M2M100Config, M2M100ForConditionalGeneration, PreTrainedTokenizerFast
+
+from ..neurons.ffn import find_ffn_blocks
+from ..neurons.language_pairs import Routes
+from ..neurons.masks import NeuronMasks
+
+NLLB_SHAPES = {
+    "NLLB 600M": {"layers": 12, "d_model": 1024, "d_ff": 4096, "vocab_size": 256206},
+    "NLLB 1.3B": {"layers": 24, "d_model": 1024, "d_ff": 8192, "vocab_size": 256206},
+    "NLLB 3.3B": {"layers": 24, "d_model": 2048, "d_ff": 8192, "vocab_size": 256206},
+}
+_SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]  # the ids 0 to 3 of M2M100Config
+
+
+def random_m2m100(layers: int, d_model: int, d_ff: int, vocab_size: int, heads: int = 8) -> Any:
+    """Return an M2M100 with so many encoder layers and as many decoder layers, in training without layer drop."""
+    config = M2M100Config(
+        d_model=d_model, vocab_size=vocab_size, encoder_layers=layers, decoder_layers=layers, encoder_ffn_dim=d_ff,
+        decoder_ffn_dim=d_ff, encoder_attention_heads=heads, decoder_attention_heads=heads, encoder_layerdrop=0.0,
+        decoder_layerdrop=0.0, dropout=0.1, activation_dropout=0.0,
+    )  # fmt: skip
+    return M2M100ForConditionalGeneration(config)
+
+
+def random_masks(model: nn.Module, pairs: list[str], kept: float) -> NeuronMasks:
+    """Return masks that keep a random share of each block's neurons, drawn from torch's generator."""
+    blocks = find_ffn_blocks(model)
+    rows = {block.name: torch.rand(len(pairs), block.d_ff) < kept for block in blocks}
+    return NeuronMasks(rows, {block.name: block.stack for block in blocks}, Routes.per_pair(pairs))
+
+
+def random_batch(model: Any, size: int, length: int) -> dict[str, torch.Tensor]:
+    """Return sentences of so many random tokens, on the model's device, that are their own translations."""
+    tokens = torch.randint(4, model.config.vocab_size, (size, length), device=model.device)
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
+
+
+def numbered_words(vocab_size: int) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of the special tokens of M2M100 and the words w4, w5, ... up to the size."""
+    words = {word: i for i, word in enumerate([*_SPECIAL, *(f"w{i}" for i in range(4, vocab_size))])}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    names = dict(zip(("bos_token", "pad_token", "eos_token", "unk_token"), _SPECIAL, strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)

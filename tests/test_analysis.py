@@ -1,0 +1,89 @@
+"""What benchmarks rest on: times in turns, work and memory that agree with what can be counted by hand."""
+
+import copy
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+
+import neuron_specialization as ns
+from neuron_specialization.analysis.memory import measured_memory, training_memory
+from neuron_specialization.analysis.random_models import numbered_words, random_batch, random_m2m100, random_masks
+from neuron_specialization.analysis.timing import TrainingStep, compare, count_on_host, side_by_side, work
+
+from .conftest import make_batch, make_m2m100
+
+SHAPE = {"layers": 2, "d_model": 32, "d_ff": 64, "vocab_size": 200}
+
+
+def adapted(base, trainable):
+    masks = random_masks(make_shape(), ["a-b", "c-d"], 0.7)
+    model = get_peft_model(base, ns.NeuronSpecializationConfig(masks=masks, trainable=trainable))
+    model.set_language_pair("a-b")
+    return model
+
+
+def make_shape():
+    torch.manual_seed(0)
+    return random_m2m100(**SHAPE)
+
+
+def test_functions_take_turns():
+    calls = []
+    median = side_by_side({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=2, warmup=1)
+    assert calls == ["a", "b"] * 3 and median.keys() == {"a", "b"}
+
+
+def test_a_comparison_is_a_ratio_of_the_first_to_each_other():
+    matrix = torch.randn(400, 400)
+    few, many = (lambda: [matrix @ matrix for _ in range(2)]), (lambda: [matrix @ matrix for _ in range(40)])
+    rows = compare("products", {"few": few, "many": many}, {"many": "<= 0.1"}, repeats=3)
+    assert [row["compared with"] for row in rows] == ["many"] and rows[0]["target"] == "<= 0.1"
+    assert rows[0]["ratio"] == rows[0]["ms"] / rows[0]["other ms"] < 0.5
+
+
+def test_work_counts_operations_and_weights_read():
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    flops, read = work(lambda: [model(torch.randn(5, 8)) for _ in range(3)])
+    assert flops == 3 * 5 * 2 * (8 * 16 + 16 * 4) and read == 3 * 4 * (8 * 16 + 16 * 4)
+    assert not nn.modules.module._global_forward_pre_hooks
+
+
+def test_counting_on_the_host_gives_the_counts_of_the_recorder():
+    model, batch = make_m2m100(), make_batch(batch=2)
+    ours = ns.record_activations(model, {"en-de": [batch]}, count_padding=True, progress=False)
+    theirs = count_on_host(model, batch)
+    for name, counts in theirs.items():
+        assert counts.equal(ours.counts[name][0]), name
+
+
+@pytest.mark.parametrize("trainable", ["dense", "delta", "low_rank", "full"])
+def test_computed_memory_is_what_training_holds(trainable):
+    """Beside it: AdamW's step counters, 4 bytes per tensor, and the header of the file."""
+    with torch.device("meta"):
+        shape = random_m2m100(**SHAPE)
+    base = make_shape()
+    computed = training_memory(shape if trainable == "dense" else adapted(shape, trainable))
+    model = base if trainable == "dense" else adapted(base, trainable)
+    measured = measured_memory(TrainingStep(model, random_batch(base, 4, 8)))
+    assert measured["weights"] == computed["weights"] and measured["gradients"] == computed["gradients"]
+    tensors = sum(p.requires_grad for p in model.parameters())
+    assert measured["optimizer"] == computed["optimizer"] + 4 * tensors
+    assert computed["file"] < measured["file"] < computed["file"] + 300 * (len(list(model.parameters())) + 10)
+    assert measured["peak"] > measured["weights"] + measured["optimizer"] + measured["gradients"]
+
+
+def test_the_peak_grows_with_the_batch():
+    base = make_shape()
+    small, large = (
+        measured_memory(TrainingStep(copy.deepcopy(base), random_batch(base, size, 16)))["peak"] for size in (4, 64)
+    )
+    logits = 16 * 200 * 4
+    assert large - small > 60 * logits
+
+
+def test_numbered_words_are_the_tokens_of_random_batches():
+    tokenizer = numbered_words(200)
+    assert len(tokenizer) == 200 and tokenizer("w4 w199 w200").input_ids == [4, 199, 3]
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (1, 2)
