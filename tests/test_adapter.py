@@ -6,8 +6,11 @@ import pickle
 import pytest
 import torch
 from peft import get_peft_model
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import neuron_specialization as ns
+from neuron_specialization.adapter.routing import is_routed
+from neuron_specialization.neurons.ffn import unwrap
 
 from .conftest import PAIRS, make_batch, make_m2m100, make_masks, make_t5, zero_masked_rows
 
@@ -235,6 +238,11 @@ def test_adapter_names_per_sample_with_pairs_and_beams():
         torch.testing.assert_close(mixed[i], alone[i], rtol=1e-4, atol=1e-5)
         width = min(beams.shape[1], generated.shape[1])
         assert beams[i, :width].equal(generated[i, :width])
+    adapted.set_adapter("default")
+    one = {"input_ids": batch["input_ids"][:1], "num_beams": 3, "language_pairs": "en-de", "max_new_tokens": 5}
+    with_name = adapted.generate(**one, adapter_names=["other"])
+    adapted.set_adapter("other")
+    assert with_name.equal(adapted.generate(**one)), "every beam of an only sample runs its adapter"
     with pytest.raises(ValueError, match="non-existing adapter.*missing"):
         adapted(**batch, adapter_names=["missing"] * 4)
 
@@ -257,9 +265,31 @@ def test_several_adapters_are_switched_and_deleted():
         adapted(**batch, language_pairs="en-it")
 
 
+@pytest.mark.parametrize("injected_by", ["peft", "transformers"])
+def test_a_model_whose_last_adapter_is_deleted_is_not_routed(injected_by):
+    model, batch = make_m2m100(), make_batch()
+    expected = model(**batch).logits
+    config = ns.NeuronSpecializationConfig(masks=make_masks(model), init_weights=False, task_type="SEQ_2_SEQ_LM")
+    if injected_by == "peft":
+        adapted = get_peft_model(model, config).eval()
+    else:
+        model.add_adapter(config, "default")
+        adapted = model
+    assert is_routed(adapted)
+    adapted.delete_adapter("default")
+    assert not is_routed(adapted)
+    base = unwrap(adapted)  # PEFT's own wrapper does not run without an adapter
+    assert base(**batch).logits.equal(expected)
+    with pytest.raises(ValueError, match="en-de.*adapters were deleted"):
+        base(**batch, language_pairs="en-de")
+
+
 def test_status_counts_mask_only_adapters():
     model = make_m2m100()
     adapted = adapt(model, make_masks(model), trainable="none")
+    layers = adapted.get_layer_status()
+    assert [layer.name for layer in layers] == [f"model.{block.name}" for block in ns.find_ffn_blocks(make_m2m100())]
+    assert {(*layer.active_adapters, *layer.available_adapters) for layer in layers} == {("default", "default")}
     status = adapted.get_model_status()
     assert status.available_adapters == ["default"] and status.num_adapter_layers == 4
     assert status.trainable_params == 0
@@ -298,6 +328,7 @@ def test_masks_made_for_another_model_are_refused_and_nothing_is_replaced():
         ({"language_pairs": ["en_de"]}, "Expected a language pair such as 'en-de'"),
         ({"language_pairs": ["en-de", "en-de"]}, "repeated: en-de"),
         ({"default_pair": "en-de"}, "no language pair 'en-de'"),
+        ({"language_tokens": {"en": "eng_Latn"}}, "are token ids, got .*eng_Latn.*ns.language_tokens"),
         ({"format_version": 7}, "format version 7"),
     ],
 )
@@ -368,31 +399,41 @@ class Int8Linear(torch.nn.Module):
         return torch.nn.functional.linear(x, self.qweight * self.scale, self.bias)
 
 
-def quantized(model):
-    for layer in [*model.model.encoder.layers, *model.model.decoder.layers]:
-        layer.fc1, layer.fc2 = Int8Linear(layer.fc1), Int8Linear(layer.fc2)
-    return model
-
-
-@pytest.mark.parametrize("mode", ["none", "delta", "low_rank"])
-def test_quantized_projections_run_on_the_masked_path(mode):
-    masks = make_masks(make_m2m100())
-    model, batch = quantized(make_m2m100()), make_batch()
-    assert len(ns.find_ffn_blocks(model)) == 4
-    adapted = adapt(model, masks, trainable=mode).eval()
-    found = adapted(**batch, language_pairs=PAIRS)
-    dense = make_m2m100()
+def quantized(kind: str):
+    """A model whose FFNs hold int8 weights, in modules of their own or in tensors of torchao's, and a dense one that
+    holds the same numbers."""
+    model, dense = make_m2m100(), make_m2m100()
+    layers = [*model.model.encoder.layers, *model.model.decoder.layers]
+    if kind == "modules":
+        for layer in layers:
+            layer.fc1, layer.fc2 = Int8Linear(layer.fc1), Int8Linear(layer.fc2)
+    else:
+        quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda module, name: name.endswith((".fc1", ".fc2")))
     with torch.no_grad():
-        for block in ns.find_ffn_blocks(dense):
-            for part in (block.up, block.down):
-                linear = Int8Linear(part)
-                part.weight.copy_(linear.qweight * linear.scale)
-    expected = adapt(dense, masks, trainable=mode).eval()(**batch, language_pairs=PAIRS)
-    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-5)
+        for block in ns.find_ffn_blocks(model):
+            for name, part in ((block.name, block.up), (block.name.replace("fc1", "fc2"), block.down)):
+                weight = part.qweight * part.scale if kind == "modules" else part.weight.dequantize()
+                dense.get_submodule(name).weight.copy_(weight)
+    return model, dense
+
+
+@pytest.mark.parametrize("kind", ["modules", "tensors"])
+@pytest.mark.parametrize("mode", ["none", "delta", "low_rank"])
+def test_quantized_projections_run_on_the_masked_path(mode, kind):
+    masks, batch = make_masks(make_m2m100()), make_batch()
+    model, dense = quantized(kind)
+    assert len(ns.find_ffn_blocks(model)) == 4
+    adapted, expected = (adapt(each, masks, trainable=mode).eval() for each in (model, dense))
+    with pytest.warns(UserWarning, match="run masked, not compact, because of weights that are not plain tensors"):
+        alone = adapted(**batch, language_pairs="en-de").logits
+    found = adapted(**batch, language_pairs=PAIRS)
+    mixed = expected(**batch, language_pairs=PAIRS)
+    torch.testing.assert_close(found.logits, mixed.logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(alone, expected(**batch, language_pairs="en-de").logits, rtol=1e-4, atol=1e-5)
     if mode != "none":
         found.loss.backward()
         assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
-        with pytest.raises(ValueError, match="Cannot merge into a Int8Linear"):
+        with pytest.raises(ValueError, match="load the base model unquantized to merge"):
             adapted.set_language_pair("en-de")
             adapted.merge_adapter()
 

@@ -6,6 +6,8 @@ import warnings
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from transformers import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
 import neuron_specialization as ns
 
@@ -66,17 +68,26 @@ def test_counts_leave_padding_out_and_the_head_alone(name):
     single = ns.record_activations(model, {"en-de": one_by_one}, progress=False)
     for name_of_block, count in counts.counts.items():
         assert single.counts[name_of_block].equal(count), name_of_block
+    if "attention_mask" in batch:
+        longer = {"input_ids": 1, "attention_mask": 0, "decoder_input_ids": 1, "labels": -100}
+        padded = {k: torch.nn.functional.pad(v, (0, 4), value=longer[k]) for k, v in batch.items()}
+        again = ns.record_activations(model, {"en-de": [padded]}, progress=False)
+        for name_of_block, count in counts.counts.items():
+            assert again.counts[name_of_block].equal(count), name_of_block
 
 
+@pytest.mark.parametrize("execution", ["masked", "auto"])
 @pytest.mark.parametrize("name", NAMES)
-def test_masked_equals_zeroed_rows(name):
+def test_masked_equals_zeroed_rows(name, execution):
     model, batch = double(name, make(name), make_batch(name))
     masks = masks_of(name, make(name))
     reference = copy.deepcopy(model)
     with torch.no_grad():
         for block in masks.rows:
             reference.get_submodule(block).weight[~masks.row("en-fr", block)] = 0
-    config = ns.NeuronSpecializationConfig(masks=masks, trainable="none", task_type="SEQ_2_SEQ_LM")
+    config = ns.NeuronSpecializationConfig(
+        masks=masks, trainable="none", execution=execution, task_type="SEQ_2_SEQ_LM"
+    )
     adapted = get_peft_model(model, config).eval()
     with torch.no_grad():
         expected = reference(**batch).logits
@@ -101,8 +112,41 @@ def test_a_mixed_batch_equals_runs_of_one_pair(name):
 @pytest.mark.parametrize("name", BY_EXPERTS)
 def test_experts_refuse_several_pairs_in_one_batch(name):
     adapted = adapted_of(name)
-    with pytest.raises(ValueError, match="samples cannot be told apart.*Run one language pair per batch"):
+    with pytest.raises(ValueError, match="Several language pairs .*samples cannot be told apart.*Run one per batch"):
         forward(name, adapted, language_pairs=PAIRS)
+
+
+@pytest.mark.parametrize("name", BY_EXPERTS)
+def test_experts_refuse_several_adapters_in_one_batch(name):
+    adapted = adapted_of(name)
+    config = ns.NeuronSpecializationConfig(masks=masks_of(name, make(name)), task_type="SEQ_2_SEQ_LM")
+    adapted.add_adapter("second", config)
+    adapted.set_language_pair("en-de")
+    with pytest.raises(ValueError, match="Several adapters in one batch.*Run one per batch"):
+        adapted(**make_batch(name), adapter_names=["default", "second"] * 2)
+    found = adapted(**make_batch(name), adapter_names=["second"] * 4).logits
+    adapted.set_adapter("second")
+    torch.testing.assert_close(found, adapted(**make_batch(name)).logits)
+
+
+@pytest.mark.parametrize("name", BY_LAYER)
+def test_mixed_batches_generate_like_runs_of_one_pair(name):
+    adapted = adapted_of(name, init_weights=False)
+    model, batch = adapted.get_base_model(), make_batch(name)
+    inputs = {key: value for key, value in batch.items() if key not in ("labels", "decoder_input_ids")}
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "use_cache": ARCHITECTURES[name].use_cache}
+    mixed = model.generate(**inputs, **options, language_pairs=PAIRS)
+    for i, pair in enumerate(PAIRS):
+        assert mixed[i].equal(model.generate(**inputs, **options, language_pairs=pair)[i]), pair
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_exported_models_compute_the_same(name):
+    adapted = adapted_of(name, init_weights=False)
+    with torch.no_grad():
+        expected = forward(name, adapted, language_pairs="en-fr").logits
+        found = ns.compact(adapted, "en-fr")(**make_batch(name)).logits
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -148,6 +192,12 @@ def test_time_major_models_are_recognised_even_where_shapes_cannot_tell():
     mixed = adapted(**batch, language_pairs=PAIRS).logits
     for i, pair in enumerate(PAIRS):
         torch.testing.assert_close(mixed[i], adapted(**batch, language_pairs=pair).logits[i], rtol=1e-3, atol=1e-4)
+
+
+def test_every_encoder_decoder_type_of_transformers_is_here():
+    """The others of that mapping are decoders that hear."""
+    for name in set(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES) - set(ARCHITECTURES):
+        assert not CONFIG_MAPPING[name]().is_encoder_decoder, name
 
 
 def test_the_readmes_support_table_is_the_one_these_tests_make():

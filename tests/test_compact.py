@@ -97,8 +97,7 @@ def test_kept_neurons_are_computed_and_few_others(kept, width):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_auto_runs_compact_only_where_one_pair_is_in_the_batch(training, monkeypatch):
-    monkeypatch.setattr(compact_module, "FEW_TOKENS", 0)
+def test_auto_runs_compact_only_where_one_pair_is_in_the_batch(training):
     model = make_m2m100()
     adapted = get_peft_model(
         model, ns.NeuronSpecializationConfig(masks=make_masks(model), trainable="full", task_type="SEQ_2_SEQ_LM")
@@ -201,6 +200,7 @@ def test_weights_are_gathered_once_per_generation(monkeypatch):
 
 def test_gathering_for_few_tokens_is_left_where_it_cannot_pay(monkeypatch):
     """A forward of few tokens runs masked; decoder steps use what they gathered again and again."""
+    monkeypatch.setattr(compact_module, "FEW_TOKENS", 256)
     model = make_m2m100()
     adapted = get_peft_model(
         model, ns.NeuronSpecializationConfig(masks=make_masks(model), trainable="none", task_type="SEQ_2_SEQ_LM")
@@ -242,7 +242,22 @@ def obstacles():
         for layer in model.model.encoder.layers:
             layer.activation_dropout = 0.5
 
-    return {f.__name__: f for f in (accelerate_hook, hook, activation_hook, lora, dropout)}
+    def partitioned(model):
+        """As ZeRO-3 does: the weight is there only while its module runs."""
+        linear = model.model.decoder.layers[0].fc1.base_layer
+        whole, part = linear.weight.data, torch.empty(0)
+
+        def gather(module, args):
+            module.weight.data = whole
+
+        def partition(module, args, output):
+            module.weight.data = part
+
+        linear.weight.data = part
+        linear.register_forward_pre_hook(gather)
+        linear.register_forward_hook(partition)
+
+    return {f.__name__: f for f in (accelerate_hook, hook, activation_hook, lora, dropout, partitioned)}
 
 
 @pytest.mark.parametrize("attach", obstacles().values(), ids=obstacles())

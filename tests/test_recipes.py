@@ -142,19 +142,22 @@ def test_export_writes_a_checkpoint_and_a_ctranslate2_model(identified, workspac
     run("export.py", *options, "--quantization", "int8", "--output_dir", str(workspace / "export"))
     exports = json.loads((workspace / "export" / "results.json").read_text())["exports"]
     base, checkpoint, ctranslate2 = exports
-    assert checkpoint["identical"] == 1.0
+    assert checkpoint["identical"] == 1.0 and base["BLEU"] == checkpoint["BLEU"] > 0
     assert ctranslate2["parameters"] <= checkpoint["parameters"] < base["parameters"]
     assert ctranslate2["MB"] < checkpoint["MB"] < base["MB"]
 
     trimmed = workspace / "trimmed"
     printed = run(
-        "export.py", *options, "--trim_vocabulary", str(toy_files / "train.jsonl"), "--output_dir", str(trimmed)
+        *("export.py", *options, "--trim_vocabulary", str(toy_files / "train.jsonl"), "--quantization", "int8"),
+        *("--output_dir", str(trimmed)),
     )
     results = json.loads((trimmed / "results.json").read_text())
     assert "vocabulary: " in printed and results["vocabulary"]["unknown rate"] < 0.01
     vocabulary = json.loads((trimmed / "checkpoint" / "config.json").read_text())["vocab_size"]
     assert vocabulary == results["vocabulary"]["after"] < results["vocabulary"]["before"]
-    assert results["exports"][1]["parameters"] < checkpoint["parameters"]
+    base, smaller, quantized = results["exports"]
+    assert smaller["parameters"] < checkpoint["parameters"] and quantized["MB"] < ctranslate2["MB"]
+    assert 0 <= smaller["identical"] <= 1 and {"BLEU"} <= smaller.keys() & quantized.keys()
 
 
 TINY = ("--layers", "1", "--d_model", "16", "--d_ff", "32", "--vocab_size", "60", "--batch_size", "8", "--length", "6")

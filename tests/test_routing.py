@@ -124,6 +124,30 @@ def test_the_models_generation_config_is_read_last():
     assert german[0, 1] == DE
 
 
+ITALIAN = 53
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"forced_bos_token_id": ITALIAN},
+        {"generation_config": GenerationConfig(forced_bos_token_id=ITALIAN, max_new_tokens=5)},
+        {"decoder_input_ids": torch.tensor([[START, ITALIAN]] * 2)},
+    ],
+    ids=["forced_bos", "generation_config", "decoder_input_ids"],
+)
+def test_a_target_that_the_adapter_does_not_know_is_not_taken_for_another(how):
+    """Only en-de starts from English here, and the model's own generation config says French."""
+    sources = tagged(["en-de", "en-de"], "nllb")["input_ids"]
+    model = adapted(["en-de", "de-en"])
+    model.get_base_model().generation_config.forced_bos_token_id = FR
+    with pytest.raises(ValueError, match="Sample 0 of the batch does not carry exactly one"):
+        model.generate(input_ids=sources, max_new_tokens=5, **how)
+    model = adapted(["en-de", "de-en"], default_pair="base")
+    found = model.generate(input_ids=sources, max_new_tokens=5, **how)
+    assert found.equal(model.generate(input_ids=sources, max_new_tokens=5, language_pairs="base", **how))
+
+
 def test_a_batch_of_several_targets_generates_from_decoder_inputs():
     model = adapted()
     sources = tagged(PAIRS, "nllb")["input_ids"]
@@ -164,7 +188,7 @@ def test_wrong_tags_name_the_sample():
     same_twice = copy.deepcopy(batch)
     same_twice["input_ids"][0, 3] = EN  # the same tag again says nothing new
     model(**same_twice)
-    with pytest.raises(ValueError, match="no language pair 'de-de'"):
+    with pytest.raises(ValueError, match="Sample 1 of the batch: There is no language pair 'de-de'"):
         model(input_ids=batch["input_ids"], decoder_input_ids=torch.full((4, 3), DE))
 
 
@@ -291,6 +315,23 @@ def test_compiled_models_switch_pairs_without_compiling_again():
         compiled(**batch)
         assert len(graphs) == made, f"{len(graphs) - made} compilations too many"
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("default", [None, "base", "en-fr"])
+def test_ids_and_names_of_pairs_agree(default):
+    """Training says ids, translating says names."""
+    table = adapted(default_pair=default).get_base_model()._neuron_specialization_routing.tables["default"]
+    for pair in PAIRS:
+        assert tuple(table.rows[table.pair_id(pair)].tolist()) == table.route(pair)
+    assert table.route("de-fr") == (table.route("de-en")[0], table.route("en-fr")[1])
+    with pytest.raises(ValueError, match="'de-fr' is composed.*say it by name"):
+        table.pair_id("de-fr")
+    if default is None:
+        with pytest.raises(ValueError, match="no language pair 'it-en'"):
+            table.pair_id("it-en")
+    else:
+        unknown = table.pair_id("it-en")
+        assert unknown == (-1 if default == "base" else PAIRS.index(default))
 
 
 @pytest.mark.parametrize("ids", [[-1, 0, 0, 0], [0, 1, 2, 99]])

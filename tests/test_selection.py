@@ -65,10 +65,11 @@ def test_stacks_may_differ_in_k():
     assert kept(masks, "en-de", "decoder.0") == [0, 1]
 
 
-def test_a_silent_block_stays_dense_with_a_warning():
+@pytest.mark.parametrize("selector", [ns.CumulativeThreshold(0.5), ns.TopShare(0.3)])
+def test_a_silent_block_stays_dense_with_a_warning(selector):
     counts = counts_of({"encoder.0": [[0, 0, 0], [1, 0, 0]]}, ["en-de", "en-fr"])
     with pytest.warns(UserWarning, match="encoder.0.*stay dense"):
-        masks = ns.CumulativeThreshold(0.5).select(counts)
+        masks = selector.select(counts)
     assert kept(masks, "en-de", "encoder.0") == [0, 1, 2]
     assert kept(masks, "en-fr", "encoder.0") == [0]
 

@@ -13,6 +13,7 @@ import neuron_specialization as ns
 from neuron_specialization.adapter.route_table import table_of
 from neuron_specialization.neurons import adapter_file
 from neuron_specialization.neurons.language_pairs import Routes
+from neuron_specialization.translation.translate import adapter_config
 
 from .conftest import PAIRS, make_batch, make_m2m100, make_masks
 
@@ -229,6 +230,8 @@ def test_other_adapters_load_beside_ours(base_directory, tmp_path):
         with torch.no_grad():
             reference.get_submodule(name).weight[~masks.row("en-de", name)] = 0
     torch.testing.assert_close(both[0], reference(**make_batch()).logits[0], rtol=1e-4, atol=1e-5)
+    model.set_adapter(["lora", "masks"])
+    assert adapter_config(model) is model.peft_config["masks"], "the one of ours, wherever it stands"
 
 
 def lora_on_attention() -> LoraConfig:

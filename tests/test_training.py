@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -110,6 +111,21 @@ def test_every_batch_holds_one_direction_and_its_pair_ids(toy, toy_data, toy_tok
         assert set(toy_tokenizer.convert_ids_to_tokens(batch["decoder_input_ids"][:, 1])) == {target}
         seen.add(pair)
     assert len(seen) > 1, "one run mixes directions"
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_hold_unselected_rows_still_too(copied):
+    model = make_m2m100()
+    masks = make_masks(model, k=0.3)
+    config = ns.NeuronSpecializationConfig(masks=masks, trainable="full", task_type="SEQ_2_SEQ_LM")
+    adapted = copied(get_peft_model(model, config))
+    before = weights(adapted)
+    optimizer = torch.optim.AdamW(adapted.parameters(), lr=0.05, weight_decay=0.1)
+    adapted(**make_batch(), language_pairs=PAIRS).loss.backward()
+    optimizer.step()
+    for name, rows in masks.rows.items():
+        key = f"base_model.model.{name}.base_layer.weight"
+        assert weights(adapted)[key][~rows.any(0)].equal(before[key][~rows.any(0)]), name
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "trainer"])

@@ -235,7 +235,7 @@ class Linear(nn.Module, NeuronSpecializationLayer):
         out = self.base_layer(x)
         known = {name: i for i, name in enumerate(self.mask_bias)}
         ids = torch.tensor([known.get(name, -1) for name in names], device=x.device)
-        ids = self._per_sample(ids, batch)
+        ids = ids.repeat_interleave(batch // len(names))  # once per beam
         for adapter in dict.fromkeys(name for name in names if name in known):
             samples = (ids == known[adapter]).nonzero().flatten()
             masked = self._forward_masked(x.index_select(dim, samples), [adapter], samples, batch)
@@ -281,10 +281,12 @@ class Linear(nn.Module, NeuronSpecializationLayer):
         if not names:
             return
         base: Any = self.get_base_layer()
-        if isinstance(base.weight, torch.distributed.tensor.DTensor):
+        if isinstance(getattr(base, "weight", None), torch.distributed.tensor.DTensor):
             raise ValueError("Cannot merge into a sharded weight (FSDP). Save the adapter and merge in one process.")
         if not is_plain_linear(base):
-            raise ValueError(f"Cannot merge into a {type(base).__name__}; load the base model unquantized to merge.")
+            raise ValueError(
+                f"Cannot merge into this {type(base).__name__}: load the base model unquantized to merge."
+            )
         if self._unmerged is None:
             self._unmerged = (base.weight.data.clone(), None if base.bias is None else base.bias.data.clone())
         weight, bias = self._merged_weights([*self.merged_adapters, *names])

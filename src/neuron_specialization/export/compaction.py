@@ -25,12 +25,14 @@ def compact(model: nn.Module, pair: str) -> Any:
         pair: the language pair to keep.
 
     Raises:
-        ValueError: if the pair is unknown, or the model has other adapters or an FFN that cannot be cut.
+        ValueError: if the pair is unknown (default pairs do not count), or the model has other adapters or an FFN that
+            cannot be cut.
     """
-    routing_of(model).check(pair)
+    tables = list(routing_of(model).tables.values())
+    if tables and not any(table.routes.knows(pair) for table in tables):
+        tables[0].routes.route(pair)
     base = copy.deepcopy(unwrap(model))
-    routing = routing_of(base)
-    routing.select(pair)
+    routing_of(base).select(pair)
     base.eval()
     layers = {name: m for name, m in base.named_modules() if isinstance(m, NeuronSpecializationLayer)}
     with torch.no_grad():
@@ -93,10 +95,12 @@ def _cut(base: nn.Module, name: str, layer: Any) -> None:
     """Replace a masked layer, and its block's other projections, by plain linears."""
     parent, _, child = name.rpartition(".")
     owner = base.get_submodule(parent)
+    if layer.merged or layer.disable_adapters:
+        raise ValueError("The adapter is merged or disabled; unmerge it (unmerge_adapter) or enable it first.")
     block = layer.compact
     row = layer.single_row(any_execution=True)
-    if block is None or row is None or (reason := block.obstacle()) is not None:
-        why = "it is no FFN block, or several adapters are active" if block is None or row is None else reason
+    why = "it is no FFN block" if block is None else "several adapters are active" if row is None else block.obstacle()
+    if why is not None:
         raise ValueError(f"{name} cannot be cut to one pair: {why}. Merge the pair instead (merge_and_unload).")
     narrow = block.kept(*row)
     block.release()

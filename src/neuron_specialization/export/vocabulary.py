@@ -14,7 +14,10 @@ from transformers import AutoTokenizer
 
 from ..neurons.ffn import STACKS
 
-_TOKEN_IDS = tuple(f"{name}_token_id" for name in ("pad", "bos", "eos", "decoder_start", "forced_bos", "forced_eos"))
+_TOKEN_IDS = (
+    *(f"{name}_token_id" for name in ("pad", "bos", "eos", "decoder_start", "forced_bos", "forced_eos")),
+    *("suppress_tokens", "begin_suppress_tokens", "bad_words_ids"),
+)
 
 
 @dataclass
@@ -125,8 +128,14 @@ def _rewrite(written: dict[str, Any], used: set[str], wanted_tags: set[str], tag
 
 
 def _parts(merges: list, kept: set[str]) -> set[str]:
-    """Return every token that a kept one is merged from, however deep."""
-    halves = {left + right: (left, right) for left, right in reversed(merges)}
+    """Return every token that a kept one can be merged from, however deep.
+
+    Tokenizers made from sentencepiece hold several merges for one token, and which of them applies depends on the
+    merges before: all have to stay for the same text to be cut the same.
+    """
+    halves: dict[str, set[str]] = {}
+    for left, right in merges:
+        halves.setdefault(left + right, set()).update((left, right))
     found: set[str] = set()
     stack = [token for token in kept if token in halves]
     while stack:
@@ -202,9 +211,15 @@ def _cut_embeddings(model: Any, ids: torch.Tensor) -> Any:
         if getattr(config, "vocab_size", None) is not None:
             config.vocab_size = len(ids)
         for name in _TOKEN_IDS:
-            value = getattr(config, name, None)
-            if isinstance(value, int):
-                setattr(config, name, new.get(value))
-            elif isinstance(value, list):
-                setattr(config, name, [new[i] for i in value if i in new])
+            if getattr(config, name, None) is not None:
+                setattr(config, name, _renumber(getattr(config, name), new))
     return model
+
+
+def _renumber(ids: Any, new: dict[int, int]) -> Any:
+    """Return the new id of a token, or those of a list of tokens or token sequences that are left."""
+    if not isinstance(ids, list):
+        return new.get(ids)
+    if ids and isinstance(ids[0], list):
+        return [[new[i] for i in sequence] for sequence in ids if all(i in new for i in sequence)]
+    return [new[i] for i in ids if i in new]

@@ -52,8 +52,11 @@ def unwrap(model: nn.Module) -> Any:
     model = getattr(model, "_orig_mod", model)
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         return unwrap(model.module)
-    get_base_model = getattr(model, "get_base_model", None)
-    return get_base_model() if callable(get_base_model) else model
+    if not callable(getattr(model, "get_base_model", None)):
+        return model
+    wrapper: Any = model
+    # PEFT asks the active adapter's config, which is gone with the last adapter
+    return wrapper.get_base_model() if wrapper.peft_config else wrapper.base_model.model
 
 
 def find_ffn_blocks(model: nn.Module) -> list[FfnBlock]:

@@ -44,6 +44,41 @@ def translate(
     Raises:
         ValueError: if the pair is unknown to the adapter, or a language token to the tokenizer.
     """
+    rows = _translate_ids(
+        *(model, tokenizer, sentences, pair),
+        language_tokens=language_tokens,
+        source_tag=source_tag,
+        batch_size=batch_size,
+        **generate_kwargs,
+    )
+    return tokenizer.batch_decode(rows, skip_special_tokens=True) if rows else []
+
+
+def translate_tokens(
+    model: Any, tokenizer: Any, sentences: Sequence[str], pair: str, **options: Any
+) -> list[list[str]]:
+    """Translate as `translate` does, with its options, but return tokens, the special ones left out."""
+    rows = _translate_ids(model, tokenizer, sentences, pair, **options)
+    return [tokenizer.convert_ids_to_tokens(row, skip_special_tokens=True) for row in rows]
+
+
+def text_of(tokenizer: Any, translations: Sequence[list[str]]) -> list[str]:
+    """Return the text of translations given as tokens."""
+    rows = [tokenizer.convert_tokens_to_ids(tokens) for tokens in translations]
+    return tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+
+def _translate_ids(
+    model: Any,
+    tokenizer: Any,
+    sentences: Sequence[str],
+    pair: str,
+    *,
+    language_tokens: Mapping[str, str] | None = None,
+    source_tag: str = "source",
+    batch_size: int = 32,
+    **generate_kwargs: Any,
+) -> list[list[int]]:
     if isinstance(sentences, str):
         raise ValueError("Expected a list of sentences, got one string; pass [sentence].")
     if not sentences:
@@ -60,14 +95,14 @@ def translate(
         kwargs["language_pairs"] = [pair]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]), reverse=True)
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    translations = [""] * len(sentences)
+    translations: list[list[int]] = [[] for _ in sentences]
     training = model.training
     model.eval()
     try:
         for batch in tqdm(batches, desc=f"translating {pair}", disable=len(batches) < 4, leave=False):
-            texts = _generate(model, tokenizer, [encoded[i] for i in batch], kwargs)
-            for i, text in zip(batch, texts, strict=True):
-                translations[i] = text
+            rows = _generate(model, tokenizer, [encoded[i] for i in batch], kwargs)
+            for i, row in zip(batch, rows, strict=True):
+                translations[i] = row
     finally:
         model.train(training)
     return translations
@@ -84,8 +119,9 @@ def translate_ctranslate2(
     num_beams: int = 5,
     max_length: int = 256,
     batch_size: int = 32,
-) -> list[str]:
-    """Translate with a CTranslate2 translator, tagging sentences as `translate` does.
+) -> list[list[str]]:
+    """Translate with a CTranslate2 translator, tagging sentences as `translate` does; return tokens like
+    `translate_tokens`.
 
     Args:
         translator: a `ctranslate2.Translator` of a directory that `save_ctranslate2` wrote.
@@ -107,8 +143,8 @@ def translate_ctranslate2(
         max_decoding_length=max_length,
         max_batch_size=batch_size,
     )
-    rows = [tokenizer.convert_tokens_to_ids(result.hypotheses[0]) for result in results]
-    return tokenizer.batch_decode(rows, skip_special_tokens=True)
+    special = set(tokenizer.all_special_tokens)
+    return [[token for token in result.hypotheses[0] if token not in special] for result in results]
 
 
 def _target_tag(base: Any, tokenizer: Any, pair: str, tokens: Mapping[str, str]) -> dict[str, int]:
@@ -144,7 +180,7 @@ def pair_tokens(
     return resolve_tokens(tokenizer, [pair], language_tokens)
 
 
-def _generate(model: Any, tokenizer: Any, rows: list[list[int]], kwargs: Mapping[str, Any]) -> list[str]:
+def _generate(model: Any, tokenizer: Any, rows: list[list[int]], kwargs: Mapping[str, Any]) -> list[list[int]]:
     device = next(model.parameters()).device
     inputs = tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(device)
     # without any limit of its own, generate stops at 20 tokens
@@ -155,7 +191,7 @@ def _generate(model: Any, tokenizer: Any, rows: list[list[int]], kwargs: Mapping
         output = model.generate(
             input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], **limit, **kwargs
         )
-    return tokenizer.batch_decode(output, skip_special_tokens=True)
+    return output.tolist()
 
 
 def _check_lengths(base: Any, encoded: list[list[int]]) -> None:
