@@ -1,4 +1,4 @@
-"""Time the method against its alternatives, side by side in one run: ratios of medians, as a table and as JSON.
+"""Time the method against its alternatives, side by side in one run: median ratios, as a table and as JSON.
 
 accelerate launch recipes/benchmark.py --output_dir build/benchmark
 """
@@ -11,7 +11,7 @@ import torch
 from peft import IA3Config, LoraConfig, get_peft_model
 
 import neuron_specialization as ns
-from neuron_specialization.analysis.random_models import numbered_words, random_batch, random_m2m100, random_masks
+from neuron_specialization.analysis.shapes import ModelShape, numbered_words, random_batch, random_m2m100, random_masks
 from neuron_specialization.analysis.timing import TrainingStep, compare, identification_costs, storage_costs, work
 from neuron_specialization.export.ctranslate2 import save_ctranslate2
 from neuron_specialization.translation.arguments import parse
@@ -25,29 +25,24 @@ IA3 = IA3Config(target_modules=["fc2"], feedforward_modules=["fc2"], task_type="
 
 @dataclass
 class BenchmarkArguments:
-    """An M2M100-shaped model with random weights, and random masks."""
+    """What runs through it, under random masks."""
 
     output_dir: str = field(metadata={"help": "Where results.json goes."})
-    layers: int = field(default=6, metadata={"help": "Encoder layers, and decoder layers."})
-    d_model: int = field(default=512, metadata={"help": "Width."})
-    d_ff: int = field(default=2048, metadata={"help": "Neurons per layer."})
-    vocab_size: int = field(default=32000, metadata={"help": "Vocabulary."})
-    batch_size: int = field(default=64, metadata={"help": "Sentences per batch."})
+    batch_size: int = field(default=32, metadata={"help": "Sentences per batch."})
     length: int = field(default=64, metadata={"help": "Tokens per sentence."})
     kept: float = field(default=0.7, metadata={"help": "Share of neurons that a pair keeps."})
     repeats: int = field(default=5, metadata={"help": "Rounds that count."})
 
 
 def main() -> None:
-    (args,) = parse(BenchmarkArguments)
+    args, shape = parse(BenchmarkArguments, ModelShape)
     torch.manual_seed(0)
-    shape = {"layers": args.layers, "d_model": args.d_model, "d_ff": args.d_ff, "vocab_size": args.vocab_size}
-    base = random_m2m100(**shape).to(this_process().device)
+    base = random_m2m100(shape).to(this_process().device)
     batch = random_batch(base, args.batch_size, args.length)
     rows = identification_costs(base, batch, args.repeats) + training(base, batch, args) + mixed(base, batch, args)
     rows += generation(base, args) + storage_costs(args.repeats)
     print("\n" + table(rows))
-    print(f"wrote {write_results(args.output_dir, {'rows': rows, 'arguments': vars(args)})}")
+    print(f"wrote {write_results(args.output_dir, {'rows': rows, 'arguments': [vars(args), vars(shape)]})}")
 
 
 def adapted(base, trainable: str, kept: float):
@@ -70,7 +65,7 @@ def training(base, batch: dict, args: BenchmarkArguments) -> list[dict]:
         full = TrainingStep(adapted(base, "full", kept), batch)
         functions, target = {"full": full, "dense": dense}, "<= 0.90" if kept == args.kept else "<= 1.02"
         row = compare(f"training step, full, {kept:.0%} kept", functions, {"dense": target}, args.repeats)[0]
-        rows.append({**row, "FLOPs": work(full)[0] / work(dense)[0]})
+        rows.append({**row, "FLOPs": work(full)[0] / work(dense)[0]} if kept == args.kept else row)
     functions = {"delta": TrainingStep(adapted(base, "delta", args.kept), batch)}
     functions["LoRA r=16"] = TrainingStep(lora(base), batch)
     return rows + compare("training step, delta", functions, {"LoRA r=16": "<= 1.00"}, args.repeats)

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 
 import neuron_specialization as ns
 from neuron_specialization.analysis.memory import measured_memory, training_memory
-from neuron_specialization.analysis.random_models import NLLB_SHAPES, random_batch, random_m2m100, random_masks
+from neuron_specialization.analysis.shapes import NLLB_SHAPES, ModelShape, random_batch, random_m2m100, random_masks
 from neuron_specialization.analysis.timing import TrainingStep
 from neuron_specialization.translation.arguments import parse
 from neuron_specialization.translation.processes import this_process
@@ -22,13 +22,9 @@ COMPARED = {"full": "dense", "delta": "LoRA r=16"}
 
 @dataclass
 class MemoryArguments:
-    """An M2M100-shaped model with random weights to measure, and random masks."""
+    """What is trained on, under random masks."""
 
     output_dir: str = field(metadata={"help": "Where results.json goes."})
-    layers: int = field(default=6, metadata={"help": "Encoder layers, and decoder layers."})
-    d_model: int = field(default=512, metadata={"help": "Width."})
-    d_ff: int = field(default=2048, metadata={"help": "Neurons per layer."})
-    vocab_size: int = field(default=32000, metadata={"help": "Vocabulary."})
     batch_size: int = field(default=64, metadata={"help": "Sentences per update."})
     length: int = field(default=64, metadata={"help": "Tokens per sentence."})
     pairs: int = field(default=60, metadata={"help": "Language pairs with masks."})
@@ -36,10 +32,9 @@ class MemoryArguments:
 
 
 def main() -> None:
-    (args,) = parse(MemoryArguments)
+    args, shape = parse(MemoryArguments, ModelShape)
     torch.manual_seed(0)
-    shape = {"layers": args.layers, "d_model": args.d_model, "d_ff": args.d_ff, "vocab_size": args.vocab_size}
-    base = random_m2m100(**shape).to(this_process().device)
+    base = random_m2m100(shape).to(this_process().device)
     batch = random_batch(base, args.batch_size, args.length)
     rows, peaks = [], {}
     for name, model in ways_to_train(base, args):
@@ -51,7 +46,7 @@ def main() -> None:
             rows.append({"model": "here, measured", "trained": name, **measured})
     for name, nllb in NLLB_SHAPES.items():
         with torch.device("meta"):
-            base = random_m2m100(**nllb)
+            base = random_m2m100(nllb)
         rows += [{"model": name, "trained": way, **training_memory(model)} for way, model in ways_to_train(base, args)]
     megabytes = [
         {column: value / 1e6 if isinstance(value, int) else value for column, value in row.items()} for row in rows
@@ -62,7 +57,8 @@ def main() -> None:
         for ours, other in COMPARED.items()
     ]
     print("\n" + table(ratios))
-    print(f"wrote {write_results(args.output_dir, {'bytes': rows, 'peaks': ratios, 'arguments': vars(args)})}")
+    results = {"bytes": rows, "peaks": ratios, "arguments": [vars(args), vars(shape)]}
+    print(f"wrote {write_results(args.output_dir, results)}")
 
 
 def ways_to_train(base, args: MemoryArguments):

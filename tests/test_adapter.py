@@ -6,7 +6,6 @@ import pickle
 import pytest
 import torch
 from peft import get_peft_model
-from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import neuron_specialization as ns
 from neuron_specialization.adapter.routing import is_routed
@@ -361,7 +360,11 @@ def test_gradient_checkpointing_recomputes_under_the_same_masks(use_reentrant):
     adapted.zero_grad()
     adapted.base_model.model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
     adapted.enable_input_require_grads()
+    runs = []
+    fc1 = adapted.get_base_model().model.encoder.layers[0].fc1
+    fc1.register_forward_hook(lambda module, args, output: runs.append(1))
     adapted(**batch, language_pairs=PAIRS).loss.backward()
+    assert len(runs) == 2, "the layer ran again for the backward pass"
     for name, gradient in gradients(adapted).items():
         torch.testing.assert_close(gradient, expected[name], msg=name)
 
@@ -399,20 +402,44 @@ class Int8Linear(torch.nn.Module):
         return torch.nn.functional.linear(x, self.qweight * self.scale, self.bias)
 
 
+class Int8Tensor(torch.Tensor):
+    """The same in the manner of torchao: a plain linear whose weight is a tensor of another class."""
+
+    @staticmethod
+    def __new__(cls, weight, scale=None):
+        return torch.Tensor._make_wrapper_subclass(cls, weight.shape, dtype=torch.float32)
+
+    def __init__(self, weight, scale=None):
+        self.scale = weight.detach().abs().amax(1, keepdim=True) / 127 if scale is None else scale
+        self.quantized = (weight.detach() / self.scale).round().to(torch.int8) if scale is None else weight
+
+    def whole(self):
+        return self.quantized * self.scale
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].quantized, args[0].scale)
+        if function in (torch.ops.aten.t.default, torch.ops.aten.mm.default):
+            return function(*(arg.whole() if isinstance(arg, cls) else arg for arg in args))
+        raise NotImplementedError(f"{function} on an int8 weight")
+
+
 def quantized(kind: str):
-    """A model whose FFNs hold int8 weights, in modules of their own or in tensors of torchao's, and a dense one that
-    holds the same numbers."""
+    """A model whose FFNs hold int8 weights, in modules or in tensors of their own, and a dense one with the same
+    numbers."""
     model, dense = make_m2m100(), make_m2m100()
     layers = [*model.model.encoder.layers, *model.model.decoder.layers]
     if kind == "modules":
         for layer in layers:
             layer.fc1, layer.fc2 = Int8Linear(layer.fc1), Int8Linear(layer.fc2)
     else:
-        quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda module, name: name.endswith((".fc1", ".fc2")))
+        for linear in [part for layer in layers for part in (layer.fc1, layer.fc2)]:
+            linear.weight = torch.nn.Parameter(Int8Tensor(linear.weight), requires_grad=False)
     with torch.no_grad():
         for block in ns.find_ffn_blocks(model):
             for name, part in ((block.name, block.up), (block.name.replace("fc1", "fc2"), block.down)):
-                weight = part.qweight * part.scale if kind == "modules" else part.weight.dequantize()
+                weight = part.qweight * part.scale if kind == "modules" else part.weight.whole()
                 dense.get_submodule(name).weight.copy_(weight)
     return model, dense
 

@@ -1,6 +1,7 @@
 """What benchmarks rest on: times in turns, work and memory that agree with what can be counted by hand."""
 
 import copy
+import time
 
 import pytest
 import torch
@@ -9,12 +10,18 @@ from torch import nn
 
 import neuron_specialization as ns
 from neuron_specialization.analysis.memory import measured_memory, training_memory
-from neuron_specialization.analysis.random_models import numbered_words, random_batch, random_m2m100, random_masks
+from neuron_specialization.analysis.shapes import (
+    ModelShape,
+    numbered_words,
+    random_batch,
+    random_m2m100,
+    random_masks,
+)
 from neuron_specialization.analysis.timing import TrainingStep, compare, count_on_host, side_by_side, work
 
 from .conftest import make_batch, make_m2m100
 
-SHAPE = {"layers": 2, "d_model": 32, "d_ff": 64, "vocab_size": 200}
+SHAPE = ModelShape(layers=2, d_model=32, d_ff=64, vocab_size=200)
 
 
 def adapted(base, trainable):
@@ -26,21 +33,29 @@ def adapted(base, trainable):
 
 def make_shape():
     torch.manual_seed(0)
-    return random_m2m100(**SHAPE)
+    return random_m2m100(SHAPE)
 
 
 def test_functions_take_turns():
     calls = []
-    median = side_by_side({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=2, warmup=1)
-    assert calls == ["a", "b"] * 3 and median.keys() == {"a", "b"}
+    times = side_by_side({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=2, warmup=1)
+    assert calls == ["a", "b"] * 3 and [len(times[name]) for name in ("a", "b")] == [2, 2]
 
 
-def test_a_comparison_is_a_ratio_of_the_first_to_each_other():
-    matrix = torch.randn(400, 400)
-    few, many = (lambda: [matrix @ matrix for _ in range(2)]), (lambda: [matrix @ matrix for _ in range(40)])
-    rows = compare("products", {"few": few, "many": many}, {"many": "<= 0.1"}, repeats=3)
-    assert [row["compared with"] for row in rows] == ["many"] and rows[0]["target"] == "<= 0.1"
-    assert rows[0]["ratio"] == rows[0]["ms"] / rows[0]["other ms"] < 0.5
+def test_a_comparison_is_the_median_ratio_within_rounds(monkeypatch):
+    now = 0.0
+    durations = {"ours": iter([9, 1, 2, 30]), "dense": iter([9, 4, 4, 40]), "lora": iter([9, 1, 1, 1])}
+
+    def take(name):
+        nonlocal now
+        now += next(durations[name])
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    functions = {name: lambda name=name: take(name) for name in durations}
+    dense, lora = compare("something", functions, {"dense": "<= 0.6"}, repeats=3)
+    assert dense["ratio"] == 2 / 4 and dense["rounds"] == "0.25 to 0.75" and dense["ms"] == 2000
+    assert (dense["compared with"], dense["target"]) == ("dense", "<= 0.6")
+    assert lora["ratio"] == 2 and lora["target"] == ""
 
 
 def test_work_counts_operations_and_weights_read():
@@ -62,7 +77,7 @@ def test_counting_on_the_host_gives_the_counts_of_the_recorder():
 def test_computed_memory_is_what_training_holds(trainable):
     """Beside it: AdamW's step counters, 4 bytes per tensor, and the header of the file."""
     with torch.device("meta"):
-        shape = random_m2m100(**SHAPE)
+        shape = random_m2m100(SHAPE)
     base = make_shape()
     computed = training_memory(shape if trainable == "dense" else adapted(shape, trainable))
     model = base if trainable == "dense" else adapted(base, trainable)

@@ -216,6 +216,13 @@ def test_gathering_for_few_tokens_is_left_where_it_cannot_pay(monkeypatch):
     assert {width for name, width in seen.items() if "decoder" in name} == {16}
 
 
+def test_a_model_made_in_inference_mode_runs_compact():
+    with torch.inference_mode():
+        masked, compact = pair_of_models(make_m2m100, "none")
+        found = compact(**make_batch(), language_pairs="en-de").logits
+        torch.testing.assert_close(found, masked(**make_batch(), language_pairs="en-de").logits)
+
+
 def test_training_goes_on_after_translating():
     """What was looked up in inference mode is saved for a backward pass."""
     _, compact = pair_of_models(make_m2m100, "full")
@@ -233,6 +240,10 @@ def obstacles():
 
     def activation_hook(model):
         model.model.encoder.layers[0].activation_fn.register_forward_hook(lambda module, args, output: None)
+
+    def forward_of_its_own(model):
+        linear = model.model.encoder.layers[0].fc1.base_layer
+        linear.forward = lambda x, whole=linear.forward: whole(x)
 
     def lora(model):
         model.add_adapter(LoraConfig(target_modules=["fc2"], init_lora_weights=False), "lora")
@@ -257,7 +268,9 @@ def obstacles():
         linear.register_forward_pre_hook(gather)
         linear.register_forward_hook(partition)
 
-    return {f.__name__: f for f in (accelerate_hook, hook, activation_hook, lora, dropout, partitioned)}
+    return {
+        f.__name__: f for f in (accelerate_hook, hook, activation_hook, forward_of_its_own, lora, dropout, partitioned)
+    }
 
 
 @pytest.mark.parametrize("attach", obstacles().values(), ids=obstacles())

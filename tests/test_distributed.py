@@ -76,6 +76,9 @@ def test_two_processes_train_to_the_weights_of_one(
         base = name.removeprefix("base_model.model.").replace(".base_layer", "")
         moved = max(moved, (tensor - start[base]).abs().max().item() if base in start else tensor.float().abs().max())
     assert moved > 1e-3
+    first, second = (json.loads((tmp_path / f"run-written-by-{rank}.json").read_text()) for rank in (0, 1))
+    assert any(path.endswith("trainer_state.json") for path in first)
+    assert not set(first) & set(second), "each file is written once"
     if mode == "full":
         rows = ns.NeuronMasks.from_pretrained(masks).rows
         for name, mask in rows.items():

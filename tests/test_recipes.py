@@ -169,7 +169,7 @@ def test_the_benchmark_measures_every_row(workspace):
     compared = {(row["what"], row.get("compared with")) for row in rows}
     assert ("training step, full, 70% kept", "dense") in compared
     assert ("mixed batch of 8 pairs, forward", "LoRA, 8 adapter_names") in compared
-    assert ("CTranslate2 int8, batch 32, 5 beams", "transformers, dense") in compared and len(rows) == 25
+    assert ("CTranslate2 int8, batch 32, 5 beams", "transformers, dense") in compared and len(rows) == 26
     assert all(row.get("ratio", row.get("ms")) > 0 for row in rows if row["what"].split()[0] not in ("load", "switch"))
     exported = [row for row in rows if row["what"].startswith("exported")]
     assert all(0 < row["FLOPs"] < 1 and 0 < row["bytes"] < 1 for row in exported)

@@ -1,6 +1,7 @@
 """The right pair without being told: language tokens in the conventions of the models."""
 
 import copy
+import pickle
 import threading
 
 import pytest
@@ -315,6 +316,53 @@ def test_compiled_models_switch_pairs_without_compiling_again():
         compiled(**batch)
         assert len(graphs) == made, f"{len(graphs) - made} compilations too many"
     torch._dynamo.reset()
+
+
+def test_compiled_training_on_mixed_batches_does_not_compile_again():
+    """Nor where samples come and go that run the untouched base."""
+    model = adapted(default_pair="base", language_tokens=None).train()
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=count)
+    ids = [[0, 1, 2, 3], [3, 3, 1, 0], [-1, 0, 1, -1]]
+    made = None
+    for batch_ids in ids:
+        compiled(**make_batch(), language_pairs=torch.tensor(batch_ids)).loss.backward()
+        found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        model(**make_batch(), language_pairs=torch.tensor(batch_ids)).loss.backward()
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-5)
+        model.zero_grad()
+        made = made or len(graphs)
+    assert len(graphs) == made, f"{len(graphs) - made} compilations too many"
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("injected_by", ["peft", "transformers"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_read_tokens_by_themselves(injected_by, copied):
+    batch = tagged(PAIRS, "nllb")
+    original = adapted() if injected_by == "peft" else make_m2m100()
+    if injected_by == "transformers":
+        masks = make_masks(original)
+        original.add_adapter(
+            ns.NeuronSpecializationConfig(masks=masks, language_tokens=TOKENS, init_weights=False), "masks"
+        )
+    other = copied(original.eval())
+    expected = original(**batch).logits
+    ns.set_language_pair(original, "en-de")
+    assert other(**batch).logits.equal(expected), "it does not share the choice of the pair"
+    sources = tagged(["en-fr"], "nllb")["input_ids"]
+    options = {"input_ids": sources, "forced_bos_token_id": FR, "max_new_tokens": 5}
+    ns.set_language_pair(original, None)
+    assert other.generate(**options).equal(original.generate(**options))
 
 
 @pytest.mark.parametrize("default", [None, "base", "en-fr"])

@@ -120,8 +120,17 @@ def test_trained_tokens_and_whole_modules_are_kept(base_directory, tmp_path):
     adapted = trained(base_directory, "delta", modules_to_save=["layer_norm"], trainable_token_indices=[4, 5])
     expected = adapted(**make_batch(), language_pairs=PAIRS).logits
     adapted.save_pretrained(str(tmp_path / "adapter"))
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    base = AutoModelForSeq2SeqLM.from_pretrained(base_directory).state_dict()
+    norm = "model.encoder.layer_norm.weight"
+    assert not tensors[f"base_model.model.{norm}"].equal(base[norm]), "it was trained"
+    (tokens,) = (value for key, value in tensors.items() if key.endswith("trainable_tokens_delta"))
+    assert tokens.shape == (2, 16) and not tokens.equal(base["model.shared.weight"][[4, 5]])
     loaded = AutoPeftModelForSeq2SeqLM.from_pretrained(str(tmp_path / "adapter"))
     torch.testing.assert_close(loaded(**make_batch(), language_pairs=PAIRS).logits, expected)
+    by_transformers = AutoModelForSeq2SeqLM.from_pretrained(base_directory)
+    by_transformers.load_adapter(str(tmp_path / "adapter"))
+    torch.testing.assert_close(by_transformers(**make_batch(), language_pairs=PAIRS).logits, expected)
 
 
 def damage(directory, change, fix_digest):

@@ -1,10 +1,14 @@
 """Train a few updates as one of several processes, for tests/test_distributed.py; started by accelerate launch."""
 
+import json
 import sys
+from pathlib import Path
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from datasets import disable_progress_bars
 from peft import get_peft_model
+from torch.distributed.tensor import DTensor
 
 import neuron_specialization as ns
 from neuron_specialization.translation.arguments import parse
@@ -12,10 +16,21 @@ from neuron_specialization.translation.checkpoints import load_checkpoint
 from neuron_specialization.translation.data import load_parallel
 from neuron_specialization.translation.training import SpecializationTrainingArguments, fit
 
+written: set[str] = set()
+
+
+def note_what_is_written(event: str, args: tuple) -> None:
+    if event == "open" and isinstance(args[0], str) and set(args[1] or "") & set("wax"):
+        written.add(args[0])
+    if event == "os.rename":
+        written.add(str(args[1]))
+
+
 PAIRS = ["Pv-Aa", "Aa-Pv", "Pv-Ba", "Ba-Pv"]
 
 
 def main() -> None:
+    sys.addaudithook(note_what_is_written)
     processes, checkpoint, data, masks, mode, *rest = sys.argv[1:]
     (args,) = parse(SpecializationTrainingArguments, argv=rest)
     disable_progress_bars()
@@ -26,6 +41,10 @@ def main() -> None:
         model = get_peft_model(model, config)
     assert args.world_size == int(processes), f"expected {processes} processes, runs as one of {args.world_size}"
     fit(model, tokenizer, load_parallel(data, PAIRS), None, args)
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        assert any(isinstance(parameter, DTensor) for parameter in model.parameters()), "nothing was sharded"
+    mine = sorted(path for path in written if Path(path).is_relative_to(args.output_dir))
+    Path(f"{args.output_dir}-written-by-{args.process_index}.json").write_text(json.dumps(mine))
 
 
 if __name__ == "__main__":

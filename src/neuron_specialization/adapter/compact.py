@@ -132,7 +132,7 @@ class CompactBlock:
     def _pays(self, adapter: str, x: torch.Tensor) -> bool:
         """Whether gathering saves time, where it is not demanded: it does for many tokens, or many decoder steps."""
         many_steps = self.layer.routing.generating and self.layer.stack == DECODER
-        return many_steps or self.layer.execution[adapter] == "compact" or x[..., 0].numel() >= FEW_TOKENS
+        return many_steps or self.layer.execution[adapter] == "compact" or x.numel() // x.shape[-1] >= FEW_TOKENS
 
     def obstacle(self) -> str | None:
         """Return what keeps the block from running narrow, or None: it must be by itself, with plain weights."""
@@ -142,6 +142,8 @@ class CompactBlock:
             type(part) is not nn.Linear or type(part.weight.data) is not torch.Tensor for part in parts
         ):
             return "weights that are not plain tensors"
+        if "forward" in vars(base):
+            return "a projection with a forward of its own"
         if not self.elementwise:
             return "an operation between the projections that is not elementwise"
         activation = [self.activation] if isinstance(self.activation, nn.Module) else []
@@ -166,10 +168,11 @@ class CompactBlock:
     def _computed(self, adapter: str, row: int) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Return what Narrow asks for: kept neurons and those that fill the width up; looked up once per row."""
         packed = self.layer.neuron_specialization_mask[adapter]
+        version = 0 if packed.is_inference() else packed._version
         known = self.looked_up.get((adapter, row))
-        if known is None or known.packed is not packed or known.version != packed._version:
+        if known is None or known.packed is not packed or known.version != version:
             with torch.inference_mode(False):  # training may be next, and save the indices for its backward pass
-                known = _LookedUp(packed, packed._version, *_fill_up(self._mask(adapter, row)))
+                known = _LookedUp(packed, version, *_fill_up(self._mask(adapter, row)))
             self.looked_up[adapter, row] = known
         return known.computed, known.filler
 

@@ -32,9 +32,10 @@ class NeuronSpecializationConfig(PeftConfig):
             paper's continued training); the adapter directory then holds them all.
         r: rank of "low_rank".
         mask_bias: silence masked neurons wholly. By default one emits the constant act(b1), as in the paper.
-        execution: "masked" computes all neurons and then masks; "compact" computes only those kept, and is an error
-            where that is not possible; "auto" takes compact where it is possible: one pair in the batch, plain
-            weights, nothing else attached to the block, no activation dropout in training.
+        execution: "masked" computes all neurons and then masks; "compact" computes those kept (and a few, to fill up
+            the width), and is an error where that is not possible; "auto" takes compact where it is possible (one pair
+            in the batch, plain weights, nothing else attached to the block, no activation dropout in training) and
+            pays: from 256 tokens on, and in the decoder steps of a `generate`.
         language_tokens: language code → id of its token in the tokenizer (see `language_tokens`).
         source_tag: what the tag on the source side names: "source" (NLLB, M2M100, mBART) or "target" (Marian, T5).
         default_pair: pair to fall back to; "base" runs the untouched base.

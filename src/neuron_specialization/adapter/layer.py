@@ -212,7 +212,7 @@ class Linear(nn.Module, NeuronSpecializationLayer):
         if not deltas:
             return self.base_layer(x)
         total = deltas[0] if len(deltas) == 1 else torch.stack(deltas).sum(0)
-        if is_plain_linear(self.base_layer):
+        if is_plain_linear(self.base_layer) and "forward" not in vars(self.base_layer):
             weight = self.weight
             return F.linear(x, (weight + total).to(weight.dtype), self.bias)
         return self.base_layer(x) + F.linear(x, total.to(x.dtype))
@@ -223,8 +223,10 @@ class Linear(nn.Module, NeuronSpecializationLayer):
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        if x.ndim < 3:
-            names = self._one_for_all(names, x)
+        if self.compact is not None and x.ndim < 3:  # an FFN block without samples is an expert
+            if len(set(names)) > 1:
+                raise ValueError(f"Several adapters {_NO_SAMPLES.format(list(x.shape))}")
+            names = names[:1]
         dim = self._batch_dim
         batch = x.shape[dim]
         if batch % len(names):
@@ -241,12 +243,6 @@ class Linear(nn.Module, NeuronSpecializationLayer):
             masked = self._forward_masked(x.index_select(dim, samples), [adapter], samples, batch)
             out = out.index_copy(dim, samples, masked.to(out.dtype))
         return out
-
-    @staticmethod
-    def _one_for_all(names: list[str], x: torch.Tensor) -> list[str]:
-        if len(set(names)) > 1:
-            raise ValueError(f"Several adapters {_NO_SAMPLES.format(list(x.shape))}")
-        return names[:1]
 
     @staticmethod
     def _per_sample(values: torch.Tensor, batch: int) -> torch.Tensor:

@@ -1,6 +1,7 @@
-"""Timings that can be compared: measured side by side in one run, in turns, as ratios of medians."""
+"""Timings that can be compared: measured side by side in one run, in turns, as ratios within each round."""
 
 import copy
+import itertools
 import statistics
 import tempfile
 import time
@@ -18,10 +19,12 @@ from ..neurons.activations import record_activations
 from ..neurons.ffn import find_ffn_blocks
 from ..neurons.language_pairs import Routes
 from ..neurons.masks import NeuronMasks
-from .random_models import random_m2m100
+from .shapes import ModelShape, random_m2m100
 
 
-def side_by_side(functions: Mapping[str, Callable[[], Any]], repeats: int = 5, warmup: int = 1) -> dict[str, float]:
+def side_by_side(
+    functions: Mapping[str, Callable[[], Any]], repeats: int = 5, warmup: int = 1
+) -> dict[str, list[float]]:
     """Time functions in turns, A B C A B C ..., so that drift of the machine hits all of them alike.
 
     Args:
@@ -30,7 +33,7 @@ def side_by_side(functions: Mapping[str, Callable[[], Any]], repeats: int = 5, w
         warmup: rounds before them.
 
     Returns:
-        name → median of its times in seconds.
+        name → its times in seconds, one per round.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
     for round_ in range(warmup + repeats):
@@ -41,13 +44,15 @@ def side_by_side(functions: Mapping[str, Callable[[], Any]], repeats: int = 5, w
             _synchronize()
             if round_ >= warmup:
                 times[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
 
 
 def compare(
     what: str, functions: Mapping[str, Callable[[], Any]], targets: Mapping[str, str], repeats: int
 ) -> list[dict[str, Any]]:
-    """Return one row per pair of functions: the first one's time as a ratio of each other's.
+    """Return one row per pair of functions: the first one's time as a ratio of each other's, the median over rounds.
+
+    Ratios are taken within a round, where the machine is most likely to be in one mood; "rounds" gives their range.
 
     Args:
         what: what is timed.
@@ -55,20 +60,16 @@ def compare(
         targets: name of another function → the ratio aimed at, for people.
         repeats: counted rounds.
     """
-    median = side_by_side(functions, repeats)
+    times = side_by_side(functions, repeats)
     first, *others = functions
-    print(what, flush=True)
-    return [
-        {
-            "what": what,
-            "compared with": other,
-            "ratio": median[first] / median[other],
-            "target": targets.get(other, ""),
-            "ms": 1e3 * median[first],
-            "other ms": 1e3 * median[other],
-        }
-        for other in others
-    ]
+    rows = []
+    for other in others:
+        ratios = [ours / theirs for ours, theirs in zip(times[first], times[other], strict=True)]
+        row = {"what": what, "compared with": other, "ratio": statistics.median(ratios)}
+        row |= {"rounds": f"{min(ratios):.2f} to {max(ratios):.2f}", "target": targets.get(other, "")}
+        rows.append({**row, "ms": 1e3 * statistics.median(times[first])})
+        print(f"{what}: {first} takes {row['ratio']:.2f} ({row['rounds']}) of {other}", flush=True)
+    return rows
 
 
 def _synchronize() -> None:
@@ -142,40 +143,50 @@ def identification_costs(model: Any, batch: Mapping[str, Any], repeats: int) -> 
 
 
 def storage_costs(repeats: int) -> list[dict[str, Any]]:
-    """Measure files of NLLB-600M's shape (24 blocks of 4,096 neurons): the size of 60 pairs, loading factorised masks
-    of 202 languages (40,602 directions) into a model, and what a new pair adds to a forward."""
-    stacks = {f"model.{stack}.layers.{i}.fc1": stack for stack in ("encoder", "decoder") for i in range(12)}
+    """Measure files of NLLB-600M's shape (24 blocks of 4,096 neurons): the size of 60 pairs, loading 10,000 pairs, or
+    the factorised masks of 202 languages (40,602 directions), into a model, and what a new pair adds to a forward."""
     languages = [f"l{i}" for i in range(202)]
-
-    def save(directory: str, rows: int, routes: Routes) -> None:
-        NeuronMasks({name: torch.rand(rows, 4096) < 0.8 for name in stacks}, stacks, routes).save(directory)
-
-    def build() -> Any:
-        return random_m2m100(layers=12, d_model=8, d_ff=4096, vocab_size=100, heads=2)
-
+    routes = {
+        "60": Routes.per_pair([f"{code}-en" for code in languages[:60]]),
+        "10,000 pairs": Routes.per_pair([f"{a}-{b}" for a in languages[:100] for b in languages[100:200]]),
+        "40,602 directions": Routes(languages, languages),
+    }
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as directory:
-        save(f"{directory}/pairs", 60, Routes.per_pair([f"{code}-en" for code in languages[:60]]))
-        size = (Path(directory) / "pairs" / "adapter_model.safetensors").stat().st_size
-        save(f"{directory}/languages", 202, Routes(languages, languages))
-        files = {"load": lambda: PeftModel.from_pretrained(build(), f"{directory}/languages"), "build": build}
-        median = side_by_side(files, repeats)
-        rows = [
-            {"what": "file of 60 pairs", "compared with": "bits / 8", "ratio": size / (24 * 512 * 60)},
-            {"what": "load 40,602 directions", "ms": 1e3 * (median["load"] - median["build"])},
-        ]
-        for execution in ("masked", "compact"):
-            config: Any = PeftConfig.from_pretrained(f"{directory}/languages")
+        for name, route in routes.items():
+            _save_random_masks(f"{directory}/{name}", route)
+        size = (Path(directory) / "60" / "adapter_model.safetensors").stat().st_size
+        rows.append({"what": "file of 60 pairs", "compared with": "bits / 8", "ratio": size / (24 * 512 * 60)})
+        functions = {
+            name: lambda name=name: PeftModel.from_pretrained(_nllb(8), f"{directory}/{name}") for name in routes
+        }
+        times = side_by_side({**functions, "build": lambda: _nllb(8)}, repeats)
+        for name in list(routes)[1:]:
+            rows.append({"what": f"load {name}", "ms": 1e3 * _added(times[name], times["build"])})
+        for execution in ("auto", "compact"):
+            config: Any = PeftConfig.from_pretrained(f"{directory}/40,602 directions")
             config.execution = execution
-            model = PeftModel.from_pretrained(build(), f"{directory}/languages", config=config)
-            rows.append({"what": f"switch the pair, {execution}", "ms": 1e3 * _switch(model, repeats)})
-    targets = ("<= 1.03", "about 1000 ms", "about 1 ms", "about 1 ms")
+            model = PeftModel.from_pretrained(_nllb(1024), f"{directory}/40,602 directions", config=config)
+            rows.append({"what": f"switch the pair, {execution}, one token", "ms": 1e3 * _switch(model, repeats)})
+    targets = ("<= 1.03", "about 1000 ms", "about 1000 ms", "about 1 ms", "about 1 ms")
     return [{**row, "target": target} for row, target in zip(rows, targets, strict=True)]
+
+
+def _nllb(d_model: int) -> Any:
+    """Return a model with the FFN blocks of NLLB 600M (d_model 1,024 there) and hardly any vocabulary."""
+    return random_m2m100(ModelShape(layers=12, d_model=d_model, d_ff=4096, vocab_size=100))
+
+
+def _save_random_masks(directory: str, routes: Routes) -> None:
+    stacks = {block.name: block.stack for block in find_ffn_blocks(_nllb(8))}
+    rows = {name: torch.rand(len(routes.encoder_rows), 4096) < 0.8 for name in stacks}
+    NeuronMasks(rows, stacks, routes).save(directory)
 
 
 def _switch(model: Any, repeats: int) -> float:
     """Return what a forward of one token takes longer, in seconds, where the pair is not the one before."""
     token = torch.ones(1, 1, dtype=torch.long)
-    pairs = (f"l{i}-l{i + 1}" for i in range(201))
+    pairs = itertools.cycle([f"l{i}-l{i + 1}" for i in range(201)])
 
     @torch.no_grad()
     def run() -> None:
@@ -185,5 +196,10 @@ def _switch(model: Any, repeats: int) -> float:
         model.set_language_pair(next(pairs))
         run()
 
-    median = side_by_side({"switch": switch, "stay": run}, 5 * repeats)
-    return median["switch"] - median["stay"]
+    times = side_by_side({"switch": switch, "stay": run}, 5 * repeats)
+    return _added(times["switch"], times["stay"])
+
+
+def _added(more: list[float], less: list[float]) -> float:
+    """Return the median of the differences within rounds."""
+    return statistics.median(a - b for a, b in zip(more, less, strict=True))

@@ -1,5 +1,6 @@
 """Models with random weights, random masks and a tokenizer of numbered words: the shapes that benchmarks run on."""
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,20 +14,33 @@ from ..neurons.ffn import find_ffn_blocks
 from ..neurons.language_pairs import Routes
 from ..neurons.masks import NeuronMasks
 
+
+@dataclass
+class ModelShape:
+    """Sizes of an M2M100-shaped model with random weights."""
+
+    layers: int = field(default=6, metadata={"help": "Encoder layers, and decoder layers."})
+    d_model: int = field(default=512, metadata={"help": "Width."})
+    d_ff: int = field(default=2048, metadata={"help": "Neurons per layer."})
+    vocab_size: int = field(default=32000, metadata={"help": "Vocabulary."})
+    heads: int = field(default=8, metadata={"help": "Attention heads."})
+
+
 NLLB_SHAPES = {
-    "NLLB 600M": {"layers": 12, "d_model": 1024, "d_ff": 4096, "vocab_size": 256206},
-    "NLLB 1.3B": {"layers": 24, "d_model": 1024, "d_ff": 8192, "vocab_size": 256206},
-    "NLLB 3.3B": {"layers": 24, "d_model": 2048, "d_ff": 8192, "vocab_size": 256206},
+    "NLLB 600M": ModelShape(layers=12, d_model=1024, d_ff=4096, vocab_size=256206, heads=16),
+    "NLLB 1.3B": ModelShape(layers=24, d_model=1024, d_ff=8192, vocab_size=256206, heads=16),
+    "NLLB 3.3B": ModelShape(layers=24, d_model=2048, d_ff=8192, vocab_size=256206, heads=16),
 }
 _SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]  # the ids 0 to 3 of M2M100Config
 
 
-def random_m2m100(layers: int, d_model: int, d_ff: int, vocab_size: int, heads: int = 8) -> Any:
-    """Return an M2M100 with so many encoder layers and as many decoder layers, in training without layer drop."""
+def random_m2m100(shape: ModelShape) -> Any:
+    """Return a model of this shape, set up for training without layer drop."""
     config = M2M100Config(
-        d_model=d_model, vocab_size=vocab_size, encoder_layers=layers, decoder_layers=layers, encoder_ffn_dim=d_ff,
-        decoder_ffn_dim=d_ff, encoder_attention_heads=heads, decoder_attention_heads=heads, encoder_layerdrop=0.0,
-        decoder_layerdrop=0.0, dropout=0.1, activation_dropout=0.0,
+        d_model=shape.d_model, vocab_size=shape.vocab_size, dropout=0.1, activation_dropout=0.0,
+        encoder_layers=shape.layers, encoder_ffn_dim=shape.d_ff, encoder_attention_heads=shape.heads,
+        decoder_layers=shape.layers, decoder_ffn_dim=shape.d_ff, decoder_attention_heads=shape.heads,
+        encoder_layerdrop=0.0, decoder_layerdrop=0.0,
     )  # fmt: skip
     return M2M100ForConditionalGeneration(config)
 
