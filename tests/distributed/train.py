@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import DistributedType, parse_flag_from_env
 from datasets import disable_progress_bars
 from peft import get_peft_model
 from torch.distributed.tensor import DTensor
@@ -14,6 +14,7 @@ import neuron_specialization as ns
 from neuron_specialization.translation.arguments import parse
 from neuron_specialization.translation.checkpoints import load_checkpoint
 from neuron_specialization.translation.data import load_parallel
+from neuron_specialization.translation.processes import this_process
 from neuron_specialization.translation.training import SpecializationTrainingArguments, fit
 
 written: set[str] = set()
@@ -40,8 +41,11 @@ def main() -> None:
         config = ns.NeuronSpecializationConfig(masks=masks, trainable=mode, task_type="SEQ_2_SEQ_LM")
         model = get_peft_model(model, config)
     assert args.world_size == int(processes), f"expected {processes} processes, runs as one of {args.world_size}"
+    sharded = parse_flag_from_env("ACCELERATE_USE_FSDP")
+    if sharded:  # accelerate shards on accelerators only, though torch does the same with gloo on a CPU
+        this_process().distributed_type = DistributedType.MULTI_GPU
     fit(model, tokenizer, load_parallel(data, PAIRS), None, args)
-    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+    if sharded:
         assert any(isinstance(parameter, DTensor) for parameter in model.parameters()), "nothing was sharded"
     mine = sorted(path for path in written if Path(path).is_relative_to(args.output_dir))
     Path(f"{args.output_dir}-written-by-{args.process_index}.json").write_text(json.dumps(mine))

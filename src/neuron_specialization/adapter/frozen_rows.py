@@ -8,6 +8,7 @@ import weakref
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 _protected: "weakref.WeakSet[Any]" = weakref.WeakSet()
@@ -28,8 +29,18 @@ def protect(layer: Any) -> None:
 def _save(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     layers = [layer for layer in _protected if id(layer.weight) in stepped and layer.weight.requires_grad]
-    rows = [(layer.weight, layer.unselected_rows()) for layer in layers]
-    _saved[optimizer] = [(weight, index, weight.detach()[index]) for weight, index in rows if len(index)]
+    rows = [_here(layer.weight.detach(), layer.unselected_rows()) for layer in layers]
+    _saved[optimizer] = [(weight, index, weight[index]) for weight, index in rows if len(index)]
+
+
+def _here(weight: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the part of a weight that this process holds, and which of `rows` are in it, by their place there."""
+    if not isinstance(weight, DTensor):
+        return weight, rows
+    dim = next(i for i, placement in enumerate(weight.placements) if placement.is_shard(0))
+    mesh, local = weight.device_mesh, weight.to_local()
+    start = mesh.get_local_rank(dim) * -(-len(weight) // mesh.size(dim))  # shards are as large as torch.chunk's
+    return local, rows[(rows >= start) & (rows < start + len(local))] - start
 
 
 def _restore(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:

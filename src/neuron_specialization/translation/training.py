@@ -29,6 +29,7 @@ from ..neurons.ffn import unwrap
 from .batching import DirectionBatchSampler, TranslationCollator
 from .data import encode_parallel
 from .processes import this_process
+from .sharding import shard
 from .tokenization import resolve_tokens
 from .translate import adapter_config
 
@@ -95,6 +96,8 @@ class SpecializationTrainer(Seq2SeqTrainer):
             callbacks=callbacks,
             compute_loss_func=self._token_loss,
         )
+        if self.accelerator.is_fsdp2:
+            shard(model, self.accelerator.state.fsdp_plugin)
 
     def get_train_dataloader(self) -> DataLoader:
         """Return batches of one direction each; the sampler spans the whole run of all processes."""
@@ -117,6 +120,13 @@ class SpecializationTrainer(Seq2SeqTrainer):
             pin_memory=args.dataloader_pin_memory,
         )
         return self.accelerator.prepare(loader)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # gathered from shards, tied weights come as tensors of their own, and would be written once per name
+        tied = getattr(self.model, "all_tied_weights_keys", {})
+        if state_dict is not None:
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
+        super()._save(output_dir, state_dict)
 
     def _token_loss(
         self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
