@@ -22,18 +22,22 @@ FSDP2 = ["--config_file", str(ROOT / "recipes" / "accelerate" / "fsdp2.yaml"), "
 DDP, ONE = launch_options(2), launch_options(1)
 
 
-def train(launch, toy_checkpoint, toy_files, masks, mode, output, accumulation) -> dict[str, torch.Tensor]:
-    arguments = [
-        *("1" if launch is ONE else "2", str(toy_checkpoint), str(toy_files / "train.jsonl"), str(masks), mode),
-        *("--output_dir", str(output), "--max_steps", "3", "--per_device_train_batch_size", "4"),
-        *("--gradient_accumulation_steps", str(accumulation), "--learning_rate", "0.1", "--temperature", "1"),
-        *("--lr_scheduler_type", "constant", "--disable_tqdm", "true", "--save_steps", "3", "--weight_decay", "0.1"),
-        *("--dataloader_pin_memory", "false", "--seed", "0", "--optim", "sgd", "--max_grad_norm", "1"),
-    ]
-    environment = {**os.environ, **CPU}
-    command = [ACCELERATE, "launch", *launch, SCRIPT, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+def start(launch, checkpoint, data, masks, mode, output, *options, validation="none") -> None:
+    processes = "1" if launch is ONE else "2"
+    arguments = [processes, str(checkpoint), str(data), str(validation), str(masks), mode, "--output_dir", str(output)]
+    arguments += ["--per_device_train_batch_size", "4", "--disable_tqdm", "true", "--dataloader_pin_memory", "false"]
+    command = [ACCELERATE, "launch", *launch, SCRIPT, *arguments, *options]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **CPU}, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+def train(launch, toy_checkpoint, toy_files, masks, mode, output, accumulation) -> dict[str, torch.Tensor]:
+    options = [
+        *("--max_steps", "3", "--gradient_accumulation_steps", str(accumulation), "--learning_rate", "0.1"),
+        *("--temperature", "1", "--lr_scheduler_type", "constant", "--save_steps", "3", "--weight_decay", "0.1"),
+        *("--seed", "0", "--optim", "sgd", "--max_grad_norm", "1"),
+    ]
+    start(launch, toy_checkpoint, toy_files / "train.jsonl", masks, mode, output, *options)
     kind = "model" if mode == "dense" else "adapter"
     files = sorted(p.name for p in output.iterdir())
     assert kind in files and not any("partial" in name for name in files)
@@ -90,6 +94,18 @@ def test_two_processes_train_to_the_weights_of_one(
         assert len(ns.translate(adapted, tokenizer, ["ba bu"], "Pv-Aa", max_new_tokens=4)) == 1
     state = json.loads((tmp_path / "run" / "checkpoint-3" / "trainer_state.json").read_text())
     assert state["global_step"] == 3 and (tmp_path / "run" / "checkpoint-3" / "complete.json").is_file()
+
+
+def test_a_sharded_run_is_evaluated_and_resumed(toy_checkpoint, toy_files, masks, tmp_path):
+    for steps in ("2", "4"):
+        options = ["--max_steps", steps, "--eval_steps", "2", "--learning_rate", "0.001"]
+        start(
+            *(FSDP2, toy_checkpoint, toy_files / "train.jsonl", masks, "full", tmp_path / "run", *options),
+            validation=toy_files / "validation.jsonl",
+        )
+    log = json.loads((tmp_path / "run" / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+    losses = {entry["step"]: entry["eval_loss"] for entry in log if "eval_loss" in entry}
+    assert list(losses) == [2, 4] and losses[4] < losses[2]
 
 
 def test_the_shipped_configurations_are_what_accelerate_reads():

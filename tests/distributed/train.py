@@ -32,7 +32,7 @@ PAIRS = ["Pv-Aa", "Aa-Pv", "Pv-Ba", "Ba-Pv"]
 
 def main() -> None:
     sys.addaudithook(note_what_is_written)
-    processes, checkpoint, data, masks, mode, *rest = sys.argv[1:]
+    processes, checkpoint, data, validation, masks, mode, *rest = sys.argv[1:]
     (args,) = parse(SpecializationTrainingArguments, argv=rest)
     disable_progress_bars()
     torch.manual_seed(0)
@@ -44,7 +44,8 @@ def main() -> None:
     sharded = parse_flag_from_env("ACCELERATE_USE_FSDP")
     if sharded:  # accelerate shards on accelerators only, though torch does the same with gloo on a CPU
         this_process().distributed_type = DistributedType.MULTI_GPU
-    fit(model, tokenizer, load_parallel(data, PAIRS), None, args)
+    held_out = None if validation == "none" else load_parallel(validation, PAIRS)
+    fit(model, tokenizer, load_parallel(data, PAIRS), held_out, args)
     if sharded:
         assert any(isinstance(parameter, DTensor) for parameter in model.parameters()), "nothing was sharded"
     mine = sorted(path for path in written if Path(path).is_relative_to(args.output_dir))
