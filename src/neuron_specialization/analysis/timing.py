@@ -25,7 +25,7 @@ from .shapes import ModelShape, random_m2m100
 def side_by_side(
     functions: Mapping[str, Callable[[], Any]], repeats: int = 5, warmup: int = 1
 ) -> dict[str, list[float]]:
-    """Time functions in turns, A B C A B C ..., so that drift of the machine hits all of them alike.
+    """Time functions in turns, A B C C B A A B C ..., so that drift of the machine hits all of them alike.
 
     Args:
         functions: name → function.
@@ -37,10 +37,11 @@ def side_by_side(
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
     for round_ in range(warmup + repeats):
-        for name, function in functions.items():
+        order = list(functions) if round_ % 2 == 0 else list(reversed(functions))
+        for name in order:
             _synchronize()
             started = time.perf_counter()
-            function()
+            functions[name]()
             _synchronize()
             if round_ >= warmup:
                 times[name].append(time.perf_counter() - started)
