@@ -37,8 +37,8 @@ def side_by_side(
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
     for round_ in range(warmup + repeats):
-        order = list(functions) if round_ % 2 == 0 else list(reversed(functions))
-        for name in order:
+        order = list(functions)
+        for name in order if round_ % 2 == 0 else reversed(order):
             _synchronize()
             started = time.perf_counter()
             functions[name]()
