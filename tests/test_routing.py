@@ -293,8 +293,8 @@ def test_threads_do_not_overwrite_each_others_pairs():
     assert len(errors) == 1, "after a call, even a failed one, the model is free for another thread"
 
 
-def test_compiled_models_switch_pairs_without_compiling_again():
-    model, batch = adapted(), tagged(["en-de"], "nllb")
+def compile_and_count(model):
+    """The model compiled, and the list that grows with each graph that is compiled."""
     graphs = []
 
     def count(graph, inputs):
@@ -302,7 +302,12 @@ def test_compiled_models_switch_pairs_without_compiling_again():
         return graph.forward
 
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend=count)
+    return torch.compile(model, backend=count), graphs
+
+
+def test_compiled_models_switch_pairs_without_compiling_again():
+    model, batch = adapted(), tagged(["en-de"], "nllb")
+    compiled, graphs = compile_and_count(model)
     with torch.no_grad():
         first = compiled(**batch, language_pairs="en-de").logits
         made = len(graphs)
@@ -321,14 +326,7 @@ def test_compiled_models_switch_pairs_without_compiling_again():
 def test_compiled_training_on_mixed_batches_does_not_compile_again():
     """Nor where samples come and go that run the untouched base."""
     model = adapted(default_pair="base", language_tokens=None).train()
-    graphs = []
-
-    def count(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend=count)
+    compiled, graphs = compile_and_count(model)
     ids = [[0, 1, 2, 3], [3, 3, 1, 0], [-1, 0, 1, -1]]
     made = None
     for batch_ids in ids:

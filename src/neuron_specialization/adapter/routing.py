@@ -100,8 +100,9 @@ class Routing:
 
     def check(self, pair: str) -> None:
         """Raise ValueError unless some adapter routes `pair`."""
-        errors = [ValueError(f"Got the language pair {pair!r}, but the model's adapters were deleted.")]
-        errors = [] if self.tables else errors
+        if not self.tables:
+            raise ValueError(f"Got the language pair {pair!r}, but the model's adapters were deleted.")
+        errors = []
         for table in self.tables.values():
             try:
                 table.route(pair)
