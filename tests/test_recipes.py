@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,7 @@ def test_export_writes_a_checkpoint_and_a_ctranslate2_model(identified, workspac
     assert "vocabulary: " in printed and results["vocabulary"]["unknown rate"] < 0.01
     vocabulary = json.loads((trimmed / "checkpoint" / "config.json").read_text())["vocab_size"]
     assert vocabulary == results["vocabulary"]["after"] < results["vocabulary"]["before"]
+    assert results["environment"]["ctranslate2"] == metadata.version("ctranslate2")
     base, smaller, quantized = results["exports"]
     assert smaller["parameters"] < checkpoint["parameters"] and quantized["MB"] < ctranslate2["MB"]
     assert 0 <= smaller["identical"] <= 1 and {"BLEU"} <= smaller.keys() & quantized.keys()
@@ -169,7 +171,9 @@ def test_the_benchmark_measures_every_row(workspace):
     compared = {(row["what"], row.get("compared with")) for row in rows}
     assert ("training step, full, 70% kept", "dense") in compared
     assert ("mixed batch of 8 pairs, forward", "LoRA, 8 adapter_names") in compared
-    assert ("CTranslate2 int8, batch 32, 5 beams", "transformers, dense") in compared and len(rows) == 26
+    threads = {row["what"].split(", ")[1] for row in rows if row["what"].startswith("CTranslate2")}
+    assert ("CTranslate2 int8, threads: 1, batch 1, 5 beams", "transformers, dense") in compared
+    assert len(rows) == 24 + 2 * len(threads)  # with one thread and, where there are more, with all of them
     assert all(row.get("ratio", row.get("ms")) > 0 for row in rows if row["what"].split()[0] not in ("load", "switch"))
     exported = [row for row in rows if row["what"].startswith("exported")]
     assert all(0 < row["FLOPs"] < 1 and 0 < row["bytes"] < 1 for row in exported)

@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from torch.nn import functional as F
 
-from ..neurons.adapter_file import DELTA, DELTA_A, DELTA_B, MASK, pack_rows, unpack_rows
+from ..neurons.adapter_file import DELTA, DELTA_A, DELTA_B, MASK, unpack_rows
 from ..neurons.ffn import STACKS
 from . import frozen_rows
 from .compact import CompactBlock
@@ -64,8 +64,8 @@ class NeuronSpecializationLayer(BaseTunerLayer):
         init_weights: bool,
         inference_mode: bool,
     ) -> None:
-        """Add an adapter. `mask` is bool [rows, d_ff]."""
-        self.neuron_specialization_mask[adapter_name] = pack_rows(mask)
+        """Add an adapter. `mask` is bit-packed: uint8 [rows, ceil(d_ff / 8)]."""
+        self.neuron_specialization_mask[adapter_name] = mask
         self.mask_bias[adapter_name] = mask_bias
         if trainable == "full":
             self.trains_base = True

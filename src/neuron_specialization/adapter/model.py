@@ -12,7 +12,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..neurons.adapter_file import PREFIX
+from ..neurons.adapter_file import PREFIX, pack_rows
 from ..neurons.ffn import DECODER, ENCODER, FfnBlock, find_ffn_blocks, fingerprint
 from . import attachment, routing, storage
 from .compact import CompactBlock
@@ -223,17 +223,18 @@ def _find_blocks(config: NeuronSpecializationConfig, model: nn.Module) -> dict[s
 
 
 def _initial_mask(config: NeuronSpecializationConfig, name: str, stack: str, width: int) -> torch.Tensor:
-    """Return bool [rows, width]: the config's masks, else all-true rows, or random ones if `init_weights` is off."""
+    """Return packed rows: the config's masks, else rows that keep all, or random ones if `init_weights` is off."""
     if config.masks is not None:
         if name not in config.masks.rows:  # type: ignore[union-attr]
             raise ValueError(f"target_modules names {name}, but the masks have no row for it.")
-        return config.masks.rows[name]  # type: ignore[union-attr]
+        return pack_rows(config.masks.rows[name])  # type: ignore[union-attr]
     rows = len((config.encoder_rows if stack == ENCODER else config.decoder_rows) or [])
-    mask = torch.ones(rows, width, dtype=torch.bool)
-    if not config.init_weights:
-        mask = torch.rand(rows, width) < 0.5
-        mask[:, 0] = True
-    return mask
+    if config.init_weights:
+        # one row packed, then copied: a file of 10,000 pairs waits for this before it is read
+        return pack_rows(torch.ones(width, dtype=torch.bool)).repeat(rows, 1)
+    mask = torch.rand(rows, width) < 0.5
+    mask[:, 0] = True
+    return pack_rows(mask)
 
 
 def _describe(fingerprint: dict[str, str | int], d_ff: dict[str, int]) -> str:

@@ -15,6 +15,7 @@ from .processes import this_process
 
 _VERSIONED = (
     "neuron-specialization", "torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "sacrebleu",
+    "ctranslate2",
 )  # fmt: skip
 
 
@@ -42,9 +43,16 @@ def write_results(directory: str | Path, results: Mapping[str, Any], name: str =
     return path
 
 
-def environment() -> dict[str, str | int]:
-    """Return versions of what a number depends on, the kind of device, and how much of it was used."""
+def environment() -> dict[str, str | int | None]:
+    """Return versions of what a number depends on (None: not installed), the kind of device, and how much was used."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
-    versions = {name: importlib.metadata.version(name) for name in _VERSIONED}
+    versions = {name: _version(name) for name in _VERSIONED}
     used = {"device": device, "processes": this_process().num_processes, "threads": torch.get_num_threads()}
     return {"python": platform.python_version(), **used, **versions}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
