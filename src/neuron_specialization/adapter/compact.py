@@ -189,12 +189,12 @@ class _LookedUp:
 
 def _fill_up(mask: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Return the neurons to compute for bool [d_ff], kept ones first (None for all), and which of them are filler."""
-    order = mask.sort(descending=True, stable=True)
-    kept = int(order.values.sum())
-    width = -(-kept // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
-    if width >= len(mask):
-        return None, order.indices[kept:].clone()
-    return order.indices[:width].clone(), torch.arange(kept, width, device=mask.device)
+    kept, off = mask.nonzero().flatten(), (~mask).nonzero().flatten()
+    filler = off[: -len(kept) % WIDTH_MULTIPLE]
+    width = len(kept) + len(filler)
+    if width == len(mask):
+        return None, off
+    return torch.cat((kept, filler)), torch.arange(len(kept), width, device=mask.device)
 
 
 class _NarrowInput:
