@@ -12,8 +12,9 @@ from pathlib import Path
 
 import neuron_specialization as ns
 from neuron_specialization.export.compaction import save_compact
-from neuron_specialization.export.ctranslate2 import check_convertible, save_ctranslate2
-from neuron_specialization.export.vocabulary import trim_vocabulary, unknown_rate
+from neuron_specialization.export.ctranslate2 import check_convertible, load_ctranslate2, save_ctranslate2
+from neuron_specialization.export.vocabulary import check_trimmable, trim_vocabulary, unknown_rate
+from neuron_specialization.neurons.adapter_file import PREFIX
 from neuron_specialization.translation.arguments import DataArguments, ModelArguments, parse
 from neuron_specialization.translation.checkpoints import load_adapted, load_checkpoint
 from neuron_specialization.translation.data import load_parallel
@@ -57,13 +58,15 @@ def main() -> None:
     small = ns.compact(model, args.pair)
     if args.quantization:
         check_convertible(small, args.quantization)
+    if args.trim_vocabulary:
+        check_trimmable(tokenizer)
     tokens = pair_tokens(model, tokenizer, args.pair, data.tokens)
     source_tag = adapter_config(model).source_tag
     options = {"language_tokens": tokens, "source_tag": source_tag, "num_beams": args.num_beams}
     expected = translate_tokens(model.to(device), tokenizer, sources, args.pair, **options)
-    base = load_checkpoint(where.model)[0]
-    size = sum(parameter.nbytes for parameter in base.parameters())
-    rows = [row("base under the adapter", count(base), size, expected, expected, text_of(tokenizer, expected))]
+    base = [parameter for name, parameter in model.named_parameters() if PREFIX not in name]
+    size = sum(parameter.nbytes for parameter in base)
+    rows = [row("base under the adapter", base, size, tokenizer, expected, expected)]
     vocabulary = {}
     if args.trim_vocabulary:
         corpus = load_parallel(args.trim_vocabulary, [args.pair], split="train", columns=data.column_names)[args.pair]
@@ -75,26 +78,24 @@ def main() -> None:
         tokenizer = trimmed
     directory = Path(args.output_dir) / "checkpoint"
     padded = save_compact(small, directory, tokenizer)
-    reloaded = load_checkpoint(str(directory))[0].to(device)
-    found = translate_tokens(reloaded, tokenizer, sources, args.pair, **options)
-    rows.append(row("checkpoint", count(padded), weight_bytes(directory), found, expected, text_of(tokenizer, found)))
+    reloaded, tokenizer = load_checkpoint(str(directory))
+    found = translate_tokens(reloaded.to(device), tokenizer, sources, args.pair, **options)
+    rows.append(row("checkpoint", padded.parameters(), weight_bytes(directory), tokenizer, found, expected))
     if not args.trim_vocabulary and found != expected:
         print("The checkpoint translates some sentences of the sample otherwise: expected of near ties only.")
     if args.quantization:
-        import ctranslate2
-
         directory = Path(args.output_dir) / "ctranslate2"
         save_ctranslate2(small, tokenizer, directory, args.quantization)
         longest = getattr(small.config, "max_position_embeddings", 256) - 1
         found = translate_ctranslate2(
-            ctranslate2.Translator(str(directory)),
+            load_ctranslate2(directory),
             *(tokenizer, sources, args.pair, tokens),
             source_tag=source_tag,
             num_beams=args.num_beams,
             max_length=min(longest, small.generation_config.max_length or longest),
         )
-        name = f"CTranslate2 {args.quantization}"
-        rows.append(row(name, count(small), weight_bytes(directory), found, expected, text_of(tokenizer, found)))
+        name, size = f"CTranslate2 {args.quantization}", weight_bytes(directory)
+        rows.append(row(name, small.parameters(), size, tokenizer, found, expected))
     target = args.pair.split("-")[1]
     for entry in rows:
         entry["BLEU"] = score(entry.pop("translations"), references, target)["bleu"]
@@ -108,20 +109,16 @@ def main() -> None:
     print(f"wrote {write_results(args.output_dir, {'exports': rows, **settings})}")
 
 
-def count(model) -> int:
-    """Return the number of parameters, tied ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def weight_bytes(directory: Path) -> int:
     """Return the size of the weights in a directory."""
     return sum(path.stat().st_size for path in directory.glob("*") if path.suffix in (".safetensors", ".bin"))
 
 
-def row(name: str, parameters: int, size: int, found: list, expected: list, text: list[str]) -> dict:
+def row(name: str, parameters, size: int, tokenizer, found: list, expected: list) -> dict:
     """Return one row of the report: sizes, and the share of translations whose tokens are the adapter's."""
     same = sum(a == b for a, b in zip(found, expected, strict=True)) / len(expected)
-    return {"export": name, "parameters": parameters, "MB": size / 1e6, "identical": same, "translations": text}
+    sizes = {"parameters": sum(parameter.numel() for parameter in parameters), "MB": size / 1e6}
+    return {"export": name, **sizes, "identical": same, "translations": text_of(tokenizer, found)}
 
 
 if __name__ == "__main__":

@@ -172,6 +172,16 @@ def test_train_save_reload_generate(name, tmp_path):
     )
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_what_an_architecture_freezes_stays_frozen(name):
+    """Sinusoidal positions get no gradient, which DistributedDataParallel would wait for."""
+    trained = {n for n, parameter in make(name).named_parameters() if parameter.requires_grad}
+    full = adapted_of(name, trainable="full").get_base_model()
+    assert {n.replace(".base_layer", "") for n, p in full.named_parameters() if p.requires_grad} == trained
+    compact = ns.compact(adapted_of(name), "en-fr")
+    assert {n for n, parameter in compact.named_parameters() if parameter.requires_grad} == trained
+
+
 def test_an_expert_without_tokens_stays_dense_with_a_warning():
     model = make("switch_transformers")
     router = model.encoder.block[1].layer[1].mlp.router

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -186,16 +187,45 @@ def test_cached_weights_follow_every_change(change):
 def test_weights_are_gathered_once_per_generation(monkeypatch):
     _, compact = (model.eval() for model in pair_of_models(make_m2m100, "delta"))
     gathered = []
-    original = compact_module.Narrow.__init__
+    original = compact_module.Narrow._take
 
-    def count(self, *args):
-        gathered.append(args[0])
-        original(self, *args)
+    def count(self, values, dim=0):
+        gathered.extend([values] if values.ndim == 2 else [])
+        return original(self, values, dim)
 
-    monkeypatch.setattr(compact_module.Narrow, "__init__", count)
+    monkeypatch.setattr(compact_module.Narrow, "_take", count)
     for calls in (1, 2):
         compact.generate(input_ids=make_batch()["input_ids"], language_pairs="en-de", num_beams=2, max_new_tokens=8)
-        assert len(gathered) == 4 * calls, "once for each of four blocks"
+        assert len(gathered) == 2 * 4 * calls, "W1 and W2 once for each of four blocks"
+
+
+def test_nothing_gathered_outlives_its_call(monkeypatch):
+    """Else a model would hold the kept part of its FFNs twice for as long as it waits for the next call."""
+    _, compact = (model.eval() for model in pair_of_models(make_m2m100, "none"))
+    alive = weakref.WeakSet()
+    original = compact_module.Narrow.__init__
+    monkeypatch.setattr(
+        compact_module.Narrow, "__init__", lambda self, *args: (original(self, *args), alive.add(self))[0]
+    )
+    seen = []
+    compact.get_base_model().lm_head.register_forward_hook(lambda *args: seen.append(len(alive)))
+    with torch.no_grad():
+        compact(**make_batch(), language_pairs="en-de")
+        compact.generate(input_ids=make_batch()["input_ids"], language_pairs="en-de", max_new_tokens=3)
+    assert seen[0] == 0 < seen[1], "decoder steps share theirs"
+    assert not alive
+
+
+def test_blocks_remember_the_last_rows_only(monkeypatch):
+    monkeypatch.setattr(compact_module, "LOOKED_UP", 1)
+    _, compact = pair_of_models(make_m2m100, "none")
+    blocks = [module.compact for module in compact.modules() if getattr(module, "compact", None)]
+    with torch.no_grad():
+        for pair in PAIRS:
+            compact(**make_batch(), language_pairs=pair)
+    assert [len(block.looked_up) for block in blocks] == [1] * 4
+    compact.delete_adapter("default")
+    assert not any(block.looked_up for block in blocks)
 
 
 def test_gathering_for_few_tokens_is_left_where_it_cannot_pay(monkeypatch):
@@ -330,18 +360,27 @@ def test_gradient_checkpointing(use_reentrant):
         torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-8, atol=1e-10, msg=name)
 
 
-def test_recording_runs_masked():
-    _, compact = pair_of_models(make_m2m100, "none")
-    compact.peft_config["default"].execution = "auto"
-    for module in compact.modules():
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_recording_runs_masked(make):
+    masked, compact = pair_of_models(make, "none")
+    batches = {"en-de": [{**make_batch(), "language_pairs": "en-de"}]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        counts, expected = (ns.record_activations(m, batches, progress=False).counts for m in (compact, masked))
+    assert all(counts[name].equal(expected[name]) for name in expected)
+    assert all(count.shape[1] in (20, 28) for count in counts.values())
+
+
+def test_a_compiled_projection_runs_masked():
+    masked, _ = pair_of_models(make_m2m100, "none")
+    model = copy.deepcopy(masked)
+    for module in model.modules():
         if hasattr(module, "execution"):
             module.execution["default"] = "auto"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        counts = ns.record_activations(
-            compact, {"en-de": [{**make_batch(), "language_pairs": "en-de"}]}, progress=False
-        )
-    assert all(count.shape[1] in (20, 28) for count in counts.counts.values())
+    model.get_base_model().model.decoder.layers[0].fc2.compile(backend="eager")
+    with torch.no_grad(), pytest.warns(UserWarning, match="masked, not compact, because of hooks"):
+        found = model(**make_batch(), language_pairs="en-de").logits
+    torch.testing.assert_close(found, masked(**make_batch(), language_pairs="en-de").logits)
 
 
 def test_unloading_leaves_the_projections_as_they_were():

@@ -3,11 +3,13 @@
 import pytest
 import sacrebleu
 from peft import get_peft_model
+from transformers import GenerationConfig
 
 import neuron_specialization as ns
 from neuron_specialization.neurons.stability import stability
 from neuron_specialization.translation.evaluation import averages, bleu_tokenizer, evaluate, score, score_rows
 from neuron_specialization.translation.identification import record_corpus
+from neuron_specialization.translation.translate import translate_tokens
 
 from .test_selection import counts_of
 
@@ -57,6 +59,16 @@ def test_order_and_batch_size_do_not_change_translations(toy, toy_model, toy_tok
     assert one_by_one == together and len(together) == 8
     assert toy_model.training, "the mode is given back"
     assert ns.translate(toy_model, toy_tokenizer, [], "Pv-Aa") == []
+
+
+def test_limits_of_a_generation_config_hold(toy, toy_model, toy_tokenizer):
+    sentences = toy.sentences(4, "limits")["Pv"][:]
+    said = translate_tokens(toy_model, toy_tokenizer, sentences, "Pv-Aa", max_new_tokens=3)
+    limit = GenerationConfig(max_new_tokens=3)
+    assert translate_tokens(toy_model, toy_tokenizer, sentences, "Pv-Aa", generation_config=limit) == said
+    toy_model.generation_config.max_new_tokens = 3
+    assert translate_tokens(toy_model, toy_tokenizer, sentences, "Pv-Aa") == said
+    assert max(map(len, said)) <= 3
 
 
 def test_the_target_tag_is_forced(toy, toy_model, toy_tokenizer):

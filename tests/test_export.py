@@ -8,11 +8,18 @@ import torch
 from peft import PeftModel, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
-from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    MT5Config,
+    MT5ForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    T5Config,
+)
+from transformers import T5ForConditionalGeneration as T5Model
 
 import neuron_specialization as ns
 from neuron_specialization.export.compaction import save_compact
-from neuron_specialization.export.ctranslate2 import save_ctranslate2
+from neuron_specialization.export.ctranslate2 import load_ctranslate2, save_ctranslate2
 from neuron_specialization.export.vocabulary import trim_vocabulary, unknown_rate
 from neuron_specialization.translation.checkpoints import load_checkpoint
 from neuron_specialization.translation.identification import record_corpus
@@ -20,7 +27,7 @@ from neuron_specialization.translation.translate import text_of, translate_ctran
 
 from . import architectures
 from .conftest import PAIRS, make_batch, make_m2m100, make_masks, make_t5
-from .test_conventions import TEXT, m2m100, mbart25, mbart50, mbart_model
+from .test_conventions import TEXT, m2m100, m2m_model, madlad, mbart25, mbart50, mbart_model, nllb, t5
 
 MODELS = {"plain": make_m2m100, "gated": make_t5, "t5": lambda: make_t5("relu")}
 INPUTS = {key: make_batch()[key] for key in ("input_ids", "attention_mask")} | {"max_new_tokens": 8, "num_beams": 3}
@@ -104,13 +111,20 @@ def test_what_cannot_be_cut_says_why():
     model.merge_adapter()
     with pytest.raises(ValueError, match="merged or disabled; unmerge it"):
         ns.compact(model, "en-de")
+    model.unmerge_adapter()
+    with pytest.raises(ValueError, match="'en-xx'"):
+        ns.compact(model, "en-xx")
+    other = ns.NeuronSpecializationConfig(masks=make_masks(make_m2m100(), ["en-xx", "xx-en"]))
+    model.add_adapter("third", other)  # loaded, not active
+    with pytest.raises(ValueError, match="'en-xx'"):
+        ns.compact(model, "en-xx")
     config = ns.NeuronSpecializationConfig(target_modules=["q_proj"], language_pairs=PAIRS, task_type="SEQ_2_SEQ_LM")
     with pytest.raises(ValueError, match="q_proj cannot be cut.*no FFN block"):
         ns.compact(get_peft_model(make_m2m100(), config), "en-de")
 
 
 def test_ragged_models_convert_to_ctranslate2(toy, toy_model, toy_tokenizer, toy_data, tmp_path):
-    ctranslate2 = pytest.importorskip("ctranslate2")
+    pytest.importorskip("ctranslate2")
     (counts,) = record_corpus(toy_model, toy_tokenizer, toy_data["validation"])
     masks = ns.CumulativeThreshold(0.4).select(counts)
     config = ns.NeuronSpecializationConfig(masks=masks, init_weights=False, task_type="SEQ_2_SEQ_LM")
@@ -118,7 +132,9 @@ def test_ragged_models_convert_to_ctranslate2(toy, toy_model, toy_tokenizer, toy
     small = ns.compact(model, "Pv-Aa")
     assert len({b.d_ff for b in ns.find_ffn_blocks(small)}) > 1, "ragged"
     save_ctranslate2(small, toy_tokenizer, tmp_path / "float32")
-    translator = ctranslate2.Translator(str(tmp_path / "float32"), intra_threads=1)
+    of_torch = torch.get_num_threads()
+    translator = load_ctranslate2(tmp_path / "float32", threads=of_torch + 1)
+    assert torch.get_num_threads() == of_torch
     sentences = toy.sentences(12, "ct2")["Pv"][:]
     found = translate_ctranslate2(
         translator, toy_tokenizer, sentences, "Pv-Aa", {"Pv": "Pv", "Aa": "Aa"}, num_beams=2, max_length=10
@@ -130,6 +146,26 @@ def test_ragged_models_convert_to_ctranslate2(toy, toy_model, toy_tokenizer, toy
         save_ctranslate2(small, toy_tokenizer, tmp_path / "x", "int3")
     with pytest.raises(ValueError, match="CTranslate2 cannot convert a FSMT"):
         save_ctranslate2(architectures.make("fsmt"), toy_tokenizer, tmp_path / "x")
+
+
+@pytest.mark.parametrize("family", ["t5", "t5 v1.1", "mt5"])
+def test_the_t5_family_scales_its_output_in_ctranslate2_as_in_transformers(family, tmp_path):
+    pytest.importorskip("ctranslate2")
+    tokenizer, tokens = madlad(tmp_path)
+    sizes = {"d_model": 64, "d_kv": 8, "d_ff": 20, "num_layers": 1, "num_heads": 2, "vocab_size": len(tokenizer)}
+    special = {"pad_token_id": 3, "decoder_start_token_id": 3, "eos_token_id": tokenizer.eos_token_id}
+    tied = {} if family == "t5" else {"tie_word_embeddings": False}
+    config_class, model_class = (MT5Config, MT5ForConditionalGeneration) if family == "mt5" else (T5Config, T5Model)
+    torch.manual_seed(0)
+    model = model_class(config_class(**sizes, **special, **tied)).eval()
+    options = {"language_tokens": tokens, "source_tag": "target", "num_beams": 4, "max_length": 12}
+    expected = translate_tokens(model, tokenizer, TEXT, "en-de", **options)
+    save_ctranslate2(model, tokenizer, tmp_path / "float32")
+    translator = load_ctranslate2(tmp_path / "float32", threads=1)
+    found = translate_ctranslate2(
+        translator, tokenizer, TEXT, "en-de", tokens, source_tag="target", num_beams=4, max_length=11
+    )
+    assert found == expected and model.config.tie_word_embeddings
 
 
 def test_modules_trained_beside_the_masks_are_exported():
@@ -149,6 +185,7 @@ def test_modules_trained_beside_the_masks_are_exported():
 
 
 def test_a_trimmed_vocabulary_computes_the_same_for_its_own_text(toy_model, toy_tokenizer, toy_data, tmp_path):
+    pytest.importorskip("ctranslate2")
     (counts,) = record_corpus(toy_model, toy_tokenizer, toy_data["validation"])
     config = ns.NeuronSpecializationConfig(
         masks=ns.CumulativeThreshold(0.5).select(counts), init_weights=False, task_type="SEQ_2_SEQ_LM"
@@ -163,6 +200,10 @@ def test_a_trimmed_vocabulary_computes_the_same_for_its_own_text(toy_model, toy_
     loaded, reloaded = load_checkpoint(str(tmp_path / "trimmed"))
     sentences = toy_data["train"]["Pv-Aa"]["source"][:20]
     assert ns.translate(loaded, reloaded, sentences, "Pv-Aa") == ns.translate(trimmed, tokenizer, sentences, "Pv-Aa")
+    save_ctranslate2(trimmed, reloaded, tmp_path / "ctranslate2")
+    translator, tags = load_ctranslate2(tmp_path / "ctranslate2", threads=1), {"Pv": "Pv", "Aa": "Aa"}
+    found = translate_ctranslate2(translator, reloaded, sentences, "Pv-Aa", tags, num_beams=2, max_length=10)
+    assert found == translate_tokens(loaded, reloaded, sentences, "Pv-Aa", num_beams=2, max_new_tokens=10)
     assert unknown_rate(toy_tokenizer, tokenizer, sentences) == 0
     other = toy_data["train"]["Pv-Ba"]["target"][:20]
     assert 0.05 < unknown_rate(toy_tokenizer, tokenizer, other) <= 1
@@ -196,6 +237,22 @@ def test_tokenizers_that_cannot_be_trimmed_are_refused(tmp_path):
     tokenizer, _ = m2m100(tmp_path)
     with pytest.raises(ValueError, match="Only BPE and Unigram tokenizers.*M2M100Tokenizer"):
         trim_vocabulary(make_m2m100(), tokenizer, ["text"], ["__en__"])
+
+
+def test_unknown_characters_stay_unknown_in_a_trimmed_t5(tmp_path):
+    tokenizer, tokens = madlad(tmp_path)
+    text = [*TEXT[:2], "die 日 katze"]
+    _, smaller, cut = trim_vocabulary(t5(tokenizer), tokenizer, text, [tokens["en"], tokens["de"]])
+    assert cut.after < cut.before
+    assert cut.ids[smaller(text[2], return_tensors="pt").input_ids].equal(
+        tokenizer(text[2], return_tensors="pt").input_ids
+    )
+
+
+def test_sentences_that_name_another_language_are_refused(tmp_path):
+    tokenizer, tokens = nllb(tmp_path)
+    with pytest.raises(ValueError, match="would cut 'fra_Latn is a tag' .* Leave the sentence out of the text"):
+        trim_vocabulary(m2m_model(tokenizer), tokenizer, [*TEXT[:2], "fra_Latn is a tag"], ["eng_Latn", "deu_Latn"])
 
 
 @pytest.mark.parametrize("make", [mbart25, mbart50])

@@ -18,9 +18,13 @@ from torch.nn import functional as F
 
 from ..neurons.adapter_file import unpack_rows
 from ..neurons.ffn import DECODER, FfnBlock
+from ..neurons.recorder import CountingHook
 
 WIDTH_MULTIPLE = 16  # in float32, one 64-byte line; matrix products of other widths measured 6 % slower on a CPU
+LOOKED_UP = 64  # rows of masks whose neurons a block remembers: 0.5 MB per block at 1,000 neurons each
 FEW_TOKENS = 256  # below, gathering weights for one use costs more than it saves (on a CPU, d_model 1,024)
+
+RECORDING = "activations being recorded"
 
 
 class Narrow:
@@ -91,7 +95,6 @@ class CompactBlock:
         self.places = [_place(model, names[id(part)]) for part in (block.down, block.gate and block.up) if part]
         self.parents = list({id(parent): parent for parent, _, _ in self.places}.values())
         self.looked_up: dict[tuple[str, int], _LookedUp] = {}
-        self.gathered: tuple[tuple, Narrow] | None = None
         self.elementwise = not any(_mixes_neurons(child, block.d_ff) for p in self.parents for child in p.children())
         self.stand_ins: list[tuple[Any, _NarrowInput | _NarrowOutput]] = [(self.down, _NarrowInput(self))]
         if self.other is not None:
@@ -110,29 +113,28 @@ class CompactBlock:
     def narrow(self, x: torch.Tensor) -> Narrow | None:
         """Return the weights to run with on inputs like `x`, or None where the block has to run masked.
 
-        Without gradients, weights are gathered once per call of the model, so once per `generate`: in between they may
-        be written to in ways that leave no trace.
+        The decoder steps of one `generate` share what was gathered. Between calls nothing is kept: weights may be
+        written to in ways that leave no trace.
         """
         if torch.compiler.is_compiling():
             return None
-        routing = self.layer.routing
-        if torch.is_grad_enabled() or not routing.in_a_call:
-            self.gathered = None
         row = self.layer.single_row()
         if row is None or self.obstacle() is not None or not self._pays(row[0], x):
             return None
-        key = (routing.calls, *row)
-        if self.gathered is not None and self.gathered[0] == key:
-            return self.gathered[1]
-        found = Narrow(self, row[0], *self._computed(*row))
-        if not torch.is_grad_enabled() and routing.in_a_call:
-            self.gathered = key, found
-        return found
+        if torch.is_grad_enabled() or not self._many_steps:
+            return Narrow(self, row[0], *self._computed(*row))
+        gathered, key = self.layer.routing.gathered, (id(self), *row)
+        if key not in gathered:
+            gathered[key] = Narrow(self, row[0], *self._computed(*row))
+        return gathered[key]
+
+    @property
+    def _many_steps(self) -> bool:
+        return self.layer.routing.generating and self.layer.stack == DECODER
 
     def _pays(self, adapter: str, x: torch.Tensor) -> bool:
         """Whether gathering saves time, where it is not demanded: it does for many tokens, or many decoder steps."""
-        many_steps = self.layer.routing.generating and self.layer.stack == DECODER
-        return many_steps or self.layer.execution[adapter] == "compact" or x.numel() // x.shape[-1] >= FEW_TOKENS
+        return self._many_steps or self.layer.execution[adapter] == "compact" or x.numel() // x.shape[-1] >= FEW_TOKENS
 
     def obstacle(self) -> str | None:
         """Return what keeps the block from running narrow, or None: it must be by itself, with plain weights."""
@@ -147,6 +149,8 @@ class CompactBlock:
         if not self.elementwise:
             return "an operation between the projections that is not elementwise"
         activation = [self.activation] if isinstance(self.activation, nn.Module) else []
+        if any(_records(module) for module in [*parts, self.layer]):
+            return RECORDING
         if any(_has_hooks(module) for module in [*parts, *activation, self.layer]):
             return "hooks on its projections or activation"
         if any(getattr(parent, name) is not part for parent, name, part in self.places):
@@ -166,7 +170,7 @@ class CompactBlock:
         return unpack_rows(self.layer.neuron_specialization_mask[adapter][row], self.layer.out_features)
 
     def _computed(self, adapter: str, row: int) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Return what Narrow asks for: kept neurons and those that fill the width up; looked up once per row."""
+        """Return what Narrow asks for: kept neurons and those that fill the width up; the last few rows' are known."""
         packed = self.layer.neuron_specialization_mask[adapter]
         version = 0 if packed.is_inference() else packed._version
         known = self.looked_up.get((adapter, row))
@@ -174,6 +178,8 @@ class CompactBlock:
             with torch.inference_mode(False):  # training may be next, and save the indices for its backward pass
                 known = _LookedUp(packed, version, *_fill_up(self._mask(adapter, row)))
             self.looked_up[adapter, row] = known
+            if len(self.looked_up) > LOOKED_UP:
+                self.looked_up.pop(next(iter(self.looked_up)))
         return known.computed, known.filler
 
 
@@ -238,7 +244,13 @@ def _has_hooks(module: nn.Module) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+        or module._compiled_call_impl is not None
     )
+
+
+def _records(module: nn.Module) -> bool:
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(isinstance(hook, CountingHook) for hook in hooks)
 
 
 def _mixes_neurons(module: nn.Module, d_ff: int) -> bool:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ..neurons.adapter_file import DELTA, DELTA_A, DELTA_B, MASK, unpack_rows
 from ..neurons.ffn import STACKS
 from . import frozen_rows
-from .compact import CompactBlock
+from .compact import RECORDING, CompactBlock
 from .route_table import BASE_ROW
 from .routing import Routing
 
@@ -88,6 +88,8 @@ class NeuronSpecializationLayer(BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter, and its routes with the first of its layers."""
         super().delete_adapter(adapter_name)
+        if self.compact is not None:
+            self.compact.looked_up.clear()
         self.routing.tables.pop(adapter_name, None)
 
     def _get_available_adapters(self) -> set[str]:
@@ -168,6 +170,8 @@ class Linear(nn.Module, NeuronSpecializationLayer):
         if torch.compiler.is_compiling():
             return
         obstacle = self.compact.obstacle() if self.compact is not None else None
+        if obstacle == RECORDING:
+            return  # it is about all neurons, whatever the execution
         if any(self.execution[name] == "compact" for name in active):
             raise ValueError(
                 "execution='compact' is not possible here: "

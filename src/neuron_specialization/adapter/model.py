@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..neurons.adapter_file import PREFIX, pack_rows
-from ..neurons.ffn import DECODER, ENCODER, FfnBlock, find_ffn_blocks, fingerprint
+from ..neurons.ffn import DECODER, ENCODER, FfnBlock, find_ffn_blocks, fingerprint, make_trainable
 from . import attachment, routing, storage
 from .compact import CompactBlock
 from .config import NeuronSpecializationConfig
@@ -120,7 +120,7 @@ class NeuronSpecializationModel(BaseTuner):
         for adapter in self.active_adapters:
             config: Any = self.peft_config[adapter]
             if config.trainable == "full" and not config.inference_mode:
-                model.requires_grad_(True)
+                make_trainable(model)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -51,7 +51,7 @@ class Routing:
         adapter_names: PEFT's `adapter_names` of the current call, one per sample.
         generating: whether a `generate` call has fixed the pairs for its inner forward passes.
         noted: whether it was said already that compact execution is not possible.
-        calls: how many calls there were.
+        gathered: narrow weights that the decoder steps of the current `generate` share.
     """
 
     tables: dict[str, RouteTable] = field(default_factory=dict)
@@ -62,7 +62,7 @@ class Routing:
     adapter_names: list[str] | None = None
     generating: bool = False
     noted: bool = False
-    calls: int = 0
+    gathered: dict[tuple, Any] = field(default_factory=dict)
     _current: dict[str, tuple[Rows, Rows] | ValueError] = field(default_factory=dict)
     _thread: int | None = None
 
@@ -87,7 +87,6 @@ class Routing:
                 language_pairs = language_pairs[:1]
         self.said, self.batch = language_pairs, batch or TokenBatch()
         self._current = {}
-        self.calls += 1
         for adapter in self.tables:
             self._find(adapter, device)
 
@@ -183,6 +182,7 @@ class Routing:
                 yield
             finally:
                 self.generating = outer
+                self.gathered.clear()
 
     @contextmanager
     def per_sample_adapters(self, names: list[str]) -> Iterator[None]:
@@ -202,11 +202,6 @@ class Routing:
         finally:
             if entered:
                 self.leave()
-
-    @property
-    def in_a_call(self) -> bool:
-        """Whether a forward pass or a `generate` of the whole model is running."""
-        return self._thread is not None
 
     @torch.compiler.disable
     def enter(self) -> bool:
@@ -236,6 +231,7 @@ class Routing:
             "_current": {},
             "_thread": None,
             "generating": False,
+            "gathered": {},
         }
         return {**vars(self), **fresh}
 

@@ -12,7 +12,7 @@ from ..adapter.attachment import detach
 from ..adapter.layer import NeuronSpecializationLayer
 from ..adapter.routing import routing_of
 from ..neurons.adapter_file import atomic_directory
-from ..neurons.ffn import STACKS, find_ffn_blocks, unwrap
+from ..neurons.ffn import STACKS, find_ffn_blocks, hollow, make_trainable, unwrap
 
 
 def compact(model: nn.Module, pair: str) -> Any:
@@ -28,9 +28,9 @@ def compact(model: nn.Module, pair: str) -> Any:
         ValueError: if the pair is unknown (default pairs do not count), or the model has other adapters or an FFN that
             cannot be cut.
     """
-    tables = list(routing_of(model).tables.values())
-    if tables and not any(table.routes.knows(pair) for table in tables):
-        tables[0].routes.route(pair)
+    routing = routing_of(model)
+    for adapter in _active_adapters(unwrap(model)):
+        routing.tables[adapter].routes.route(pair)  # unlike a call, this does not fall back to a default pair
     base = copy.deepcopy(unwrap(model))
     routing_of(base).select(pair)
     base.eval()
@@ -51,7 +51,7 @@ def compact(model: nn.Module, pair: str) -> Any:
         raise ValueError(
             f"The model has other adapter layers ({', '.join(left)}) besides its masks; merge or unload them first."
         )
-    return base.requires_grad_(True)
+    return make_trainable(base)
 
 
 def save_compact(model: Any, directory: str | PathLike[str], tokenizer: Any = None) -> Any:
@@ -89,6 +89,11 @@ def pad_stacks(model: Any) -> Any:
                     _grow(part, rows=extra)
             _grow(block.down, columns=extra)
     return model
+
+
+def _active_adapters(base: nn.Module) -> list[str]:
+    layers = (m for m in base.modules() if isinstance(m, NeuronSpecializationLayer))
+    return list(dict.fromkeys(name for layer in layers for name in layer.active_adapters if name in layer.mask_bias))
 
 
 def _cut(base: nn.Module, name: str, layer: Any) -> None:
@@ -143,8 +148,7 @@ def _set_widths(config: Any, widths: dict[str, int]) -> None:
 
 def _widths_of(model: Any, narrow: dict[str, int]) -> dict[str, int]:
     """Return the width of each block in the model that the config now describes, built without weights."""
-    with torch.device("meta"):
-        described = type(model)(model.config)
+    described = hollow(model)
     widths = {block.name: block.d_ff for block in find_ffn_blocks(described)}
     if widths.keys() != narrow.keys() or any(widths[name] < narrow[name] for name in narrow):
         raise ValueError("The model that the config describes has other FFN blocks; use the compact model in memory.")

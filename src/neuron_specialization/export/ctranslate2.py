@@ -1,7 +1,11 @@
 """Compact models for CTranslate2, converted from memory: it reads each layer's width, so nothing is filled up."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 from typing import Any
+
+import torch
 
 from ..neurons.adapter_file import atomic_directory
 
@@ -30,11 +34,30 @@ def save_ctranslate2(
         """CTranslate2's own converter reads from the disk, where layers of one stack cannot differ in width."""
 
         def _load(self) -> Any:
-            return loader(model, tokenizer)
+            with _output_scaling_where_expected(model.config):
+                return loader(model, tokenizer)
 
     with atomic_directory(directory) as fresh:
         FromMemory().convert(str(fresh), quantization=quantization, force=True)
         tokenizer.save_pretrained(fresh)
+
+
+def load_ctranslate2(directory: str | PathLike[str], threads: int = 0) -> Any:
+    """Return a `ctranslate2.Translator` on the CPU, and leave torch's number of threads as it is.
+
+    The two share OpenMP, whose number of threads making a translator would change for torch as well.
+
+    Args:
+        directory: what `save_ctranslate2` wrote.
+        threads: threads per batch (`intra_threads`), 0 for CTranslate2's choice. One is fastest for one sentence.
+    """
+    from ctranslate2 import Translator
+
+    of_torch = torch.get_num_threads()
+    try:
+        return Translator(str(directory), intra_threads=threads)
+    finally:
+        torch.set_num_threads(of_torch)
 
 
 def check_convertible(model: Any, quantization: str | None) -> Any:
@@ -50,3 +73,20 @@ def check_convertible(model: Any, quantization: str | None) -> Any:
         known = ", ".join(sorted(name.removesuffix("Config") for name in _MODEL_LOADERS))
         raise ValueError(f"CTranslate2 cannot convert a {type(model).__name__}; it converts: {known}.")
     return loader
+
+
+@contextmanager
+def _output_scaling_where_expected(config: Any) -> Iterator[None]:
+    """Tell CTranslate2 whether a T5 model scales the decoder's output before its LM head.
+
+    CTranslate2 reads it from `tie_word_embeddings`. transformers 5 sets that for all of the family, and keeps the
+    answer in `scale_decoder_outputs` (T5) or in the code (mT5 never scales).
+    """
+    scales = {"t5": getattr(config, "scale_decoder_outputs", None), "mt5": False}.get(config.model_type)
+    tied = config.tie_word_embeddings
+    try:
+        if scales is not None:
+            config.tie_word_embeddings = scales
+        yield
+    finally:
+        config.tie_word_embeddings = tied

@@ -3,7 +3,7 @@
 import copy
 import json
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,14 +53,9 @@ def trim_vocabulary(
     Raises:
         ValueError: if the tokenizer is of another kind, or the trimmed one would cut the text differently.
     """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or json.loads(backend.to_str())["model"]["type"] not in ("BPE", "Unigram"):
-        raise ValueError(
-            f"Only BPE and Unigram tokenizers backed by the tokenizers library can be trimmed, not a "
-            f"{type(tokenizer).__name__}."
-        )
+    check_trimmable(tokenizer)
     text = list(dict.fromkeys(sentences))
-    used = {token for sentence in text for token in _cut(tokenizer, sentence)}
+    used = {token for tokens in _cut(tokenizer, text) for token in tokens}
     with tempfile.TemporaryDirectory() as directory:
         tokenizer.save_pretrained(directory)
         path = Path(directory) / "tokenizer.json"
@@ -75,21 +70,32 @@ def trim_vocabulary(
     return _cut_embeddings(copy.deepcopy(model), ids), trimmed, cut
 
 
+def check_trimmable(tokenizer: Any) -> None:
+    """Raise ValueError unless `trim_vocabulary` knows this kind of tokenizer."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or json.loads(backend.to_str())["model"]["type"] not in ("BPE", "Unigram"):
+        raise ValueError(
+            "Only BPE and Unigram tokenizers backed by the tokenizers library (those of NLLB, mBART, T5) can be "
+            f"trimmed, not a {type(tokenizer).__name__} (M2M100's and Marian's are of another kind)."
+        )
+
+
 def unknown_rate(tokenizer: Any, trimmed: Any, sentences: Sequence[str]) -> float:
     """Return the share of the tokens of some text that the trimmed tokenizer cuts differently or does not know."""
     total, unknown = 0, 0
-    for sentence in sentences:
-        before, after = _cut(tokenizer, sentence), set(_cut(trimmed, sentence))
+    for before, after in zip(_cut(tokenizer, sentences), _cut(trimmed, sentences), strict=True):
+        known = set(after)
         total += len(before)
-        unknown += sum(token not in after for token in before)
+        unknown += sum(token not in known for token in before)
     return unknown / max(total, 1)
 
 
-def _cut(tokenizer: Any, sentence: str) -> list[str]:
-    """Return a sentence's tokens, all of them: tokenizers remember the truncation of the call before."""
-    return tokenizer.convert_ids_to_tokens(
-        tokenizer(sentence, add_special_tokens=False, truncation=False)["input_ids"]
-    )
+def _cut(tokenizer: Any, sentences: Sequence[str]) -> Iterator[list[str]]:
+    """Yield each sentence's tokens, all of them: tokenizers remember the truncation of the call before."""
+    for start in range(0, len(sentences), 1000):
+        batch = sentences[start : start + 1000]
+        rows = tokenizer(batch, add_special_tokens=False, truncation=False)["input_ids"]
+        yield from map(tokenizer.convert_ids_to_tokens, rows)
 
 
 def _tags(tokenizer: Any) -> list[str]:
@@ -109,6 +115,8 @@ def _rewrite(written: dict[str, Any], used: set[str], wanted_tags: set[str], tag
     kept |= (used | {entry["content"] for entry in added} | wanted_tags | {str(model.get("unk_token"))}) - (
         tags - wanted_tags
     )
+    if model["type"] == "Unigram":  # classes that build one count on the places of <unk> and of what is before it
+        kept |= {token for token, _ in model["vocab"][: (model["unk_id"] or 0) + 1]}
     if model["type"] == "BPE":
         kept |= _parts(model["merges"], kept)
         model["merges"] = [m for m in model["merges"] if {m[0], m[1], m[0] + m[1]} <= kept]
@@ -171,10 +179,12 @@ def _old_ids(tokenizer: Any, trimmed: Any) -> torch.Tensor:
 
 
 def _check(tokenizer: Any, trimmed: Any, ids: torch.Tensor, text: Sequence[str]) -> None:
-    for sentence in text:
-        before, after = _cut(tokenizer, sentence), _cut(trimmed, sentence)
+    for sentence, before, after in zip(text, _cut(tokenizer, text), _cut(trimmed, text), strict=True):
         if before != after:
-            raise ValueError(f"The trimmed tokenizer would cut {sentence!r} into {after} instead of {before}.")
+            raise ValueError(
+                f"The trimmed tokenizer would cut {sentence!r} into {after} instead of {before}. Leave the sentence "
+                "out of the text if it is an odd one, such as one that names another language's tag."
+            )
     whole, again = (t(text[:1], truncation=False)["input_ids"][0] for t in (tokenizer, trimmed))
     if ids[again].tolist() != whole and getattr(tokenizer, "src_lang", None) == getattr(trimmed, "src_lang", None):
         raise ValueError("The trimmed tokenizer would put other special tokens around a sentence.")

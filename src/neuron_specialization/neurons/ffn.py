@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 ENCODER, DECODER = "encoder", "decoder"
 STACKS = (ENCODER, DECODER)
@@ -116,17 +117,31 @@ def is_time_major(model: nn.Module) -> bool:
     model = unwrap(model)
     shapes: list[tuple[int, ...]] = []
     try:
-        with torch.device("meta"):
-            hollow: Any = type(model)(model.config)
-        down = find_ffn_blocks(hollow)[0].down
+        empty = hollow(model)
+        down = find_ffn_blocks(empty)[0].down
         down.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape)))
         with torch.no_grad():
-            hollow.get_encoder()(torch.ones(2, 3, dtype=torch.int64, device="meta"))
+            empty.get_encoder()(torch.ones(2, 3, dtype=torch.int64, device="meta"))
     except Exception:
         # a forward that inspects values cannot run without them, and some inputs are not tokens: the shape may have
         # been seen by then, and else the model follows the library's convention
         pass
     return bool(shapes) and shapes[0][:2] == (3, 2)
+
+
+def hollow(model: nn.Module) -> Any:
+    """Return the model that a plain transformers model's config describes, without weights (on the meta device)."""
+    with torch.device("meta"):
+        return type(model)(model.config)
+
+
+def make_trainable(model: Any) -> Any:
+    """Make a model trainable in place, except for what its architecture itself freezes (sinusoidal positions)."""
+    described = hollow(model) if isinstance(model, PreTrainedModel) else nn.Module()
+    frozen = {name for name, parameter in described.named_parameters() if not parameter.requires_grad}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    return model
 
 
 def _sees_images(module: nn.Module) -> bool:

@@ -1,6 +1,6 @@
 """Hooks that count active neurons while a model runs."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any
@@ -10,6 +10,16 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .ffn import DECODER, ENCODER, STACKS, FfnBlock, is_time_major
+
+
+class CountingHook:
+    """Forward (pre-)hook that hands a block's activations on; a class, so that layers know it from others' hooks."""
+
+    def __init__(self, count: Callable[[torch.Tensor], None]) -> None:
+        self.count = count
+
+    def __call__(self, module: nn.Module, args: tuple, output: torch.Tensor | None = None) -> None:
+        self.count(args[0] if output is None else output)
 
 
 class Recorder:
@@ -73,9 +83,9 @@ class Recorder:
 
     def _attach(self, block: FfnBlock) -> RemovableHandle:
         if block.gate is None:
-            return block.down.register_forward_pre_hook(lambda module, args: self._count(block, args[0]))
+            return block.down.register_forward_pre_hook(CountingHook(partial(self._count, block)))
         return block.gate.register_forward_hook(
-            lambda module, args, output: self._count(block, block.activation(output))
+            CountingHook(lambda output: self._count(block, block.activation(output)))
         )
 
     def _mark_padding(self, stack: str, module: nn.Module, args: tuple) -> tuple:
