@@ -11,6 +11,7 @@ from neuron_specialization.translation.evaluation import averages, bleu_tokenize
 from neuron_specialization.translation.identification import record_corpus
 from neuron_specialization.translation.translate import translate_tokens
 
+from .test_conventions import TEXT, m2m_model, nllb
 from .test_selection import counts_of
 
 HYPOTHESES = ["the cat sat on the mat .", "there is a dog"]
@@ -61,14 +62,17 @@ def test_order_and_batch_size_do_not_change_translations(toy, toy_model, toy_tok
     assert ns.translate(toy_model, toy_tokenizer, [], "Pv-Aa") == []
 
 
-def test_limits_of_a_generation_config_hold(toy, toy_model, toy_tokenizer):
-    sentences = toy.sentences(4, "limits")["Pv"][:]
-    said = translate_tokens(toy_model, toy_tokenizer, sentences, "Pv-Aa", max_new_tokens=3)
-    limit = GenerationConfig(max_new_tokens=3)
-    assert translate_tokens(toy_model, toy_tokenizer, sentences, "Pv-Aa", generation_config=limit) == said
-    toy_model.generation_config.max_new_tokens = 3
-    assert translate_tokens(toy_model, toy_tokenizer, sentences, "Pv-Aa") == said
-    assert max(map(len, said)) <= 3
+def test_limits_of_a_generation_config_hold(tmp_path):
+    tokenizer, tokens = nllb(tmp_path)
+    model = m2m_model(tokenizer)
+
+    def longest(**options) -> int:
+        return max(map(len, translate_tokens(model, tokenizer, TEXT, "en-de", language_tokens=tokens, **options)))
+
+    assert longest(max_new_tokens=5) <= 5 < longest()
+    assert longest(generation_config=GenerationConfig(max_new_tokens=5)) <= 5
+    model.generation_config.max_new_tokens = 5
+    assert longest() <= 5
 
 
 def test_the_target_tag_is_forced(toy, toy_model, toy_tokenizer):
