@@ -118,7 +118,7 @@ def generation(base, args: BenchmarkArguments) -> list[dict]:
             # for one sentence, threads wait for each other longer than they compute
             threads = sorted({1, torch.get_num_threads()}, reverse=size > 1)
             functions = {f"threads: {n}": ctranslate2(small, inputs, n) for n in threads}
-            functions["transformers, dense"] = generate(base, inputs)
+            functions["transformers, dense"] = exported["dense"]
             what = f"CTranslate2 int8, threads: {threads[0]}, {what}"
             rows += compare(what, functions, {"transformers, dense": "<= 0.29"}, args.repeats)
     return rows
