@@ -66,9 +66,9 @@ def main() -> None:
     fine_tuned, specialized = copy.deepcopy(baseline), copy.deepcopy(baseline)
 
     print("\n== identify")
-    (counts,) = record_corpus(baseline, tokenizer, data["validation"])
+    counts = record_corpus(baseline, tokenizer, data["validation"])
     masks = ns.CumulativeThreshold(demo.k).select(counts)
-    masks.save(f"{training.output_dir}/masks")
+    masks.save_pretrained(f"{training.output_dir}/masks")
 
     results["fine_tune"] = run("fine_tune", fine_tuned, demo.continue_steps)
     config = ns.NeuronSpecializationConfig(masks=masks, trainable="full", task_type="SEQ_2_SEQ_LM")

@@ -2,8 +2,10 @@
 
 With --trim_vocabulary, both know only the tokens of the pair's own text.
 
-accelerate launch recipes/export.py --model path/to/checkpoint --adapter build/specialized/adapter --pair en-de \
-    --test data/test.parquet --language_tokens en=eng_Latn de=deu_Latn --output_dir build/en-de --quantization int8
+accelerate launch recipes/export.py \
+    --model_name_or_path path/to/checkpoint --adapter build/specialized/adapter --pair en-de \
+    --test_file data/test.parquet --language_tokens en=eng_Latn de=deu_Latn --output_dir build/en-de \
+    --quantization int8
 """
 
 from dataclasses import dataclass, field
@@ -11,8 +13,14 @@ from itertools import chain
 from pathlib import Path
 
 import neuron_specialization as ns
+from neuron_specialization.adapter.active import active_config
 from neuron_specialization.export.compaction import save_compact
-from neuron_specialization.export.ctranslate2 import check_convertible, load_ctranslate2, save_ctranslate2
+from neuron_specialization.export.ctranslate2 import (
+    check_convertible,
+    load_ctranslate2,
+    save_ctranslate2,
+    translate_ctranslate2,
+)
 from neuron_specialization.export.vocabulary import check_trimmable, trim_vocabulary, unknown_rate
 from neuron_specialization.neurons.adapter_file import PREFIX
 from neuron_specialization.translation.arguments import DataArguments, ModelArguments, parse
@@ -21,11 +29,10 @@ from neuron_specialization.translation.data import load_parallel
 from neuron_specialization.translation.evaluation import score
 from neuron_specialization.translation.processes import this_process
 from neuron_specialization.translation.results import table, write_results
+from neuron_specialization.translation.tokenization import encode
 from neuron_specialization.translation.translate import (
-    adapter_config,
     pair_tokens,
     text_of,
-    translate_ctranslate2,
     translate_tokens,
 )
 
@@ -53,7 +60,7 @@ def main() -> None:
     data.language_pairs = [args.pair]
     sample = data.load("test", max_sentences=args.sample)[args.pair]
     sources, references = sample["source"][:], sample["target"][:]
-    model, tokenizer = load_adapted(where.model, where.adapter)
+    model, tokenizer = load_adapted(where.model_name_or_path, where.adapter)
     device = this_process().device
     small = ns.compact(model, args.pair)
     if args.quantization:
@@ -61,7 +68,7 @@ def main() -> None:
     if args.trim_vocabulary:
         check_trimmable(tokenizer)
     tokens = pair_tokens(model, tokenizer, args.pair, data.tokens)
-    source_tag = adapter_config(model).source_tag
+    source_tag, target = active_config(model).source_tag, args.pair.split("-")[1]
     options = {"language_tokens": tokens, "source_tag": source_tag, "num_beams": args.num_beams}
     expected = translate_tokens(model.to(device), tokenizer, sources, args.pair, **options)
     base = [parameter for name, parameter in model.named_parameters() if PREFIX not in name]
@@ -89,14 +96,14 @@ def main() -> None:
         longest = getattr(small.config, "max_position_embeddings", 256) - 1
         found = translate_ctranslate2(
             load_ctranslate2(directory),
-            *(tokenizer, sources, args.pair, tokens),
-            source_tag=source_tag,
+            tokenizer,
+            encode(tokenizer, args.pair, sources, None, tokens, source_tag)["input_ids"],
+            tokens[target] if source_tag == "source" else None,
             num_beams=args.num_beams,
             max_length=min(longest, small.generation_config.max_length or longest),
         )
         name, size = f"CTranslate2 {args.quantization}", weight_bytes(directory)
         rows.append(row(name, small.parameters(), size, tokenizer, found, expected))
-    target = args.pair.split("-")[1]
     for entry in rows:
         entry["BLEU"] = score(entry.pop("translations"), references, target)["bleu"]
     print(table(rows))

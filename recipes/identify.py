@@ -1,7 +1,8 @@
 """Find the neurons that each language pair uses: an adapter directory with their masks, and the activation counts.
 
-accelerate launch recipes/identify.py --config recipes/configs/identify/multi30k.yaml --model path/to/checkpoint \
-    --validation data/validation.parquet --output_dir build/masks --stability true
+accelerate launch recipes/identify.py --config recipes/configs/identify/multi30k.yaml \
+    --model_name_or_path path/to/checkpoint --validation_file data/validation.parquet \
+    --output_dir build/masks --stability true
 """
 
 import time
@@ -11,7 +12,7 @@ import neuron_specialization as ns
 from neuron_specialization.neurons.stability import stability
 from neuron_specialization.translation.arguments import DataArguments, ModelArguments, parse
 from neuron_specialization.translation.checkpoints import load_adapted
-from neuron_specialization.translation.identification import record_corpus
+from neuron_specialization.translation.identification import record_corpus_parts
 from neuron_specialization.translation.processes import this_process
 from neuron_specialization.translation.results import table, write_results
 
@@ -35,9 +36,9 @@ def main() -> None:
     args, where, data = parse(IdentifyArguments, ModelArguments, DataArguments)
     selector = ns.CumulativeThreshold(args.k, args.encoder_k, args.decoder_k)
     corpus = data.load("validation", max_sentences=data.max_sentences)
-    model, tokenizer = load_adapted(where.model, where.adapter)
+    model, tokenizer = load_adapted(where.model_name_or_path, where.adapter)
     started = time.perf_counter()
-    parts = record_corpus(
+    parts = record_corpus_parts(
         model.to(this_process().device),
         tokenizer,
         corpus,
@@ -54,7 +55,7 @@ def main() -> None:
     masks = selector.select(counts)
     if not this_process().is_main_process:
         return
-    masks.save(args.output_dir)
+    masks.save_pretrained(args.output_dir)
     counts.save(f"{args.output_dir}/counts.safetensors")
     kept = {pair: {name: 1 - share for name, share in masks.sparsity(pair).items()} for pair in masks.language_pairs}
     print("share of neurons kept")

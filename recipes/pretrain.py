@@ -1,7 +1,7 @@
 """Train a multilingual baseline, from scratch or from a checkpoint, to validation patience.
 
-accelerate launch recipes/pretrain.py --config recipes/configs/pretrain/multi30k.yaml --train data/train.parquet \
-    --validation data/validation.parquet --output_dir build/baseline
+accelerate launch recipes/pretrain.py --config recipes/configs/pretrain/multi30k.yaml --train_file data/train.parquet \
+    --validation_file data/validation.parquet --output_dir build/baseline
 """
 
 from dataclasses import dataclass, field
@@ -19,7 +19,9 @@ from neuron_specialization.translation.training import SpecializationTrainingArg
 class PretrainArguments:
     """The model: a checkpoint to go on from, or the shape of a new one."""
 
-    model: str | None = field(default=None, metadata={"help": "Checkpoint to start from; without it, a new model."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Checkpoint to start from; none: a new model."}
+    )
     vocab_size: int = field(default=8000, metadata={"help": "Entries of a new model's shared BPE."})
     layers: int = field(default=6, metadata={"help": "Layers of a new model's encoder, and of its decoder."})
     d_model: int = field(default=512, metadata={"help": "Width of a new model."})
@@ -34,8 +36,8 @@ def main() -> None:
     train, validation, checked = data.load_checked()
     if training.process_index == 0:
         print(table(checked))
-    if pretrain.model:
-        model, tokenizer = load_checkpoint(pretrain.model)
+    if pretrain.model_name_or_path:
+        model, tokenizer = load_checkpoint(pretrain.model_name_or_path)
     else:
         languages = dict.fromkeys(code for pair in data.language_pairs for code in pair.split("-"))
         tags = [data.tokens.get(code, code) for code in languages]

@@ -1,7 +1,8 @@
 """Sparse continued training under the masks of each pair; `--masks none` is the fine-tuning baseline.
 
-accelerate launch recipes/specialize.py --config recipes/configs/specialize/multi30k.yaml --model path/to/checkpoint \
-    --masks build/masks --train data/train.parquet --validation data/validation.parquet --output_dir build/specialized
+accelerate launch recipes/specialize.py --config recipes/configs/specialize/multi30k.yaml \
+    --model_name_or_path path/to/checkpoint --masks build/masks --train_file data/train.parquet \
+    --validation_file data/validation.parquet --output_dir build/specialized
 """
 
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ def main() -> None:
     train, validation, checked = data.load_checked()
     if training.process_index == 0:
         print(table(checked))
-    model, tokenizer = load_checkpoint(where.model)
+    model, tokenizer = load_checkpoint(where.model_name_or_path)
     tokens = resolve_tokens(tokenizer, data.language_pairs, data.tokens)
     dense = args.masks == "none"
     if not dense or args.trainable != "full":
@@ -43,7 +44,7 @@ def main() -> None:
             language_pairs=data.language_pairs if dense else None,
             trainable=args.trainable,
             r=args.r,
-            language_tokens=ns.language_tokens(tokenizer, tokens),
+            language_token_ids=ns.language_token_ids(tokenizer, tokens),
             source_tag=data.source_tag,
             task_type="SEQ_2_SEQ_LM",
         )

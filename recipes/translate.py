@@ -1,6 +1,7 @@
 """Translate a text file, one sentence per line.
 
-accelerate launch recipes/translate.py --model path/to/checkpoint --adapter build/specialized/adapter --pair en-de \
+accelerate launch recipes/translate.py \
+    --model_name_or_path path/to/checkpoint --adapter build/specialized/adapter --pair en-de \
     --input sentences.en --output sentences.de
 """
 
@@ -30,7 +31,7 @@ class TranslateArguments:
 def main() -> None:
     args, where = parse(TranslateArguments, ModelArguments)
     text = sys.stdin.read() if args.input == "-" else Path(args.input).read_text()
-    model, tokenizer = load_adapted(where.model, where.adapter)
+    model, tokenizer = load_adapted(where.model_name_or_path, where.adapter)
     translations = ns.translate(
         model.to(this_process().device),
         tokenizer,

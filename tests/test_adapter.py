@@ -9,7 +9,7 @@ from peft import get_peft_model
 
 import neuron_specialization as ns
 from neuron_specialization.adapter.routing import is_routed
-from neuron_specialization.neurons.ffn import unwrap
+from neuron_specialization.neurons.base_model import unwrap
 
 from .conftest import PAIRS, make_batch, make_m2m100, make_masks, make_t5, zero_masked_rows
 
@@ -327,7 +327,7 @@ def test_masks_made_for_another_model_are_refused_and_nothing_is_replaced():
         ({"language_pairs": ["en_de"]}, "Expected a language pair such as 'en-de'"),
         ({"language_pairs": ["en-de", "en-de"]}, "repeated: en-de"),
         ({"default_pair": "en-de"}, "no language pair 'en-de'"),
-        ({"language_tokens": {"en": "eng_Latn"}}, "are token ids, got .*eng_Latn.*ns.language_tokens"),
+        ({"language_token_ids": {"en": "eng_Latn"}}, "are token ids, got .*eng_Latn.*ns.language_token_ids"),
         ({"format_version": 7}, "format version 7"),
     ],
 )

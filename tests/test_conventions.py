@@ -152,12 +152,12 @@ def test_every_convention_from_text_to_translation(convention, tmp_path):
     model = make_model(tokenizer)
     corpus = {p: Dataset.from_dict({"source": s, "target": t}) for p, (s, t) in CORPUS.items()}
     options = {"language_tokens": tokens, "source_tag": source_tag}
-    (counts,) = record_corpus(model, tokenizer, corpus, **options)
-    ids = ns.language_tokens(tokenizer, tokens)
+    counts = record_corpus(model, tokenizer, corpus, **options)
+    ids = ns.language_token_ids(tokenizer, tokens)
     config = ns.NeuronSpecializationConfig(
         masks=ns.CumulativeThreshold(0.5).select(counts),
         init_weights=False,
-        language_tokens=ids,
+        language_token_ids=ids,
         source_tag=source_tag,
         task_type="SEQ_2_SEQ_LM",
     )

@@ -48,7 +48,9 @@ def train(launch, toy_checkpoint, toy_files, masks, mode, output, accumulation) 
 def masks(toy_checkpoint, toy_files, toy_data, tmp_path_factory):
     model, tokenizer = load_checkpoint(str(toy_checkpoint))
     directory = tmp_path_factory.mktemp("distributed") / "masks"
-    ns.CumulativeThreshold(0.3).select(record_corpus(model, tokenizer, toy_data["validation"])[0]).save(directory)
+    ns.CumulativeThreshold(0.3).select(record_corpus(model, tokenizer, toy_data["validation"])).save_pretrained(
+        directory
+    )
     return directory
 
 

@@ -8,7 +8,7 @@ from transformers import GenerationConfig
 import neuron_specialization as ns
 from neuron_specialization.neurons.stability import stability
 from neuron_specialization.translation.evaluation import averages, bleu_tokenizer, evaluate, score, score_rows
-from neuron_specialization.translation.identification import record_corpus
+from neuron_specialization.translation.identification import record_corpus, record_corpus_parts
 from neuron_specialization.translation.translate import translate_tokens
 
 from .test_conventions import TEXT, m2m_model, nllb
@@ -84,11 +84,11 @@ def test_the_target_tag_is_forced(toy, toy_model, toy_tokenizer):
 
 
 def test_an_adapted_model_translates_under_its_pairs_and_tokens(toy, toy_data, toy_model, toy_tokenizer):
-    counts = record_corpus(toy_model, toy_tokenizer, toy_data["validation"])[0]
+    counts = record_corpus(toy_model, toy_tokenizer, toy_data["validation"])
     config = ns.NeuronSpecializationConfig(
         masks=ns.CumulativeThreshold(0.3).select(counts),
         init_weights=False,
-        language_tokens=ns.language_tokens(toy_tokenizer, {code: code for code in toy.languages}),
+        language_token_ids=ns.language_token_ids(toy_tokenizer, {code: code for code in toy.languages}),
         task_type="SEQ_2_SEQ_LM",
     )
     adapted = get_peft_model(toy_model, config)
@@ -120,8 +120,8 @@ def test_evaluate_compares_with_whole_references(toy_data, toy_model, toy_tokeni
 
 def test_recording_parts_adds_up_to_the_whole(toy_data, toy_model, toy_tokenizer):
     model = toy_model.double()
-    (whole,) = record_corpus(model, toy_tokenizer, toy_data["validation"])
-    parts = record_corpus(model, toy_tokenizer, toy_data["validation"], parts=4, batch_size=7)
+    whole = record_corpus(model, toy_tokenizer, toy_data["validation"])
+    parts = record_corpus_parts(model, toy_tokenizer, toy_data["validation"], parts=4, batch_size=7)
     total = parts[0].merge(*parts[1:])
     assert all(total.counts[name].equal(count) for name, count in whole.counts.items())
     found = stability(parts, ns.CumulativeThreshold(0.9))
@@ -131,7 +131,7 @@ def test_recording_parts_adds_up_to_the_whole(toy_data, toy_model, toy_tokenizer
     with pytest.raises(ValueError, match="two or more"):
         stability(parts[:1], ns.CumulativeThreshold(0.9))
     with pytest.raises(ValueError, match="cannot be cut into 99 parts"):
-        record_corpus(model, toy_tokenizer, toy_data["validation"], parts=99)
+        record_corpus_parts(model, toy_tokenizer, toy_data["validation"], parts=99)
 
 
 def test_unstable_masks_are_named():

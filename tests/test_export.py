@@ -19,11 +19,12 @@ from transformers import T5ForConditionalGeneration as T5Model
 
 import neuron_specialization as ns
 from neuron_specialization.export.compaction import save_compact
-from neuron_specialization.export.ctranslate2 import load_ctranslate2, save_ctranslate2
+from neuron_specialization.export.ctranslate2 import load_ctranslate2, save_ctranslate2, translate_ctranslate2
 from neuron_specialization.export.vocabulary import trim_vocabulary, unknown_rate
 from neuron_specialization.translation.checkpoints import load_checkpoint
 from neuron_specialization.translation.identification import record_corpus
-from neuron_specialization.translation.translate import text_of, translate_ctranslate2, translate_tokens
+from neuron_specialization.translation.tokenization import encode
+from neuron_specialization.translation.translate import text_of, translate_tokens
 
 from . import architectures
 from .conftest import PAIRS, make_batch, make_m2m100, make_masks, make_t5
@@ -131,7 +132,7 @@ def test_a_pair_that_only_an_inactive_adapter_knows_is_refused():
 
 def test_ragged_models_convert_to_ctranslate2(toy, toy_model, toy_tokenizer, toy_data, tmp_path):
     pytest.importorskip("ctranslate2")
-    (counts,) = record_corpus(toy_model, toy_tokenizer, toy_data["validation"])
+    counts = record_corpus(toy_model, toy_tokenizer, toy_data["validation"])
     masks = ns.CumulativeThreshold(0.4).select(counts)
     config = ns.NeuronSpecializationConfig(masks=masks, init_weights=False, task_type="SEQ_2_SEQ_LM")
     model = get_peft_model(toy_model, config).eval()
@@ -142,9 +143,8 @@ def test_ragged_models_convert_to_ctranslate2(toy, toy_model, toy_tokenizer, toy
     translator = load_ctranslate2(tmp_path / "float32", threads=of_torch + 1)
     assert torch.get_num_threads() == of_torch
     sentences = toy.sentences(12, "ct2")["Pv"][:]
-    found = translate_ctranslate2(
-        translator, toy_tokenizer, sentences, "Pv-Aa", {"Pv": "Pv", "Aa": "Aa"}, num_beams=2, max_length=10
-    )
+    encoded = encode(toy_tokenizer, "Pv-Aa", sentences, None, {"Pv": "Pv", "Aa": "Aa"})["input_ids"]
+    found = translate_ctranslate2(translator, toy_tokenizer, encoded, "Aa", num_beams=2, max_length=10)
     options = {"num_beams": 2, "max_new_tokens": 10}
     assert found == translate_tokens(model, toy_tokenizer, sentences, "Pv-Aa", **options)
     assert text_of(toy_tokenizer, found) == ns.translate(model, toy_tokenizer, sentences, "Pv-Aa", **options)
@@ -168,9 +168,8 @@ def test_the_t5_family_scales_its_output_in_ctranslate2_as_in_transformers(famil
     expected = translate_tokens(model, tokenizer, TEXT, "en-de", **options)
     save_ctranslate2(model, tokenizer, tmp_path / "float32")
     translator = load_ctranslate2(tmp_path / "float32", threads=1)
-    found = translate_ctranslate2(
-        translator, tokenizer, TEXT, "en-de", tokens, source_tag="target", num_beams=4, max_length=11
-    )
+    encoded = encode(tokenizer, "en-de", TEXT, None, tokens, "target")["input_ids"]
+    found = translate_ctranslate2(translator, tokenizer, encoded, num_beams=4, max_length=11)
     assert found == expected and model.config.tie_word_embeddings
 
 
@@ -192,7 +191,7 @@ def test_modules_trained_beside_the_masks_are_exported():
 
 def test_a_trimmed_vocabulary_computes_the_same_for_its_own_text(toy_model, toy_tokenizer, toy_data, tmp_path):
     pytest.importorskip("ctranslate2")
-    (counts,) = record_corpus(toy_model, toy_tokenizer, toy_data["validation"])
+    counts = record_corpus(toy_model, toy_tokenizer, toy_data["validation"])
     config = ns.NeuronSpecializationConfig(
         masks=ns.CumulativeThreshold(0.5).select(counts), init_weights=False, task_type="SEQ_2_SEQ_LM"
     )
@@ -207,8 +206,9 @@ def test_a_trimmed_vocabulary_computes_the_same_for_its_own_text(toy_model, toy_
     sentences = toy_data["train"]["Pv-Aa"]["source"][:20]
     assert ns.translate(loaded, reloaded, sentences, "Pv-Aa") == ns.translate(trimmed, tokenizer, sentences, "Pv-Aa")
     save_ctranslate2(trimmed, reloaded, tmp_path / "ctranslate2")
-    translator, tags = load_ctranslate2(tmp_path / "ctranslate2", threads=1), {"Pv": "Pv", "Aa": "Aa"}
-    found = translate_ctranslate2(translator, reloaded, sentences, "Pv-Aa", tags, num_beams=2, max_length=10)
+    translator = load_ctranslate2(tmp_path / "ctranslate2", threads=1)
+    encoded = encode(reloaded, "Pv-Aa", sentences, None, {"Pv": "Pv", "Aa": "Aa"})["input_ids"]
+    found = translate_ctranslate2(translator, reloaded, encoded, "Aa", num_beams=2, max_length=10)
     assert found == translate_tokens(loaded, reloaded, sentences, "Pv-Aa", num_beams=2, max_new_tokens=10)
     assert unknown_rate(toy_tokenizer, tokenizer, sentences) == 0
     other = toy_data["train"]["Pv-Ba"]["target"][:20]

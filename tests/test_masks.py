@@ -62,17 +62,17 @@ def test_only_one_stack(four):
         four.only("middle")
 
 
-def test_factorised_rows_belong_to_languages(four):
-    factorised = four.factorise()
-    assert factorised.routes.encoder_rows == ["en", "de", "fr"] and factorised.routes.decoder_rows == [
+def test_factorized_rows_belong_to_languages(four):
+    factorized = four.factorize()
+    assert factorized.routes.encoder_rows == ["en", "de", "fr"] and factorized.routes.decoder_rows == [
         "de",
         "fr",
         "en",
     ]
-    assert factorised.row("en-fr", "encoder.0").tolist() == [True, True, True, False]  # en-de or en-fr
-    assert factorised.row("de-fr", "encoder.0").equal(four.row("de-en", "encoder.0"))
-    assert factorised.row("de-fr", "decoder.0").equal(four.row("en-fr", "decoder.0"))
-    assert set(factorised.language_pairs) == {"en-de", "en-fr", "de-en", "fr-en", "de-fr", "fr-de"}
+    assert factorized.row("en-fr", "encoder.0").tolist() == [True, True, True, False]  # en-de or en-fr
+    assert factorized.row("de-fr", "encoder.0").equal(four.row("de-en", "encoder.0"))
+    assert factorized.row("de-fr", "decoder.0").equal(four.row("en-fr", "decoder.0"))
+    assert set(factorized.language_pairs) == {"en-de", "en-fr", "de-en", "fr-en", "de-fr", "fr-de"}
 
 
 def test_zero_shot_pairs_are_composed_through_the_pivot(four):
@@ -92,7 +92,7 @@ def test_several_pivots_must_be_told_apart():
     assert masks.compose("de-fr", pivot="nl").row("de-fr", "encoder.0").tolist() == [True, True]
 
 
-@pytest.mark.parametrize("how", [lambda m: m.factorise(), lambda m: m.compose("de-fr")])
+@pytest.mark.parametrize("how", [lambda m: m.factorize(), lambda m: m.compose("de-fr")])
 def test_masks_of_models_with_the_target_tag_on_the_source_do_not_split(how):
     masks = masks_of({"encoder.0": [[1, 0], [0, 1]]}, ["de-en", "en-fr"], source_tag="target")
     with pytest.raises(ValueError, match="Marian and MADLAD/T5|the Marian"):
@@ -100,14 +100,14 @@ def test_masks_of_models_with_the_target_tag_on_the_source_do_not_split(how):
 
 
 def test_saved_masks_come_back(four, tmp_path):
-    four.save(tmp_path / "masks")
+    four.save_pretrained(tmp_path / "masks")
     loaded = ns.NeuronMasks.from_pretrained(tmp_path / "masks")
     assert loaded.routes == four.routes and loaded.stacks == four.stacks
     assert all(loaded.rows[name].equal(rows) for name, rows in four.rows.items())
-    factorised = four.factorise()
-    factorised.save(tmp_path / "masks")  # in the place of the others
+    factorized = four.factorize()
+    factorized.save_pretrained(tmp_path / "masks")  # in the place of the others
     loaded = ns.NeuronMasks.from_pretrained(tmp_path / "masks")
-    assert loaded.language_pairs == factorised.language_pairs
+    assert loaded.language_pairs == factorized.language_pairs
     config = json.loads((tmp_path / "masks" / "adapter_config.json").read_text())
     assert config["language_pairs"] == [], "pairs that rows imply are not listed"
     assert [p.name for p in tmp_path.iterdir()] == ["masks"], "nothing half-written stays behind"
@@ -119,7 +119,7 @@ def test_the_file_is_hardly_larger_than_its_bits(tmp_path):
     draw = torch.Generator().manual_seed(0)
     rows = {name: torch.rand(60, 4096, generator=draw) < 0.8 for name in names}
     masks = ns.NeuronMasks(rows, {name: name.split(".")[1] for name in names}, Routes.per_pair(pairs))
-    masks.save(tmp_path / "large")
+    masks.save_pretrained(tmp_path / "large")
     size = sum(file.stat().st_size for file in (tmp_path / "large").iterdir())
     assert (tmp_path / "large" / "adapter_model.safetensors").stat().st_size <= 1.03 * 24 * 4096 * 60 / 8
     assert size <= 1.05 * 24 * 4096 * 60 / 8
@@ -155,7 +155,7 @@ KEY = f"base_model.model.{BLOCK}.neuron_specialization_mask"
     ],
 )
 def test_damaged_files_are_refused(four, tmp_path, tensors, config, fix_digest, message):
-    four.save(tmp_path / "masks")
+    four.save_pretrained(tmp_path / "masks")
     tamper(tmp_path / "masks", tensors, config, fix_digest)
     with pytest.raises(ValueError, match=message):
         ns.NeuronMasks.from_pretrained(tmp_path / "masks")
@@ -171,5 +171,5 @@ def test_a_directory_without_an_adapter_is_refused(tmp_path):
 def test_saving_empty_rows_is_refused_and_leaves_no_trace(four, tmp_path):
     four.rows[BLOCK][0] = False
     with pytest.raises(ValueError, match="keep no neuron"):
-        four.save(tmp_path / "masks")
+        four.save_pretrained(tmp_path / "masks")
     assert not list(tmp_path.iterdir())

@@ -50,7 +50,7 @@ def workspace(tmp_path_factory):
 def identified(workspace, toy_files, toy_checkpoint):
     output = run(
         "identify.py",
-        *("--model", str(toy_checkpoint), "--validation", str(toy_files / "validation.jsonl")),
+        *("--model_name_or_path", str(toy_checkpoint), "--validation_file", str(toy_files / "validation.jsonl")),
         *("--language_pairs", *PAIRS, "--output_dir", str(workspace / "masks"), "--k", "0.7"),
         *("--stability", "true", "--parts", "4", "--batch_size", "8"),
     )
@@ -75,7 +75,7 @@ def test_identify_writes_masks_counts_and_a_report(identified):
 def test_identify_gives_the_same_under_two_processes(identified, workspace, toy_files, toy_checkpoint):
     run(
         "identify.py",
-        *("--model", str(toy_checkpoint), "--validation", str(toy_files / "validation.jsonl")),
+        *("--model_name_or_path", str(toy_checkpoint), "--validation_file", str(toy_files / "validation.jsonl")),
         *("--language_pairs", *PAIRS, "--output_dir", str(workspace / "masks-2"), "--k", "0.7"),
         *("--stability", "true", "--parts", "4", "--batch_size", "8"),
         processes=2,
@@ -94,20 +94,29 @@ def test_specialize_then_evaluate_then_translate(identified, workspace, toy_file
     run(
         "specialize.py",
         *("--config", str(ROOT / "recipes" / "configs" / "specialize" / "multi30k.yaml")),
-        *("--language_tokens", "Pv=Pv", "--language_pairs", *PAIRS, "--model", str(toy_checkpoint)),
+        *("--language_tokens", "Pv=Pv", "--language_pairs", *PAIRS, "--model_name_or_path", str(toy_checkpoint)),
         *("--masks", "none" if masks == "none" else str(identified[0])),
-        *("--train", str(toy_files / "train.jsonl"), "--validation", str(toy_files / "validation.jsonl")),
+        *("--train_file", str(toy_files / "train.jsonl"), "--validation_file", str(toy_files / "validation.jsonl")),
         *("--output_dir", str(output), "--max_steps", "4", "--per_device_train_batch_size", "8", "--eval_steps", "2"),
     )
     trained = json.loads((output / "results.json").read_text())
     assert trained["updates"] == 4 and trained["best_validation_loss"] > 0
-    where = ["--model", str(toy_checkpoint), "--adapter", str(output / "adapter")]
+    where = ["--model_name_or_path", str(toy_checkpoint), "--adapter", str(output / "adapter")]
     if masks == "none":
-        where = ["--model", str(output / "model")]
+        where = ["--model_name_or_path", str(output / "model")]
     printed = run(
-        "evaluate.py",
+        "score.py",
         *where,
-        *("--test", str(toy_files / "test.jsonl"), "--language_pairs", *PAIRS, "--pivot", "Pv", "--num_beams", "2"),
+        *(
+            "--test_file",
+            str(toy_files / "test.jsonl"),
+            "--language_pairs",
+            *PAIRS,
+            "--pivot",
+            "Pv",
+            "--num_beams",
+            "2",
+        ),
         *("--output_dir", str(output / "scores"), "--max_sentences", "6"),
         processes=2 if masks == "none" else 1,
     )
@@ -126,20 +135,29 @@ def test_pretrain_makes_a_checkpoint_with_its_tokenizer(workspace, toy_files):
     output = workspace / "baseline"
     printed = run(
         "pretrain.py",
-        *("--train", str(toy_files / "train.jsonl"), "--validation", str(toy_files / "validation.jsonl")),
-        *("--test", str(toy_files / "test.jsonl"), "--language_pairs", *PAIRS, "--output_dir", str(output)),
+        *("--train_file", str(toy_files / "train.jsonl"), "--validation_file", str(toy_files / "validation.jsonl")),
+        *("--test_file", str(toy_files / "test.jsonl"), "--language_pairs", *PAIRS, "--output_dir", str(output)),
         *("--vocab_size", "400", "--layers", "1", "--d_model", "32", "--d_ff", "64", "--heads", "2"),
         *("--max_steps", "4", "--eval_steps", "2", "--patience", "1", "--per_device_train_batch_size", "8"),
     )
     assert "duplicates" in printed and "overlap" in printed
     assert json.loads((output / "results.json").read_text())["data"][0]["sentence_pairs"] == 300
-    text = run("translate.py", "--model", str(output / "model"), "--pair", "Pv-Ba", stdin="ba\nbu")
+    text = run("translate.py", "--model_name_or_path", str(output / "model"), "--pair", "Pv-Ba", stdin="ba\nbu")
     assert len(text.splitlines()) == 2
 
 
 def test_export_writes_a_checkpoint_and_a_ctranslate2_model(identified, workspace, toy_files, toy_checkpoint):
-    options = ("--model", str(toy_checkpoint), "--adapter", str(identified[0]), "--pair", "Pv-Aa", "--num_beams", "2")
-    options += ("--test", str(toy_files / "test.jsonl"))
+    options = (
+        "--model_name_or_path",
+        str(toy_checkpoint),
+        "--adapter",
+        str(identified[0]),
+        "--pair",
+        "Pv-Aa",
+        "--num_beams",
+        "2",
+    )
+    options += ("--test_file", str(toy_files / "test.jsonl"))
     run("export.py", *options, "--quantization", "int8", "--output_dir", str(workspace / "export"))
     exports = json.loads((workspace / "export" / "results.json").read_text())["exports"]
     base, checkpoint, ctranslate2 = exports
@@ -192,10 +210,10 @@ def test_memory_is_computed_for_nllb_and_measured_here(workspace):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "{workspace}"], "not a checkpoint directory"),
-        (["--model", "{checkpoint}", "--adapter", "{workspace}/missing"], "missing"),
-        (["--model", "{checkpoint}", "--pair", "Pv-Zz"], "Language token not in the tokenizer: 'Zz'"),
-        (["--model", "{checkpoint}", "--config", "{workspace}/missing.yaml"], "no configuration file"),
+        (["--model_name_or_path", "{workspace}"], "not a checkpoint directory"),
+        (["--model_name_or_path", "{checkpoint}", "--adapter", "{workspace}/missing"], "missing"),
+        (["--model_name_or_path", "{checkpoint}", "--pair", "Pv-Zz"], "Language token not in the tokenizer: 'Zz'"),
+        (["--model_name_or_path", "{checkpoint}", "--config", "{workspace}/missing.yaml"], "no configuration file"),
     ],
 )
 def test_bad_input_ends_with_one_clear_error(workspace, toy_checkpoint, arguments, message):

@@ -24,7 +24,7 @@ def adapted(pairs=PAIRS, make=make_m2m100, **config):
     masks = make_masks(model, pairs)
     if config.get("source_tag") == "target":
         masks.routes.source_tag = "target"
-    settings = {"trainable": "delta", "init_weights": False, "language_tokens": TOKENS, **config}
+    settings = {"trainable": "delta", "init_weights": False, "language_token_ids": TOKENS, **config}
     return get_peft_model(
         model, ns.NeuronSpecializationConfig(masks=masks, task_type="SEQ_2_SEQ_LM", **settings)
     ).eval()
@@ -86,10 +86,10 @@ def test_the_target_tag_on_the_source_is_enough_where_one_pair_fits(make):
 
 
 def test_pairs_that_fit_may_agree():
-    """With factorised masks every source into German shares the decoder row, and from English the encoder row."""
+    """With factorized masks every source into German shares the decoder row, and from English the encoder row."""
     model = make_m2m100()
-    masks = make_masks(model, ["en-de", "en-fr"]).factorise()
-    config = ns.NeuronSpecializationConfig(masks=masks, language_tokens=TOKENS, task_type="SEQ_2_SEQ_LM")
+    masks = make_masks(model, ["en-de", "en-fr"]).factorize()
+    config = ns.NeuronSpecializationConfig(masks=masks, language_token_ids=TOKENS, task_type="SEQ_2_SEQ_LM")
     model = get_peft_model(model, config)
     batch = tagged(["en-de"], "nllb")
     assert model(**batch).logits.equal(model(**batch, language_pairs="en-de").logits)
@@ -222,7 +222,7 @@ def test_tokens_are_read_beside_adapter_names():
     other = ns.NeuronSpecializationConfig(
         masks=make_masks(make_m2m100(), ["en-fr"]),
         init_weights=False,
-        language_tokens=TOKENS,
+        language_token_ids=TOKENS,
         task_type="SEQ_2_SEQ_LM",
     )
     model.add_adapter("french", other)
@@ -239,7 +239,7 @@ def test_tokens_are_read_beside_adapter_names():
 @pytest.mark.parametrize("trainable", ["none", "delta", "low_rank", "full"])
 def test_adapters_that_transformers_injects_work_alike(trainable, tmp_path):
     base = make_m2m100()
-    config = {"masks": make_masks(base), "trainable": trainable, "language_tokens": TOKENS, "init_weights": False}
+    config = {"masks": make_masks(base), "trainable": trainable, "language_token_ids": TOKENS, "init_weights": False}
     batch = tagged(PAIRS, "nllb")
     added = make_m2m100()
     added.add_adapter(ns.NeuronSpecializationConfig(**config))
@@ -325,7 +325,7 @@ def test_compiled_models_switch_pairs_without_compiling_again():
 
 def test_compiled_training_on_mixed_batches_does_not_compile_again():
     """Nor where samples come and go that run the untouched base."""
-    model = adapted(default_pair="base", language_tokens=None).train()
+    model = adapted(default_pair="base", language_token_ids=None).train()
     compiled, graphs = compile_and_count(model)
     ids = [[0, 1, 2, 3], [3, 3, 1, 0], [-1, 0, 1, -1]]
     made = None
@@ -351,7 +351,7 @@ def test_copies_read_tokens_by_themselves(injected_by, copied):
     if injected_by == "transformers":
         masks = make_masks(original)
         original.add_adapter(
-            ns.NeuronSpecializationConfig(masks=masks, language_tokens=TOKENS, init_weights=False), "masks"
+            ns.NeuronSpecializationConfig(masks=masks, language_token_ids=TOKENS, init_weights=False), "masks"
         )
     other = copied(original.eval())
     expected = original(**batch).logits

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM
 
 import neuron_specialization as ns
+from neuron_specialization.adapter.active import active_config
 from neuron_specialization.adapter.route_table import table_of
 from neuron_specialization.neurons import adapter_file
 from neuron_specialization.neurons.language_pairs import Routes
-from neuron_specialization.translation.translate import adapter_config
 
 from .conftest import PAIRS, make_batch, make_m2m100, make_masks
 
@@ -93,7 +93,7 @@ def test_full_loads_the_trained_base(base_directory, tmp_path):
 def test_a_mask_directory_is_an_adapter(base_directory, tmp_path):
     base = AutoModelForSeq2SeqLM.from_pretrained(base_directory)
     masks = make_masks(base)
-    masks.save(tmp_path / "masks")
+    masks.save_pretrained(tmp_path / "masks")
     loaded = PeftModel.from_pretrained(base, str(tmp_path / "masks"))
     by_path = get_peft_model(
         AutoModelForSeq2SeqLM.from_pretrained(base_directory),
@@ -107,13 +107,13 @@ def test_a_mask_directory_is_an_adapter(base_directory, tmp_path):
 
 
 def test_the_config_holds_no_masks_and_survives(base_directory, tmp_path):
-    adapted = trained(base_directory, "delta", default_pair="base", language_tokens={"en": 4, "de": 5})
+    adapted = trained(base_directory, "delta", default_pair="base", language_token_ids={"en": 4, "de": 5})
     adapted.save_pretrained(str(tmp_path / "adapter"))
     stored = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert "masks" not in stored
     assert stored["language_pairs"] == [[pair, i, i] for i, pair in enumerate(PAIRS)]
     config = ns.NeuronSpecializationConfig.from_pretrained(str(tmp_path / "adapter"))
-    assert config.default_pair == "base" and config.language_tokens == {"en": 4, "de": 5}
+    assert config.default_pair == "base" and config.language_token_ids == {"en": 4, "de": 5}
 
 
 def test_trained_tokens_and_whole_modules_are_kept(base_directory, tmp_path):
@@ -240,7 +240,7 @@ def test_other_adapters_load_beside_ours(base_directory, tmp_path):
             reference.get_submodule(name).weight[~masks.row("en-de", name)] = 0
     torch.testing.assert_close(both[0], reference(**make_batch()).logits[0], rtol=1e-4, atol=1e-5)
     model.set_adapter(["lora", "masks"])
-    assert adapter_config(model) is model.peft_config["masks"], "the one of ours, wherever it stands"
+    assert active_config(model) is model.peft_config["masks"], "the one of ours, wherever it stands"
 
 
 def lora_on_attention() -> LoraConfig:
@@ -263,7 +263,7 @@ def test_a_resized_vocabulary_travels_with_the_adapter(base_directory, tmp_path)
 
 
 def test_all_of_nllbs_directions_fit_into_a_small_file(tmp_path):
-    """202 languages, factorised: 40,602 directions of 24 blocks with 4,096 neurons."""
+    """202 languages, factorized: 40,602 directions of 24 blocks with 4,096 neurons."""
     languages = [f"lang_{i:03d}" for i in range(202)]
     draw = torch.Generator().manual_seed(0)
     names = [f"model.{stack}.layers.{i}.fc1" for stack in ("encoder", "decoder") for i in range(12)]
@@ -271,7 +271,7 @@ def test_all_of_nllbs_directions_fit_into_a_small_file(tmp_path):
     stacks = {name: name.split(".")[1] for name in names}
     masks = ns.NeuronMasks(rows, stacks, Routes(languages, languages))
     assert len(masks.language_pairs) == 202 * 201 == 40602
-    masks.save(tmp_path / "nllb")
+    masks.save_pretrained(tmp_path / "nllb")
     assert sum(file.stat().st_size for file in (tmp_path / "nllb").iterdir()) <= 2.6e6
     loaded = ns.NeuronMasks.from_pretrained(tmp_path / "nllb")
     assert len(loaded.language_pairs) == 40602

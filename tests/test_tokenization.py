@@ -42,10 +42,10 @@ def test_unknown_language_tokens_are_refused(toy_tokenizer):
     with pytest.raises(ValueError, match="Language token not in the tokenizer: 'deu_Latn' for 'de'"):
         resolve_tokens(toy_tokenizer, ["Aa-de"], {"de": "deu_Latn"})
     with pytest.raises(ValueError, match="not in the tokenizer's vocabulary: 'deu_Latn'.*Pv"):
-        ns.language_tokens(toy_tokenizer, {"de": "deu_Latn"})
+        ns.language_token_ids(toy_tokenizer, {"de": "deu_Latn"})
     with pytest.raises(ValueError, match="share one token"):
-        ns.language_tokens(toy_tokenizer, {"de": "Aa", "nl": "Aa"})
-    assert ns.language_tokens(toy_tokenizer, {"x": "Pv"}) == {"x": toy_tokenizer.convert_tokens_to_ids("Pv")}
+        ns.language_token_ids(toy_tokenizer, {"de": "Aa", "nl": "Aa"})
+    assert ns.language_token_ids(toy_tokenizer, {"x": "Pv"}) == {"x": toy_tokenizer.convert_tokens_to_ids("Pv")}
 
 
 def test_toy_languages_depend_on_their_seed_and_relate_as_said():

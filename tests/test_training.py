@@ -43,7 +43,7 @@ def arguments(directory, **changes) -> SpecializationTrainingArguments:
 
 
 def toy_masks(model, tokenizer, data, k=0.3) -> ns.NeuronMasks:
-    (counts,) = record_corpus(model, tokenizer, data["validation"])
+    counts = record_corpus(model, tokenizer, data["validation"])
     return ns.CumulativeThreshold(k).select(counts)
 
 
@@ -271,7 +271,7 @@ def test_bad_settings_are_refused_before_training(toy_data, toy_tokenizer, toy_m
 def test_directories_that_are_no_checkpoint_are_refused(tmp_path, toy_checkpoint):
     with pytest.raises(ValueError, match="not a checkpoint directory: it has no config.json"):
         load_checkpoint(str(tmp_path))
-    make_masks(make_m2m100()).save(tmp_path / "masks")
+    make_masks(make_m2m100()).save_pretrained(tmp_path / "masks")
     with pytest.raises(ValueError, match="it is an adapter directory: pass it as --adapter"):
         load_checkpoint(str(tmp_path / "masks"))
     with pytest.raises(ValueError, match="Cannot load 'no/such/model'"):

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..neurons.ffn import is_encoder_decoder, is_time_major
+from ..neurons.base_model import is_encoder_decoder
+from ..neurons.ffn import is_time_major
 from .language_tokens import tokens_of_forward, tokens_of_generate
 from .routing import ATTRIBUTE, Routing
 

@@ -36,7 +36,7 @@ class NeuronSpecializationConfig(PeftConfig):
             the width), and is an error where that is not possible; "auto" takes compact where it is possible (one pair
             in the batch, plain weights, nothing else attached to the block, no activation dropout in training) and
             pays: from 256 tokens on, and in the decoder steps of a `generate`.
-        language_tokens: language code → id of its token in the tokenizer (see `language_tokens`).
+        language_token_ids: language code → id of its token in the tokenizer (see `ns.language_token_ids`).
         source_tag: what the tag on the source side names: "source" (NLLB, M2M100, mBART) or "target" (Marian, T5).
         default_pair: pair to fall back to; "base" runs the untouched base.
         target_modules: modules to mask instead of every FFN block: a list of names or suffixes, or a regular
@@ -56,7 +56,7 @@ class NeuronSpecializationConfig(PeftConfig):
     r: int = 8
     mask_bias: bool = False
     execution: str = "auto"
-    language_tokens: dict[str, int] | None = None
+    language_token_ids: dict[str, int] | None = None
     source_tag: str = "source"
     default_pair: str | None = None
     target_modules: list[str] | set[str] | str | None = None
@@ -133,11 +133,11 @@ class NeuronSpecializationConfig(PeftConfig):
         check_source_tag(self.source_tag)
         if not isinstance(self.r, int) or self.r < 1:
             raise ValueError(f"r is the rank of trainable='low_rank', a whole number from 1 on; got {self.r!r}.")
-        texts = {code: token for code, token in (self.language_tokens or {}).items() if not isinstance(token, int)}
+        texts = {code: token for code, token in (self.language_token_ids or {}).items() if not isinstance(token, int)}
         if texts:
             raise ValueError(
-                f"language_tokens in the config are token ids, got {texts}. Look them up with "
-                "ns.language_tokens(tokenizer, {code: token})."
+                f"language_token_ids in the config are token ids, got {texts}. Look them up with "
+                "ns.language_token_ids(tokenizer, {code: token})."
             )
         if self.trainable == "full" and (self.modules_to_save or self.trainable_token_indices):
             raise ValueError(

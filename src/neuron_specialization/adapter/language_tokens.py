@@ -9,7 +9,7 @@ import torch
 from ..neurons.language_pairs import split_pair
 
 
-def language_tokens(tokenizer: Any, tokens: Mapping[str, str]) -> dict[str, int]:
+def language_token_ids(tokenizer: Any, tokens: Mapping[str, str]) -> dict[str, int]:
     """Return language code → id of its token.
 
     Args:

@@ -13,7 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..neurons.adapter_file import PREFIX, pack_rows
-from ..neurons.ffn import DECODER, ENCODER, FfnBlock, find_ffn_blocks, fingerprint, make_trainable
+from ..neurons.base_model import make_trainable
+from ..neurons.ffn import DECODER, ENCODER, FfnBlock, find_ffn_blocks, fingerprint
 from . import attachment, routing, storage
 from .compact import CompactBlock
 from .config import NeuronSpecializationConfig

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..neurons.ffn import STACKS, unwrap
+from ..neurons.base_model import unwrap
+from ..neurons.ffn import STACKS
 from .config import BASE_PAIR
 from .language_tokens import TokenBatch
 from .route_table import BASE_ROW, RouteTable

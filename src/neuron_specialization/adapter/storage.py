@@ -13,11 +13,11 @@ from ..neurons.adapter_file import (
     KEY_PREFIX,
     MASK,
     PREFIX,
-    atomic_directory,
     check_packed_rows,
     read_weights,
     verify_digest,
 )
+from ..neurons.files import atomic_directory
 from .attachment import attach, detach
 from .layer import NeuronSpecializationLayer
 

@@ -145,7 +145,7 @@ def identification_costs(model: Any, batch: Mapping[str, Any], repeats: int) -> 
 
 def storage_costs(repeats: int) -> list[dict[str, Any]]:
     """Measure files of NLLB-600M's shape (24 blocks of 4,096 neurons): the size of 60 pairs, loading 10,000 pairs, or
-    the factorised masks of 202 languages (40,602 directions), into a model, and what a new pair adds to a forward."""
+    the factorized masks of 202 languages (40,602 directions), into a model, and what a new pair adds to a forward."""
     languages = [f"l{i}" for i in range(202)]
     routes = {
         "60": Routes.per_pair([f"{code}-en" for code in languages[:60]]),
@@ -181,7 +181,7 @@ def _nllb(d_model: int) -> Any:
 def _save_random_masks(directory: str, routes: Routes) -> None:
     stacks = {block.name: block.stack for block in find_ffn_blocks(_nllb(8))}
     rows = {name: torch.rand(len(routes.encoder_rows), 4096) < 0.8 for name in stacks}
-    NeuronMasks(rows, stacks, routes).save(directory)
+    NeuronMasks(rows, stacks, routes).save_pretrained(directory)
 
 
 def _switch(model: Any, repeats: int) -> float:

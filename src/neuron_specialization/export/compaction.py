@@ -11,8 +11,9 @@ from torch import nn
 from ..adapter.attachment import detach
 from ..adapter.layer import NeuronSpecializationLayer
 from ..adapter.routing import routing_of
-from ..neurons.adapter_file import atomic_directory
-from ..neurons.ffn import STACKS, find_ffn_blocks, hollow, make_trainable, unwrap
+from ..neurons.base_model import build_on_meta, make_trainable, unwrap
+from ..neurons.ffn import STACKS, find_ffn_blocks
+from ..neurons.files import atomic_directory
 
 
 def compact(model: nn.Module, pair: str) -> Any:
@@ -148,7 +149,7 @@ def _set_widths(config: Any, widths: dict[str, int]) -> None:
 
 def _widths_of(model: Any, narrow: dict[str, int]) -> dict[str, int]:
     """Return the width of each block in the model that the config now describes, built without weights."""
-    described = hollow(model)
+    described = build_on_meta(model)
     widths = {block.name: block.d_ff for block in find_ffn_blocks(described)}
     if widths.keys() != narrow.keys() or any(widths[name] < narrow[name] for name in narrow):
         raise ValueError("The model that the config describes has other FFN blocks; use the compact model in memory.")

@@ -1,13 +1,13 @@
 """Compact models for CTranslate2, converted from memory: it reads each layer's width, so nothing is filled up."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from typing import Any
 
 import torch
 
-from ..neurons.adapter_file import atomic_directory
+from ..neurons.files import atomic_directory
 
 QUANTIZATIONS = ("float32", "float16", "bfloat16", "int16", "int8", "int8_float32", "int8_float16", "int8_bfloat16")
 
@@ -58,6 +58,38 @@ def load_ctranslate2(directory: str | PathLike[str], threads: int = 0) -> Any:
         return Translator(str(directory), intra_threads=threads)
     finally:
         torch.set_num_threads(of_torch)
+
+
+def translate_ctranslate2(
+    translator: Any,
+    tokenizer: Any,
+    input_ids: Sequence[Sequence[int]],
+    target_token: str | None = None,
+    *,
+    num_beams: int = 5,
+    max_length: int = 256,
+    batch_size: int = 32,
+) -> list[list[str]]:
+    """Translate encoded sentences with a CTranslate2 translator; return tokens, the special ones left out.
+
+    Args:
+        translator: a `ctranslate2.Translator` of a directory that `save_ctranslate2` wrote.
+        tokenizer: the model's tokenizer.
+        input_ids: token ids of each source sentence with its tags, as `tokenization.encode` returns them.
+        target_token: the target's language token, which opens every translation; None where the source carries it.
+        num_beams: beams.
+        max_length: longest translation in tokens; within the model's positions.
+        batch_size: sentences per batch.
+    """
+    results = translator.translate_batch(
+        [tokenizer.convert_ids_to_tokens(list(row)) for row in input_ids],
+        target_prefix=[[] if target_token is None else [target_token]] * len(input_ids),
+        beam_size=num_beams,
+        max_decoding_length=max_length,
+        max_batch_size=batch_size,
+    )
+    special = set(tokenizer.all_special_tokens)
+    return [[token for token in result.hypotheses[0] if token not in special] for result in results]
 
 
 def check_convertible(model: Any, quantization: str | None) -> Any:

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from .ffn import find_ffn_blocks, fingerprint, unwrap
+from .base_model import unwrap
+from .ffn import find_ffn_blocks, fingerprint
 from .language_pairs import check_pairs, check_source_tag
 from .recorder import Recorder
 

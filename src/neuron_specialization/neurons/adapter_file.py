@@ -1,4 +1,4 @@
-"""The adapter's file format: bit-packed mask rows, key names, digest, atomic directories.
+"""The adapter's file format: bit-packed mask rows, key names, digest.
 
 `adapter_model.safetensors` holds, per FFN block, `base_model.model.<block>.neuron_specialization_mask`: uint8
 [rows, ceil(d_ff / 8)]; bit `j` of byte `i` is neuron `8 i + j`, padding bits are zero. `adapter_config.json` holds the
@@ -6,11 +6,6 @@ rest. Files are plain PEFT adapters: no key or value is translated on loading.
 """
 
 import hashlib
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -112,7 +107,7 @@ def fetch(location: str | PathLike[str], filename: str, **hub: Any) -> Path:
         if not (directory / filename).is_file():
             raise ValueError(
                 f"{directory} is not an adapter directory: it has no {filename}. Expected what save_pretrained or "
-                "NeuronMasks.save writes."
+                "NeuronMasks.save_pretrained writes."
             )
         return directory / filename
     try:
@@ -122,33 +117,3 @@ def fetch(location: str | PathLike[str], filename: str, **hub: Any) -> Path:
             f"No adapter at {str(location)!r}: it is neither a local directory nor a Hub repository that holds "
             f"{filename} and can be reached ({type(error).__name__}: {error})."
         ) from error
-
-
-@contextmanager
-def atomic_directory(directory: str | PathLike[str]) -> Iterator[Path]:
-    """Write a whole directory or nothing: yield an empty sibling, then put it in the place of `directory`.
-
-    Whatever stood there before is replaced. If the body raises, `directory` is left as it was.
-    """
-    target = Path(directory).absolute()
-    if target.is_file():
-        raise ValueError(f"{target} is a file; expected the path of a directory to write.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        os.chmod(fresh, 0o755)  # mkdtemp makes it private to the user
-        yield fresh
-        replace_directory(fresh, target)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-
-
-def replace_directory(fresh: Path, target: Path) -> None:
-    """Move `fresh` to `target`, in the place of what stands there."""
-    if not target.exists():
-        os.replace(fresh, target)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-    os.replace(target, old / "replaced")
-    os.replace(fresh, target)
-    shutil.rmtree(old)

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+
+from .base_model import build_on_meta, is_encoder_decoder, unwrap
 
 ENCODER, DECODER = "encoder", "decoder"
 STACKS = (ENCODER, DECODER)
@@ -48,18 +49,6 @@ class FfnBlock:
         return self.gate if self.gate is not None else self.up
 
 
-def unwrap(model: nn.Module) -> Any:
-    """Return the transformers model inside compile, data-parallel and PEFT wrappers."""
-    model = getattr(model, "_orig_mod", model)
-    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        return unwrap(model.module)
-    if not callable(getattr(model, "get_base_model", None)):
-        return model
-    wrapper: Any = model
-    # PEFT asks the active adapter's config, which is gone with the last adapter
-    return wrapper.get_base_model() if wrapper.peft_config else wrapper.base_model.model
-
-
 def find_ffn_blocks(model: nn.Module) -> list[FfnBlock]:
     """Return every FFN block of an encoder-decoder model, encoder first, in the order of the layers.
 
@@ -88,11 +77,6 @@ def find_ffn_blocks(model: nn.Module) -> list[FfnBlock]:
     return sorted(blocks, key=lambda block: STACKS.index(block.stack))
 
 
-def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether `model` says it has an encoder and a decoder."""
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-
-
 def fingerprint(model: nn.Module, blocks: list[FfnBlock]) -> dict[str, str | int]:
     """Describe the base model a mask was made for: model type, layers, width, activation.
 
@@ -117,7 +101,7 @@ def is_time_major(model: nn.Module) -> bool:
     model = unwrap(model)
     shapes: list[tuple[int, ...]] = []
     try:
-        empty = hollow(model)
+        empty = build_on_meta(model)
         down = find_ffn_blocks(empty)[0].down
         down.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape)))
         with torch.no_grad():
@@ -127,21 +111,6 @@ def is_time_major(model: nn.Module) -> bool:
         # been seen by then, and else the model follows the library's convention
         pass
     return bool(shapes) and shapes[0][:2] == (3, 2)
-
-
-def hollow(model: nn.Module) -> Any:
-    """Return the model that a plain transformers model's config describes, without weights (on the meta device)."""
-    with torch.device("meta"):
-        return type(model)(model.config)
-
-
-def make_trainable(model: Any) -> Any:
-    """Make a model trainable in place, except for what its architecture itself freezes (sinusoidal positions)."""
-    described = hollow(model) if isinstance(model, PreTrainedModel) else nn.Module()
-    frozen = {name for name, parameter in described.named_parameters() if not parameter.requires_grad}
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name not in frozen)
-    return model
 
 
 def _sees_images(module: nn.Module) -> bool:

@@ -1,7 +1,7 @@
 """Language pairs, and the route each one takes through the mask rows.
 
 A language pair ("en-de": source first) owns one encoder row and one decoder row. Rows can belong to pairs (the paper's
-masks) or to single languages (factorised masks: the encoder row of the source, the decoder row of the target).
+masks) or to single languages (factorized masks: the encoder row of the source, the decoder row of the target).
 """
 
 import re
@@ -52,11 +52,11 @@ class Routes:
     """Which encoder row and which decoder row each language pair uses.
 
     Attributes:
-        encoder_rows: names of the encoder rows: pairs, or source languages where the masks are factorised.
-        decoder_rows: names of the decoder rows: pairs, or target languages where the masks are factorised.
-        listed: pair → (encoder row index, decoder row index). Pairs that factorised rows imply are not listed.
+        encoder_rows: names of the encoder rows: pairs, or source languages where the masks are factorized.
+        decoder_rows: names of the decoder rows: pairs, or target languages where the masks are factorized.
+        listed: pair → (encoder row index, decoder row index). Pairs that factorized rows imply are not listed.
         source_tag: what the tag on the source side names, "source" or "target". Where it names the target the encoder
-            sees the target, so rows can be neither factorised nor composed.
+            sees the target, so rows can be neither factorized nor composed.
     """
 
     encoder_rows: list[str]
@@ -86,7 +86,7 @@ class Routes:
 
     @property
     def language_pairs(self) -> list[str]:
-        """Every pair that has a route without composing: the listed ones, then those implied by factorised rows.
+        """Every pair that has a route without composing: the listed ones, then those implied by factorized rows.
 
         A pair's id is its position in this list.
         """

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from . import adapter_file
 from .ffn import ENCODER, STACKS
+from .files import atomic_directory
 from .language_pairs import Routes, split_pair
 
 
@@ -44,7 +45,7 @@ class NeuronMasks:
 
     @property
     def language_pairs(self) -> list[str]:
-        """The pairs with rows of their own or implied by factorised rows; a pair's id is its position here."""
+        """The pairs with rows of their own or implied by factorized rows; a pair's id is its position here."""
         return self.routes.language_pairs
 
     @property
@@ -88,7 +89,7 @@ class NeuronMasks:
         }
         return replace(self, rows=rows, selector={**self.selector, "only": stack})
 
-    def factorise(self) -> "NeuronMasks":
+    def factorize(self) -> "NeuronMasks":
         """Return masks with one encoder row per source language and one decoder row per target language.
 
         Where pairs that share a language disagree, the language keeps what any of them keeps.
@@ -98,7 +99,7 @@ class NeuronMasks:
         """
         if self.routes.source_tag == "target":
             raise ValueError(
-                "These masks cannot be factorised: in this model the source side carries the target's tag (the Marian "
+                "These masks cannot be factorized: in this model the source side carries the target's tag (the Marian "
                 "and MADLAD/T5 convention), so encoder rows depend on the target as well as on the source."
             )
         pairs = self.language_pairs
@@ -135,7 +136,7 @@ class NeuronMasks:
             "fingerprint": dict(self.fingerprint),
         }
 
-    def save(self, directory: str | PathLike[str]) -> None:
+    def save_pretrained(self, directory: str | PathLike[str]) -> None:
         """Write an adapter directory that holds only masks; PEFT loads it like any adapter (`trainable="none"`)."""
         tensors = {mask_key(name): adapter_file.pack_rows(rows) for name, rows in self.rows.items()}
         config: dict[str, Any] = {
@@ -148,7 +149,7 @@ class NeuronMasks:
         }
         for name, rows in self.rows.items():
             adapter_file.check_packed_rows(mask_key(name), tensors[mask_key(name)], *rows.shape)
-        with adapter_file.atomic_directory(directory) as fresh:
+        with atomic_directory(directory) as fresh:
             save_file(tensors, fresh / adapter_file.WEIGHTS_NAME, metadata={"format": "pt"})
             config["weights_digest"] = adapter_file.file_digest(fresh / adapter_file.WEIGHTS_NAME)
             (fresh / adapter_file.CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

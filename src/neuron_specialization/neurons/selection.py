@@ -2,7 +2,7 @@
 
 import warnings
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -10,6 +10,13 @@ from .activations import ActivationCounts
 from .ffn import DECODER, ENCODER, STACKS
 from .language_pairs import Routes, split_pair
 from .masks import NeuronMasks
+
+
+class Selector(Protocol):
+    """Anything that turns counts into masks."""
+
+    def select(self, counts: ActivationCounts) -> NeuronMasks:
+        """Return masks."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +119,7 @@ class LAPE:
         _check_share("activity_quantile", self.activity_quantile)
 
     def select(self, counts: ActivationCounts) -> NeuronMasks:
-        """Return factorised masks: one encoder row per source language, one decoder row per target language."""
+        """Return factorized masks: one encoder row per source language, one decoder row per target language."""
         if counts.source_tag == "target":
             raise ValueError(
                 "LAPE adds up encoder counts by source language, but in this model the source side carries the "

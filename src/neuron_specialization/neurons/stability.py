@@ -1,19 +1,13 @@
 """Is the sample large enough? Overlap of masks from halves and from growing samples with the mask of all of it."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from .activations import ActivationCounts
 from .masks import NeuronMasks, intersection_over_union
+from .selection import Selector
 
 STABLE_IOU = 0.9
-
-
-class Selector(Protocol):
-    """Anything that turns counts into masks."""
-
-    def select(self, counts: ActivationCounts) -> NeuronMasks:
-        """Return masks."""
 
 
 def stability(parts: Sequence[ActivationCounts], selector: Selector) -> dict[str, Any]:

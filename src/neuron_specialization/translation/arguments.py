@@ -17,7 +17,7 @@ from .data import check_parallel, data_check_rows, load_parallel
 class ModelArguments:
     """The model to start from."""
 
-    model: str = field(metadata={"help": "Checkpoint directory or Hub id of a seq2seq model."})
+    model_name_or_path: str = field(metadata={"help": "Checkpoint directory or Hub id of a seq2seq model."})
     adapter: str | None = field(default=None, metadata={"help": "Adapter directory or Hub id."})
 
 
@@ -26,9 +26,9 @@ class DataArguments:
     """Parallel text, and how its languages are named."""
 
     language_pairs: list[str] = field(default_factory=list, metadata={"help": "Directions, such as en-de de-en."})
-    train: str | None = field(default=None, metadata={"help": "Training data: file, or dataset on the Hub."})
-    validation: str | None = field(default=None, metadata={"help": "Validation data."})
-    test: str | None = field(default=None, metadata={"help": "Test data."})
+    train_file: str | None = field(default=None, metadata={"help": "Training data: file, or dataset on the Hub."})
+    validation_file: str | None = field(default=None, metadata={"help": "Validation data."})
+    test_file: str | None = field(default=None, metadata={"help": "Test data."})
     columns: list[str] = field(default_factory=list, metadata={"help": "code=column, where they differ."})
     language_tokens: list[str] = field(default_factory=list, metadata={"help": "code=token, such as de=deu_Latn."})
     source_tag: str = field(default="source", metadata={"help": "What the source side's tag names: source or target."})
@@ -43,10 +43,10 @@ class DataArguments:
         Raises:
             SystemExit: if the command line names no data for that split.
         """
-        path = getattr(self, split)
+        path = getattr(self, f"{split}_file")
         if path is None:
             raise SystemExit(
-                f"Name the {split} data: --{split} FILE (.parquet, .jsonl, .tsv) or a dataset on the Hub."
+                f"Name the {split} data: --{split}_file FILE (.parquet, .jsonl, .tsv) or a dataset on the Hub."
             )
         limit = self.max_sentences if split == "train" else None
         options = {"split": split, "columns": self.column_names, "max_sentences": limit, **changes}
@@ -59,7 +59,7 @@ class DataArguments:
             Training data, validation data, and the rows of the data check's table.
         """
         validation = self.load("validation")
-        held_out = [validation] + ([self.load("test")] if self.test is not None else [])
+        held_out = [validation] + ([self.load("test")] if self.test_file is not None else [])
         train, checks = check_parallel(self.load("train"), held_out, drop=self.drop_faulty)
         return train, validation, data_check_rows(checks)
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
-from ..neurons.ffn import unwrap
+from ..neurons.base_model import unwrap
 
 
 class DirectionBatchSampler(Sampler[list[int]]):

@@ -19,7 +19,7 @@ def load_checkpoint(location: str) -> tuple[Any, Any]:
     directory = Path(location)
     if directory.is_dir() and not (directory / "config.json").is_file():
         hint = (
-            "it is an adapter directory: pass it as --adapter, and its base as --model"
+            "it is an adapter directory: pass it as --adapter, and its base as --model_name_or_path"
             if (directory / "adapter_config.json").is_file()
             else "expected what a transformers save_pretrained writes"
         )

@@ -1,15 +1,12 @@
 """Score a model by generation with beam search, one direction at a time."""
 
-import importlib.metadata
-import importlib.util
-import sys
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from accelerate.utils import gather_object
 from datasets import Dataset
+from evaluate import load as load_metric
 from tqdm.auto import tqdm
 
 from ..neurons.language_pairs import split_pair
@@ -32,22 +29,9 @@ def bleu_tokenizer(language: str) -> str:
     return _BLEU_TOKENIZERS.get(language.split("_")[0].lower(), "13a")
 
 
-def _evaluate_library() -> ModuleType:
-    """Import Hugging Face's `evaluate`, for which Python would take recipes/evaluate.py when a recipe runs."""
-    loaded = sys.modules.get("evaluate")
-    if loaded is None or not hasattr(loaded, "load"):
-        path = importlib.metadata.distribution("evaluate").locate_file("evaluate/__init__.py")
-        spec = importlib.util.spec_from_file_location("evaluate", str(path))
-        assert spec is not None and spec.loader is not None
-        loaded = importlib.util.module_from_spec(spec)
-        sys.modules["evaluate"] = loaded
-        spec.loader.exec_module(loaded)
-    return loaded
-
-
 def score(predictions: list[str], references: list[str], target_language: str) -> dict[str, Any]:
     """Return BLEU, chrF++ and their signatures for one direction."""
-    metric = _evaluate_library().load(str(_METRIC))
+    metric = load_metric(str(_METRIC))
     return metric.compute(predictions=predictions, references=references, tokenize=bleu_tokenizer(target_language))
 
 

@@ -14,7 +14,13 @@ from .processes import this_process
 from .tokenization import encode, resolve_tokens
 
 
-def record_corpus(
+def record_corpus(model: Any, tokenizer: Any, corpus: Mapping[str, Dataset], **options: Any) -> ActivationCounts:
+    """Count the activations of a corpus; see `record_corpus_parts` for the options."""
+    (counts,) = record_corpus_parts(model, tokenizer, corpus, parts=1, **options)
+    return counts
+
+
+def record_corpus_parts(
     model: Any,
     tokenizer: Any,
     corpus: Mapping[str, Dataset],

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from ..neurons.ffn import unwrap
+from ..neurons.base_model import unwrap
 
 
 def shard(model: Any, plugin: Any) -> None:

@@ -66,7 +66,7 @@ class ToyLanguages:
         return [f"{PIVOT}-{code}" for code in others] + [f"{code}-{PIVOT}" for code in others]
 
     def distance(self, a: str, b: str) -> float:
-        """Return the mean normalised edit distance of two languages' roots: 0 if the same, towards 1 if unrelated."""
+        """Return the mean normalized edit distance of two languages' roots: 0 if the same, towards 1 if unrelated."""
         roots = zip(self._roots(a), self._roots(b), strict=True)
         return float(np.mean([_edit_distance(x, y) / max(len(x), len(y)) for x, y in roots]))
 

@@ -23,15 +23,15 @@ from transformers import (
     TrainingArguments,
 )
 
+from ..adapter.active import active_config
 from ..adapter.routing import is_routed, routing_of
-from ..neurons.adapter_file import replace_directory
-from ..neurons.ffn import unwrap
+from ..neurons.base_model import unwrap
+from ..neurons.files import replace_directory
 from .batching import DirectionBatchSampler, TranslationCollator
 from .data import encode_parallel
 from .processes import this_process
 from .sharding import shard
 from .tokenization import resolve_tokens
-from .translate import adapter_config
 
 COMPLETE_MARKER = "complete.json"
 
@@ -245,7 +245,7 @@ def pair_ids(model: Any, language_pairs: list[str]) -> torch.Tensor | None:
     Raises:
         ValueError: if the adapter has no route for a direction.
     """
-    config = adapter_config(model)
+    config = active_config(model)
     if config is None:
         return None
     tables = routing_of(model).tables

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..adapter.config import NeuronSpecializationConfig
+from ..adapter.active import active_config, known_language_tokens
 from ..adapter.routing import is_routed
-from ..neurons.ffn import unwrap
+from ..neurons.base_model import unwrap
 from ..neurons.language_pairs import split_pair
 from .batching import label_shift
 from .tokenization import encode, resolve_tokens
@@ -83,7 +83,7 @@ def _translate_ids(
         raise ValueError("Expected a list of sentences, got one string; pass [sentence].")
     if not sentences:
         return []
-    config = adapter_config(model)
+    config = active_config(model)
     tokens = pair_tokens(model, tokenizer, pair, language_tokens)
     source_tag = config.source_tag if config is not None else source_tag
     encoded = encode(tokenizer, pair, sentences, None, tokens, source_tag)["input_ids"]
@@ -108,45 +108,6 @@ def _translate_ids(
     return translations
 
 
-def translate_ctranslate2(
-    translator: Any,
-    tokenizer: Any,
-    sentences: Sequence[str],
-    pair: str,
-    tokens: Mapping[str, str],
-    *,
-    source_tag: str = "source",
-    num_beams: int = 5,
-    max_length: int = 256,
-    batch_size: int = 32,
-) -> list[list[str]]:
-    """Translate with a CTranslate2 translator, tagging sentences as `translate` does; return tokens like
-    `translate_tokens`.
-
-    Args:
-        translator: a `ctranslate2.Translator` of a directory that `save_ctranslate2` wrote.
-        tokenizer: the model's tokenizer.
-        sentences: source sentences.
-        pair: direction, such as "en-de".
-        tokens: language code → language token.
-        source_tag: what the tag on the source side names; "source" puts the target's on the decoder.
-        num_beams: beams.
-        max_length: longest translation in tokens; within the model's positions.
-        batch_size: sentences per batch.
-    """
-    encoded = encode(tokenizer, pair, sentences, None, tokens, source_tag)["input_ids"]
-    prefix = [tokens[split_pair(pair)[1]]] if source_tag == "source" else []
-    results = translator.translate_batch(
-        [tokenizer.convert_ids_to_tokens(row) for row in encoded],
-        target_prefix=[prefix] * len(encoded),
-        beam_size=num_beams,
-        max_decoding_length=max_length,
-        max_batch_size=batch_size,
-    )
-    special = set(tokenizer.all_special_tokens)
-    return [[token for token in result.hypotheses[0] if token not in special] for result in results]
-
-
 def _target_tag(base: Any, tokenizer: Any, pair: str, tokens: Mapping[str, str]) -> dict[str, int]:
     """Return how `generate` is told the target language: as the first token of the decoder's input where training puts
     the tag there (mBART), else as the first token generated (NLLB, M2M100, mBART-50)."""
@@ -154,15 +115,6 @@ def _target_tag(base: Any, tokenizer: Any, pair: str, tokens: Mapping[str, str])
     labels = torch.tensor(encode(tokenizer, pair, [""], [""], tokens)["labels"])
     opens = label_shift(base)(labels)[0, 0].item() == tag
     return {"decoder_start_token_id" if opens else "forced_bos_token_id": tag}
-
-
-def adapter_config(model: Any) -> Any:
-    """Return the config of the model's active adapter of this method, or None."""
-    if not is_routed(model):
-        return None
-    active = model.active_adapters
-    configs = [model.peft_config[name] for name in (active() if callable(active) else active)]
-    return next((config for config in configs if isinstance(config, NeuronSpecializationConfig)), None)
 
 
 def pair_tokens(
@@ -173,11 +125,7 @@ def pair_tokens(
     Raises:
         ValueError: if a token is not in the tokenizer.
     """
-    config = adapter_config(model)
-    if config is not None and config.language_tokens:
-        known = {code: tokenizer.convert_ids_to_tokens(int(i)) for code, i in config.language_tokens.items()}
-        return resolve_tokens(tokenizer, [pair], known)
-    return resolve_tokens(tokenizer, [pair], language_tokens)
+    return resolve_tokens(tokenizer, [pair], known_language_tokens(model, tokenizer) or language_tokens)
 
 
 def _generate(model: Any, tokenizer: Any, rows: list[list[int]], kwargs: Mapping[str, Any]) -> list[list[int]]:

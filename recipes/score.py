@@ -1,7 +1,8 @@
 """Score a model on test data: BLEU and chrF++ with signatures, per direction and averaged.
 
-accelerate launch recipes/evaluate.py --config recipes/configs/evaluate/multi30k.yaml --model path/to/checkpoint \
-    --adapter build/specialized/adapter --test data/test.parquet --output_dir build/scores
+accelerate launch recipes/score.py --config recipes/configs/score/multi30k.yaml \
+    --model_name_or_path path/to/checkpoint --adapter build/specialized/adapter \
+    --test_file data/test.parquet --output_dir build/scores
 """
 
 import time
@@ -16,7 +17,7 @@ from neuron_specialization.translation.results import table, write_results
 
 
 @dataclass
-class EvaluateArguments:
+class ScoreArguments:
     """How to translate."""
 
     output_dir: str = field(metadata={"help": "Where results.json and the translations go."})
@@ -25,9 +26,9 @@ class EvaluateArguments:
 
 
 def main() -> None:
-    args, where, data = parse(EvaluateArguments, ModelArguments, DataArguments)
+    args, where, data = parse(ScoreArguments, ModelArguments, DataArguments)
     test = data.load("test", max_sentences=data.max_sentences)
-    model, tokenizer = load_adapted(where.model, where.adapter)
+    model, tokenizer = load_adapted(where.model_name_or_path, where.adapter)
     started = time.perf_counter()
     result = evaluate(
         model.to(this_process().device),

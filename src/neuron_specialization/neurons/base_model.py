@@ -1,0 +1,39 @@
+"""The transformers model inside its wrappers, and what its architecture says of it."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+
+def unwrap(model: nn.Module) -> Any:
+    """Return the transformers model inside compile, data-parallel and PEFT wrappers."""
+    model = getattr(model, "_orig_mod", model)
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        return unwrap(model.module)
+    if not callable(getattr(model, "get_base_model", None)):
+        return model
+    wrapper: Any = model
+    # PEFT asks the active adapter's config, which is gone with the last adapter
+    return wrapper.get_base_model() if wrapper.peft_config else wrapper.base_model.model
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether `model` says it has an encoder and a decoder."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def build_on_meta(model: nn.Module) -> Any:
+    """Return the model that a plain transformers model's config describes, without weights (on the meta device)."""
+    with torch.device("meta"):
+        return type(model)(model.config)
+
+
+def make_trainable(model: Any) -> Any:
+    """Make a model trainable in place, except for what its architecture itself freezes (sinusoidal positions)."""
+    described = build_on_meta(model) if isinstance(model, PreTrainedModel) else nn.Module()
+    frozen = {name for name, parameter in described.named_parameters() if not parameter.requires_grad}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    return model
