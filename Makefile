@@ -15,7 +15,7 @@ demo: .venv
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --cpu recipes/demo.py --config recipes/configs/demo.yaml
 
 test: .venv
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 quality: .venv
 	$(BIN)/ruff check src recipes tests

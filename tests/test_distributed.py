@@ -15,10 +15,10 @@ import neuron_specialization as ns
 from neuron_specialization.translation.checkpoints import load_checkpoint
 from neuron_specialization.translation.identification import record_corpus
 
-from .test_recipes import ACCELERATE, CPU, ROOT, launch_options
+from .test_recipes import ACCELERATE, CPU, PORT, ROOT, launch_options
 
 SCRIPT = str(Path(__file__).parent / "distributed" / "train.py")
-FSDP2 = ["--config_file", str(ROOT / "recipes" / "accelerate" / "fsdp2.yaml"), "--num_processes", "2"]
+FSDP2 = ["--config_file", str(ROOT / "recipes" / "accelerate" / "fsdp2.yaml"), "--num_processes", "2", *PORT]
 DDP, ONE = launch_options(2), launch_options(1)
 
 
@@ -48,9 +48,8 @@ def train(launch, toy_checkpoint, toy_files, masks, mode, output, accumulation) 
 def masks(toy_checkpoint, toy_files, toy_data, tmp_path_factory):
     model, tokenizer = load_checkpoint(str(toy_checkpoint))
     directory = tmp_path_factory.mktemp("distributed") / "masks"
-    ns.CumulativeThreshold(0.3).select(record_corpus(model, tokenizer, toy_data["validation"])).save_pretrained(
-        directory
-    )
+    counts = record_corpus(model, tokenizer, toy_data["validation"])
+    ns.CumulativeThreshold(0.3).select(counts).save_pretrained(directory)
     return directory
 
 

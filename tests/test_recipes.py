@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from importlib import metadata
@@ -21,10 +22,20 @@ CPU = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "tru
 CPU["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # where mpirun is
 
 
+def free_port() -> str:
+    """A port that nobody listens on, so that several suites can run on one machine."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
+
+
+PORT = ["--main_process_port", free_port()]
+
+
 def launch_options(processes: int) -> list[str]:
     """Options of accelerate that start so many processes on the CPU, several of them with mpirun."""
     several = ["--mpirun_hostfile", str(ROOT / "tests" / "distributed" / "hosts")] if processes > 1 else []
-    return ["--cpu", *several, "--num_processes", str(processes), "--num_machines", "1", *NO_CONFIG]
+    return ["--cpu", *several, *PORT, "--num_processes", str(processes), "--num_machines", "1", *NO_CONFIG]
 
 
 NO_CONFIG = ["--mixed_precision", "no", "--dynamo_backend", "no"]
