@@ -9,7 +9,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from ..neurons.adapter_file import PEFT_TYPE, PREFIX
 
 
-class NeuronSpecializationPeftType(str, Enum):
+class NeuronSpecializationPeftType(str, Enum):  # noqa: UP042 - as PEFT defines its own
     """The type of this method: PEFT's own enum is closed, and transformers reads `.value`."""
 
     NEURON_SPECIALIZATION = PEFT_TYPE
