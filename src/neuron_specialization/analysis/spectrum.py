@@ -1,0 +1,111 @@
+"""Singular values of a model's weight matrices, comparable across models and norms.
+
+A norm's gain scales the columns of the matrix that reads its output, and training can move size between the two
+without changing what the model computes. Gains are therefore folded into the matrices that read them first.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..neurons.base_model import unwrap
+
+_PROBE = 3  # tokens of the sequence that shows which matrix reads which norm
+
+
+def singular_values(model: nn.Module, fold_norms: bool = True) -> dict[str, torch.Tensor]:
+    """Return the singular values of every linear layer and embedding, largest first.
+
+    Args:
+        model: a seq2seq model; adapters are not looked into, merge or unload them first.
+        fold_norms: multiply the gain of a norm into the matrices that read its output directly.
+
+    Returns:
+        parameter name → float64 [min(rows, columns)]; matrices that share one parameter appear once.
+
+    Raises:
+        ValueError: if the model has no weight matrix.
+    """
+    base = unwrap(model)
+    gains = _gains(base) if fold_norms else {}
+    values: dict[str, torch.Tensor] = {}
+    modules = {f"{name}.weight": module for name, module in base.named_modules()}
+    for name, parameter in base.named_parameters():
+        if isinstance(modules.get(name), nn.Linear | nn.Embedding):
+            weight = parameter.detach().double()
+            gain = gains.get(modules[name])
+            values[name] = torch.linalg.svdvals(weight if gain is None else weight * gain.double())
+    if not values:
+        raise ValueError(f"{type(base).__name__} has no linear layer or embedding to take singular values of.")
+    return values
+
+
+def spectrum_statistics(sigma: torch.Tensor) -> dict[str, float]:
+    """Return what describes a spectrum, given as singular values [r] of a matrix W.
+
+    Returns:
+        "frobenius" ‖W‖_F; "spectral" σ₁; "mean" of σ; "effective_rank", the exponential of the entropy of σ² / Σσ²
+        (Roy & Vetterli, 2007, on energies); "stable_rank" ‖W‖_F² / σ₁².
+
+    Raises:
+        ValueError: if there is no value, one is negative, or all are zero.
+    """
+    sigma = sigma.double()
+    if sigma.ndim != 1 or not len(sigma) or bool((sigma < 0).any()) or not bool((sigma > 0).any()):
+        raise ValueError(f"Expected singular values, at least one above zero and none below, got {sigma}.")
+    energy = sigma.square()
+    shares = energy / energy.sum()
+    return {
+        "frobenius": energy.sum().sqrt().item(),
+        "spectral": sigma.max().item(),
+        "mean": sigma.mean().item(),
+        "effective_rank": torch.special.entr(shares).sum().exp().item(),
+        "stable_rank": (energy.sum() / energy.max()).item(),
+    }
+
+
+def _gains(base: Any) -> dict[nn.Module, torch.Tensor]:
+    """Return linear layer → gain [d] of the norm whose output it reads.
+
+    Found by running a few tokens: a layer reads a norm where its input is the very tensor that the norm returned.
+    """
+    outputs: dict[int, tuple[torch.Tensor, nn.Module]] = {}
+    found: dict[nn.Module, nn.Module] = {}
+
+    def remember(norm: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        outputs[id(output)] = output, norm  # holding the tensor keeps its id from being given to another
+
+    def look_up(linear: nn.Module, args: tuple) -> None:
+        if args and id(args[0]) in outputs:
+            found[linear] = outputs[id(args[0])][1]
+
+    norms = [m for m in base.modules() if "Norm" in type(m).__name__ and getattr(m, "weight", None) is not None]
+    handles = [norm.register_forward_hook(remember) for norm in norms]
+    handles += [m.register_forward_pre_hook(look_up) for m in base.modules() if isinstance(m, nn.Linear)]
+    tokens = torch.full((1, _PROBE), 1, device=next(base.parameters()).device)
+    training = base.training
+    try:
+        with torch.no_grad():
+            base.eval()(input_ids=tokens, attention_mask=torch.ones_like(tokens), decoder_input_ids=tokens)
+    finally:
+        base.train(training)
+        for handle in handles:
+            handle.remove()
+    return {linear: _gain(norm) for linear, norm in found.items()}
+
+
+def _gain(norm: Any) -> torch.Tensor:
+    """Return what a norm multiplies normalized values with: its weight, or 1 + weight as in Gemma.
+
+    The latter kind lets its input through where the weight is zero.
+    """
+    probe = copy.deepcopy(norm)
+    with torch.no_grad():
+        probe.weight.zero_()
+        if getattr(probe, "bias", None) is not None:
+            probe.bias.zero_()
+        values = torch.linspace(-1, 1, norm.weight.shape[0], dtype=norm.weight.dtype, device=norm.weight.device)
+        offset = float(probe(values[None]).abs().max() > 0)
+    return norm.weight.detach() + offset
