@@ -11,9 +11,11 @@ from peft import LoraConfig, get_peft_model
 
 import neuron_specialization as ns
 from neuron_specialization.analysis.memory import measured_memory, training_memory
-from neuron_specialization.analysis.shapes import NLLB_SHAPES, ModelShape, random_batch, random_m2m100, random_masks
+from neuron_specialization.analysis.shapes import NLLB_SHAPES, ModelShape, random_batch, random_masks
 from neuron_specialization.analysis.timing import TrainingStep
+from neuron_specialization.neurons.language_pairs import Routes
 from neuron_specialization.translation.arguments import parse
+from neuron_specialization.translation.checkpoints import new_m2m100
 from neuron_specialization.translation.processes import this_process
 from neuron_specialization.translation.results import table, write_results
 
@@ -34,7 +36,7 @@ class MemoryArguments:
 def main() -> None:
     args, shape = parse(MemoryArguments, ModelShape)
     torch.manual_seed(0)
-    base = random_m2m100(shape).to(this_process().device)
+    base = new_m2m100(**vars(shape)).to(this_process().device)
     batch = random_batch(base, args.batch_size, args.length)
     rows, peaks = [], {}
     for name, model in ways_to_train(base, args):
@@ -46,7 +48,7 @@ def main() -> None:
             rows.append({"model": "here, measured", "trained": name, **measured})
     for name, nllb in NLLB_SHAPES.items():
         with torch.device("meta"):
-            base = random_m2m100(nllb)
+            base = new_m2m100(**vars(nllb))
         rows += [{"model": name, "trained": way, **training_memory(model)} for way, model in ways_to_train(base, args)]
     megabytes = [
         {column: value / 1e6 if isinstance(value, int) else value for column, value in row.items()} for row in rows
@@ -63,7 +65,7 @@ def main() -> None:
 
 def ways_to_train(base, args: MemoryArguments):
     """Yield the name and the model of each way to train copies of the base."""
-    masks = random_masks(base, [f"l{i}-en" for i in range(args.pairs)], args.kept)
+    masks = random_masks(base, Routes.per_pair([f"l{i}-en" for i in range(args.pairs)]), args.kept)
     yield "dense", copy.deepcopy(base)
     lora = LoraConfig(r=16, target_modules=["fc1"], task_type="SEQ_2_SEQ_LM")
     yield "LoRA r=16", get_peft_model(copy.deepcopy(base), lora, low_cpu_mem_usage=base.device.type == "meta")

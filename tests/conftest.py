@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from transformers import M2M100Config, M2M100ForConditionalGeneration, T5Config, T5ForConditionalGeneration
+from transformers import M2M100ForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
 import neuron_specialization as ns
 from neuron_specialization.adapter import compact
-from neuron_specialization.translation.checkpoints import new_model
+from neuron_specialization.translation.checkpoints import new_m2m100, new_model
 from neuron_specialization.translation.data import load_parallel
 from neuron_specialization.translation.tokenization import train_tokenizer
 from neuron_specialization.translation.toy import ToyLanguages
@@ -23,20 +23,9 @@ def small_batches_run_compact_like_large_ones(monkeypatch):
 
 def make_m2m100(**changes) -> M2M100ForConditionalGeneration:
     torch.manual_seed(0)
-    sizes = {"d_model": 16, "encoder_ffn_dim": 20, "decoder_ffn_dim": 28, "encoder_layers": 2, "decoder_layers": 2}
-    config = M2M100Config(
-        vocab_size=60,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        max_position_embeddings=64,
-        dropout=0.0,
-        attention_dropout=0.0,
-        init_std=0.3,
-        encoder_layerdrop=0.0,
-        decoder_layerdrop=0.0,
-        **{**sizes, **changes},
-    )
-    model = M2M100ForConditionalGeneration(config).eval()
+    sizes = {"layers": 2, "d_model": 16, "d_ff": 20, "heads": 2, "vocab_size": 60, "dropout": 0.0}
+    config = {"decoder_ffn_dim": 28, "max_position_embeddings": 64, "init_std": 0.3}
+    model = new_m2m100(**{**sizes, **config, **changes}).eval()
     for block in ns.find_ffn_blocks(model):
         torch.nn.init.normal_(block.up.bias, std=0.3)  # zero at birth, and then masked neurons would emit nothing
     return model

@@ -9,7 +9,9 @@ from peft import get_peft_model
 
 import neuron_specialization as ns
 from neuron_specialization.adapter.routing import is_routed
+from neuron_specialization.analysis.shapes import random_masks
 from neuron_specialization.neurons.base_model import unwrap
+from neuron_specialization.neurons.language_pairs import Routes
 
 from .conftest import PAIRS, make_batch, make_m2m100, make_masks, make_t5, zero_masked_rows
 
@@ -502,11 +504,7 @@ def test_many_directions_in_a_batch_take_no_more_operations_than_a_few():
     codes = [f"l{i}" for i in range(64)]
     pairs = [f"{code}-en" for code in codes]
     model = make_m2m100()
-    draw = torch.Generator().manual_seed(0)
-    rows = {b.name: torch.rand(64, b.d_ff, generator=draw) < 0.7 for b in ns.find_ffn_blocks(model)}
-    like = make_masks(model, ["en-de"])
-    masks = ns.NeuronMasks(rows, like.stacks, type(like.routes).per_pair(pairs), {}, like.fingerprint)
-    adapted = adapt(model, masks, trainable="delta").eval()
+    adapted = adapt(model, random_masks(model, Routes.per_pair(pairs), 0.7), trainable="delta").eval()
     calls = {}
     for directions in (8, 64):
         with torch.no_grad(), Counter() as counter:

@@ -10,22 +10,19 @@ from torch import nn
 
 import neuron_specialization as ns
 from neuron_specialization.analysis.memory import measured_memory, training_memory
-from neuron_specialization.analysis.shapes import (
-    ModelShape,
-    numbered_words,
-    random_batch,
-    random_m2m100,
-    random_masks,
-)
-from neuron_specialization.analysis.timing import TrainingStep, compare, count_on_host, side_by_side, work
+from neuron_specialization.analysis.shapes import ModelShape, numbered_words, random_batch, random_masks
+from neuron_specialization.analysis.timing import TrainingStep, compare, side_by_side, work
+from neuron_specialization.neurons.language_pairs import Routes
+from neuron_specialization.translation.checkpoints import new_m2m100
 
 from .conftest import make_batch, make_m2m100
+from .test_recipes import ROOT
 
 SHAPE = ModelShape(layers=2, d_model=32, d_ff=64, vocab_size=200)
 
 
 def adapted(base, trainable):
-    masks = random_masks(make_shape(), ["a-b", "c-d"], 0.7)
+    masks = random_masks(make_shape(), Routes.per_pair(["a-b", "c-d"]), 0.7)
     model = get_peft_model(base, ns.NeuronSpecializationConfig(masks=masks, trainable=trainable))
     model.set_language_pair("a-b")
     return model
@@ -33,7 +30,7 @@ def adapted(base, trainable):
 
 def make_shape():
     torch.manual_seed(0)
-    return random_m2m100(SHAPE)
+    return new_m2m100(**vars(SHAPE))
 
 
 def test_functions_take_turns():
@@ -65,7 +62,10 @@ def test_work_counts_operations_and_weights_read():
     assert not nn.modules.module._global_forward_pre_hooks
 
 
-def test_counting_on_the_host_gives_the_counts_of_the_recorder():
+def test_counting_on_the_host_gives_the_counts_of_the_recorder(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    from benchmark_cases.identification import count_on_host
+
     model, batch = make_m2m100(), make_batch(batch=2)
     ours = ns.record_activations(model, {"en-de": [batch]}, count_padding=True, progress=False)
     theirs = count_on_host(model, batch)
@@ -77,7 +77,7 @@ def test_counting_on_the_host_gives_the_counts_of_the_recorder():
 def test_computed_memory_is_what_training_holds(trainable):
     """Beside it: AdamW's step counters, 4 bytes per tensor, and the header of the file."""
     with torch.device("meta"):
-        shape = random_m2m100(SHAPE)
+        shape = new_m2m100(**vars(SHAPE))
     base = make_shape()
     computed = training_memory(shape if trainable == "dense" else adapted(shape, trainable))
     model = base if trainable == "dense" else adapted(base, trainable)

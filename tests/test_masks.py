@@ -5,8 +5,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import neuron_specialization as ns
+from neuron_specialization.analysis.shapes import random_masks
 from neuron_specialization.neurons import adapter_file
 from neuron_specialization.neurons.language_pairs import Routes
+
+from .conftest import make_m2m100
 
 BLOCK = "encoder.0"
 
@@ -115,10 +118,8 @@ def test_saved_masks_come_back(four, tmp_path):
 
 def test_the_file_is_hardly_larger_than_its_bits(tmp_path):
     pairs = [f"x{i}-en" for i in range(60)]
-    names = [f"model.{stack}.layers.{i}.fc1" for stack in ("encoder", "decoder") for i in range(12)]
-    draw = torch.Generator().manual_seed(0)
-    rows = {name: torch.rand(60, 4096, generator=draw) < 0.8 for name in names}
-    masks = ns.NeuronMasks(rows, {name: name.split(".")[1] for name in names}, Routes.per_pair(pairs))
+    model = make_m2m100(layers=12, d_model=8, encoder_ffn_dim=4096, decoder_ffn_dim=4096)
+    masks = random_masks(model, Routes.per_pair(pairs), 0.8)
     masks.save_pretrained(tmp_path / "large")
     size = sum(file.stat().st_size for file in (tmp_path / "large").iterdir())
     assert (tmp_path / "large" / "adapter_model.safetensors").stat().st_size <= 1.03 * 24 * 4096 * 60 / 8

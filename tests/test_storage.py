@@ -12,6 +12,7 @@ from transformers import AutoModelForSeq2SeqLM
 import neuron_specialization as ns
 from neuron_specialization.adapter.active import active_config
 from neuron_specialization.adapter.route_table import table_of
+from neuron_specialization.analysis.shapes import random_masks
 from neuron_specialization.neurons import adapter_file
 from neuron_specialization.neurons.language_pairs import Routes
 
@@ -265,18 +266,16 @@ def test_a_resized_vocabulary_travels_with_the_adapter(base_directory, tmp_path)
 def test_all_of_nllbs_directions_fit_into_a_small_file(tmp_path):
     """202 languages, factorized: 40,602 directions of 24 blocks with 4,096 neurons."""
     languages = [f"lang_{i:03d}" for i in range(202)]
-    draw = torch.Generator().manual_seed(0)
-    names = [f"model.{stack}.layers.{i}.fc1" for stack in ("encoder", "decoder") for i in range(12)]
-    rows = {name: torch.rand(202, 4096, generator=draw) < 0.8 for name in names}
-    stacks = {name: name.split(".")[1] for name in names}
-    masks = ns.NeuronMasks(rows, stacks, Routes(languages, languages))
+    model = make_m2m100(layers=12, d_model=8, encoder_ffn_dim=4096, decoder_ffn_dim=4096)
+    masks = random_masks(model, Routes(languages, languages), 0.8)
+    first, *_, last = masks.rows
     assert len(masks.language_pairs) == 202 * 201 == 40602
     masks.save_pretrained(tmp_path / "nllb")
     assert sum(file.stat().st_size for file in (tmp_path / "nllb").iterdir()) <= 2.6e6
     loaded = ns.NeuronMasks.from_pretrained(tmp_path / "nllb")
     assert len(loaded.language_pairs) == 40602
-    assert loaded.row("lang_007-lang_201", names[0]).equal(rows[names[0]][7])
-    assert loaded.row("lang_007-lang_201", names[-1]).equal(rows[names[-1]][201])
+    assert loaded.row("lang_007-lang_201", first).equal(masks.rows[first][7])
+    assert loaded.row("lang_007-lang_201", last).equal(masks.rows[last][201])
     config = ns.NeuronSpecializationConfig.from_pretrained(str(tmp_path / "nllb"))
     table = table_of(config)
     assert table.rows.shape == (40602, 2) and table.route("lang_003-lang_004") == (3, 4)

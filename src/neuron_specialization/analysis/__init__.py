@@ -1,1 +1,1 @@
-"""What people look at: measurements and comparisons."""
+"""Tools for measurements and comparisons."""

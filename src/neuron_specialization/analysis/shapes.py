@@ -1,4 +1,4 @@
-"""Models with random weights, random masks and a tokenizer of numbered words: the shapes that benchmarks run on."""
+"""Model shapes, random masks, random batches and a tokenizer of numbered words, for benchmarks."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,9 +8,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import nn
-from transformers import M2M100Config, M2M100ForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from ..neurons.ffn import find_ffn_blocks
+from ..neurons.ffn import DECODER, ENCODER, find_ffn_blocks
 from ..neurons.language_pairs import Routes
 from ..neurons.masks import NeuronMasks
 
@@ -34,22 +34,18 @@ NLLB_SHAPES = {
 _SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]  # the ids 0 to 3 of M2M100Config
 
 
-def random_m2m100(shape: ModelShape) -> Any:
-    """Return a model of this shape, set up for training without layer drop."""
-    config = M2M100Config(
-        d_model=shape.d_model, vocab_size=shape.vocab_size, dropout=0.1, activation_dropout=0.0,
-        encoder_layers=shape.layers, encoder_ffn_dim=shape.d_ff, encoder_attention_heads=shape.heads,
-        decoder_layers=shape.layers, decoder_ffn_dim=shape.d_ff, decoder_attention_heads=shape.heads,
-        encoder_layerdrop=0.0, decoder_layerdrop=0.0,
-    )  # fmt: skip
-    return M2M100ForConditionalGeneration(config)
+def random_masks(model: nn.Module, routes: Routes, kept: float) -> NeuronMasks:
+    """Return masks that keep a random share of each block's neurons, drawn from torch's generator.
 
-
-def random_masks(model: nn.Module, pairs: list[str], kept: float) -> NeuronMasks:
-    """Return masks that keep a random share of each block's neurons, drawn from torch's generator."""
+    Args:
+        model: an encoder-decoder model, whose weights are not read.
+        routes: the pairs, and which row each uses.
+        kept: expected share of neurons that a row keeps.
+    """
     blocks = find_ffn_blocks(model)
-    rows = {block.name: torch.rand(len(pairs), block.d_ff) < kept for block in blocks}
-    return NeuronMasks(rows, {block.name: block.stack for block in blocks}, Routes.per_pair(pairs))
+    count = {ENCODER: len(routes.encoder_rows), DECODER: len(routes.decoder_rows)}
+    rows = {block.name: torch.rand(count[block.stack], block.d_ff, device="cpu") < kept for block in blocks}
+    return NeuronMasks(rows, {block.name: block.stack for block in blocks}, routes)
 
 
 def random_batch(model: Any, size: int, length: int) -> dict[str, torch.Tensor]:

@@ -43,11 +43,6 @@ class FfnBlock:
     activation: Callable[[torch.Tensor], torch.Tensor]
     d_ff: int
 
-    @property
-    def masked_projection(self) -> nn.Module:
-        """The projection that masks apply to: the gate where there is one, else the up projection."""
-        return self.gate if self.gate is not None else self.up
-
 
 def find_ffn_blocks(model: nn.Module) -> list[FfnBlock]:
     """Return every FFN block of an encoder-decoder model, encoder first, in the order of the layers.

@@ -45,32 +45,67 @@ def load_adapted(location: str, adapter: str | None, is_trainable: bool = False)
     return model, tokenizer
 
 
+def new_m2m100(
+    *, layers: int, d_model: int, d_ff: int, heads: int, vocab_size: int, dropout: float = 0.1, **config: Any
+) -> M2M100ForConditionalGeneration:
+    """Return an untrained model of NLLB's architecture (ReLU, pre-norm, tied embeddings), without layer drop.
+
+    Args:
+        layers: encoder layers, and as many decoder layers.
+        d_model: width.
+        d_ff: neurons per layer.
+        heads: attention heads.
+        vocab_size: entries of the vocabulary.
+        dropout: of attention weights and of each sublayer's output; there is none between the FFN's projections.
+        **config: any other field of `M2M100Config`; overrides what follows from the arguments above.
+    """
+    settings = {
+        "vocab_size": vocab_size,
+        "d_model": d_model,
+        "encoder_layers": layers,
+        "decoder_layers": layers,
+        "encoder_ffn_dim": d_ff,
+        "decoder_ffn_dim": d_ff,
+        "encoder_attention_heads": heads,
+        "decoder_attention_heads": heads,
+        "encoder_layerdrop": 0.0,  # dropped layers are unused parameters, which DistributedDataParallel refuses
+        "decoder_layerdrop": 0.0,
+        "dropout": dropout,
+        "attention_dropout": dropout,
+        "activation_dropout": 0.0,
+        "init_std": d_model
+        ** -0.5,  # as in fairseq; with the library's 0.02 narrow models learn to align words far later
+    }
+    return M2M100ForConditionalGeneration(M2M100Config(**{**settings, **config}))
+
+
 def new_model(
     tokenizer: Any, layers: int, d_model: int, d_ff: int, heads: int, dropout: float, max_length: int
 ) -> M2M100ForConditionalGeneration:
-    """Return an untrained model of NLLB's architecture (ReLU, pre-norm, tied embeddings) for `tokenizer`."""
-    config = M2M100Config(
-        vocab_size=len(tokenizer),
+    """Return an untrained model for `tokenizer` (see `new_m2m100`) that generates with five beams.
+
+    Args:
+        tokenizer: gives the vocabulary and the special tokens.
+        layers: encoder layers, and as many decoder layers.
+        d_model: width.
+        d_ff: neurons per layer.
+        heads: attention heads.
+        dropout: see `new_m2m100`.
+        max_length: positions, and the longest generation, in tokens.
+    """
+    model = new_m2m100(
+        layers=layers,
         d_model=d_model,
-        encoder_layers=layers,
-        decoder_layers=layers,
-        encoder_ffn_dim=d_ff,
-        decoder_ffn_dim=d_ff,
-        encoder_attention_heads=heads,
-        decoder_attention_heads=heads,
-        encoder_layerdrop=0.0,
-        decoder_layerdrop=0.0,
+        d_ff=d_ff,
+        heads=heads,
+        vocab_size=len(tokenizer),
         dropout=dropout,
-        attention_dropout=dropout,
-        activation_dropout=0.0,
         max_position_embeddings=max_length,
-        init_std=d_model**-0.5,  # as in fairseq; the library's 0.02 learns to align words far later in narrow models
         bos_token_id=tokenizer.bos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         decoder_start_token_id=tokenizer.eos_token_id,
     )
-    model = M2M100ForConditionalGeneration(config)
     model.generation_config.max_length = max_length
     model.generation_config.num_beams = 5
     return model
