@@ -11,9 +11,11 @@ from .adapter.routing import language_pair, set_language_pair
 from .adapter.storage import save_adapter
 from .export.compaction import compact
 from .neurons.activations import ActivationCounts, record_activations
+from .neurons.controls import Pooled, RandomOverlap, WrongPair
 from .neurons.ffn import FfnBlock, find_ffn_blocks
 from .neurons.masks import NeuronMasks
 from .neurons.selection import LAPE, CumulativeThreshold, RandomMatched, TopShare
+from .neurons.specificity import GeneralSpecific, Specificity
 from .translation.data import load_parallel
 from .translation.identification import record_corpus
 from .translation.translate import translate
@@ -25,12 +27,17 @@ __all__ = [
     "ActivationCounts",
     "CumulativeThreshold",
     "FfnBlock",
+    "GeneralSpecific",
     "LAPE",
     "NeuronMasks",
     "NeuronSpecializationConfig",
     "NeuronSpecializationModel",
+    "Pooled",
     "RandomMatched",
+    "RandomOverlap",
+    "Specificity",
     "TopShare",
+    "WrongPair",
     "compact",
     "find_ffn_blocks",
     "language_pair",

@@ -40,7 +40,7 @@ class CumulativeThreshold:
     def __post_init__(self) -> None:
         for name, share in asdict(self).items():
             if share is not None or name == "k":
-                _check_share(name, share)
+                check_share(name, share)
 
     def select(self, counts: ActivationCounts) -> NeuronMasks:
         """Return one row per pair and stack."""
@@ -48,8 +48,8 @@ class CumulativeThreshold:
             ENCODER: self.k if self.encoder_k is None else self.encoder_k,
             DECODER: self.k if self.decoder_k is None else self.decoder_k,
         }
-        rows = {name: _smallest_prefix(c, share[counts.stacks[name]]) for name, c in counts.counts.items()}
-        return _per_pair_masks(rows, counts, self)
+        rows = {name: smallest_prefix(c, share[counts.stacks[name]]) for name, c in counts.counts.items()}
+        return per_pair_masks(rows, counts, self)
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class TopShare:
     share: float
 
     def __post_init__(self) -> None:
-        _check_share("share", self.share)
+        check_share("share", self.share)
 
     def select(self, counts: ActivationCounts) -> NeuronMasks:
         """Return one row per pair and stack."""
@@ -71,7 +71,7 @@ class TopShare:
             order = count.argsort(dim=1, descending=True, stable=True)
             kept = order[:, : -int(-self.share * count.shape[1] // 1)]
             rows[name] = torch.zeros_like(count, dtype=torch.bool).scatter_(1, kept, True)
-        return _per_pair_masks(rows, counts, self)
+        return per_pair_masks(rows, counts, self)
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,8 @@ class LAPE:
     activity_quantile: float = 0.95
 
     def __post_init__(self) -> None:
-        _check_share("entropy_share", self.entropy_share)
-        _check_share("activity_quantile", self.activity_quantile)
+        check_share("entropy_share", self.entropy_share)
+        check_share("activity_quantile", self.activity_quantile)
 
     def select(self, counts: ActivationCounts) -> NeuronMasks:
         """Return factorized masks: one encoder row per source language, one decoder row per target language."""
@@ -163,16 +163,15 @@ def _language_probabilities(counts: ActivationCounts, stack: str, names: list[st
     return languages, totals.double() / tokens.clamp_min(1).unsqueeze(1)
 
 
-def _smallest_prefix(counts: torch.Tensor, k: float) -> torch.Tensor:
-    """Return bool [pairs, d_ff] from int64 counts of that shape; see CumulativeThreshold."""
+def smallest_prefix(counts: torch.Tensor, k: float) -> torch.Tensor:
+    """Return bool [pairs, d_ff] from int64 or float64 counts of that shape; see CumulativeThreshold."""
     ordered, order = counts.sort(dim=1, descending=True, stable=True)
-    total = counts.sum(1, keepdim=True)
-    before = ordered.cumsum(1) - ordered
-    kept = before.double() < k * total.double()
+    running = ordered.cumsum(1)
+    kept = (running - ordered).double() < k * running[:, -1:].double()
     return torch.zeros_like(kept).scatter_(1, order, kept)
 
 
-def _per_pair_masks(rows: dict[str, torch.Tensor], counts: ActivationCounts, selector: Any) -> NeuronMasks:
+def per_pair_masks(rows: dict[str, torch.Tensor], counts: ActivationCounts, selector: Any) -> NeuronMasks:
     """Return masks of these rows, but dense where a pair has no activation to choose by."""
     silent = {name: count.sum(1, keepdim=True) == 0 for name, count in counts.counts.items()}
     if any(bool(pairs.any()) for pairs in silent.values()):
@@ -189,6 +188,6 @@ def _describe(selector: Any) -> dict[str, Any]:
     return {"name": type(selector).__name__, **asdict(selector)}
 
 
-def _check_share(name: str, share: Any) -> None:
+def check_share(name: str, share: Any) -> None:
     if not isinstance(share, int | float) or not 0 < share <= 1:
         raise ValueError(f"{name} is a share in (0, 1], got {share!r}.")

@@ -1,0 +1,131 @@
+"""Controls: masks that share everything with those of a method but one thing, so that its effect can be told apart.
+
+What is left out: the identity of the neurons (RandomOverlap), that a pair gets its own masks (WrongPair), that pairs
+differ at all (Pooled), or that they differ beyond the direction (Pooled with a pivot). `RandomMatched` in `selection`
+leaves out the overlap between pairs as well as the identity.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from .activations import ActivationCounts
+from .language_pairs import Routes, split_pair
+from .masks import NeuronMasks
+
+
+@dataclass(frozen=True)
+class RandomOverlap:
+    """`like` with the neurons of each block renumbered at random, all pairs alike.
+
+    Every row keeps its size and every two rows their intersection; only which neurons they are changes.
+
+    Attributes:
+        like: the masks to match.
+        seed: the permutations depend on it and on nothing else.
+    """
+
+    like: NeuronMasks
+    seed: int = 0
+
+    def select(self, counts: ActivationCounts | None = None) -> NeuronMasks:
+        """Return the permuted masks; `counts` is not used, and accepted so that all selectors are called alike."""
+        generator = torch.Generator().manual_seed(self.seed)
+        rows = {
+            name: rows[:, torch.randperm(rows.shape[1], generator=generator)] for name, rows in self.like.rows.items()
+        }
+        return replace(self.like, rows=rows, selector=_describe(self, seed=self.seed))
+
+
+@dataclass(frozen=True)
+class WrongPair:
+    """`like` with the masks of languages exchanged: under {"de": "zh", "zh": "de"}, "en-de" gets those of "en-zh".
+
+    Attributes:
+        like: the masks whose rows are exchanged.
+        exchange: language → the language whose masks it gets; a permutation of its keys. Others keep their own.
+    """
+
+    like: NeuronMasks
+    exchange: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        if set(self.exchange) != set(self.exchange.values()):
+            raise ValueError(
+                f"exchange must be a permutation of languages, such as {{'de': 'zh', 'zh': 'de'}}, so that all masks "
+                f"stay in use; got {dict(self.exchange)}."
+            )
+
+    def select(self, counts: ActivationCounts | None = None) -> NeuronMasks:
+        """Return masks with the same rows and exchanged routes; `counts` is not used.
+
+        Raises:
+            ValueError: if the masks have no route for a pair to exchange with.
+        """
+        old = self.like.routes
+        listed = {}
+        for pair in self.like.language_pairs:
+            other = "-".join(self.exchange.get(code, code) for code in split_pair(pair))
+            if other not in self.like.language_pairs:
+                raise ValueError(f"{pair} would get the masks of {other}, which is not among the pairs. {old.known()}")
+            listed[pair] = old.route(other)
+        routes = Routes(old.encoder_rows, old.decoder_rows, listed, old.source_tag)
+        return replace(self.like, routes=routes, selector=_describe(self, exchange=dict(self.exchange)))
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """One mask for all pairs, or one for those out of a pivot and one for those into it, as large as those of `like`.
+
+    A block keeps the neurons with the highest activation rate (share of positions), averaged over the group's pairs:
+    as many as `like` keeps there on average, rounded. Ties go to the neuron with the lower index.
+
+    Attributes:
+        like: the masks whose size is matched.
+        pivot: a language; None pools all pairs.
+    """
+
+    like: NeuronMasks
+    pivot: str | None = None
+
+    def select(self, counts: ActivationCounts) -> NeuronMasks:
+        """Return one row per pair and stack, the same for all pairs of a group.
+
+        Raises:
+            ValueError: if the counts have a pair that `like` has not, or that neither leaves nor enters the pivot.
+        """
+        pairs = counts.language_pairs
+        groups = [self._group(pair) for pair in pairs]
+        rows = {}
+        for name, count in counts.counts.items():
+            rates = activation_rates(counts, name)
+            rows[name] = torch.zeros_like(count, dtype=torch.bool)
+            for group in set(groups):
+                members = [i for i, other in enumerate(groups) if other == group]
+                sizes = [int(self.like.row(pairs[i], name).sum()) for i in members]
+                order = rates[members].sum(0).argsort(descending=True, stable=True)
+                kept = order[: round(sum(sizes) / len(sizes))]
+                rows[name][torch.tensor(members).unsqueeze(1), kept] = True
+        routes = Routes.per_pair(pairs, counts.source_tag)
+        selector = _describe(self, pivot=self.pivot)
+        return NeuronMasks(rows, dict(counts.stacks), routes, selector, dict(counts.fingerprint))
+
+    def _group(self, pair: str) -> str:
+        if self.pivot is None:
+            return "all"
+        source, target = split_pair(pair)
+        if self.pivot not in (source, target):
+            raise ValueError(f"{pair} neither leaves nor enters the pivot {self.pivot!r}, so it is in no group.")
+        return "out" if source == self.pivot else "into"
+
+
+def activation_rates(counts: ActivationCounts, block: str) -> torch.Tensor:
+    """Return the share of positions at which each neuron of a block was active: float64 [pairs, d_ff]."""
+    tokens = counts.tokens[counts.stacks[block]].clamp_min(1)
+    return counts.counts[block].double() / tokens.unsqueeze(1)
+
+
+def _describe(selector: Any, **settings: Any) -> dict[str, Any]:
+    return {"name": type(selector).__name__, **settings, "like": selector.like.selector}
