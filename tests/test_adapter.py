@@ -110,7 +110,7 @@ def test_a_mixed_batch_equals_runs_of_one_pair(mode, make):
 
 
 def adapted_pairs(adapted) -> list[str]:
-    return [pair for pair, _, _ in adapted.peft_config["default"].language_pairs]
+    return adapted.peft_config["default"].language_pairs
 
 
 @pytest.mark.parametrize(

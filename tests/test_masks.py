@@ -112,7 +112,7 @@ def test_saved_masks_come_back(four, tmp_path):
     loaded = ns.NeuronMasks.from_pretrained(tmp_path / "masks")
     assert loaded.language_pairs == factorized.language_pairs
     config = json.loads((tmp_path / "masks" / "adapter_config.json").read_text())
-    assert config["language_pairs"] == [], "pairs that rows imply are not listed"
+    assert config["language_pairs"] == config["routes"] == [], "pairs that rows imply are not listed"
     assert [p.name for p in tmp_path.iterdir()] == ["masks"], "nothing half-written stays behind"
 
 
@@ -174,3 +174,20 @@ def test_saving_empty_rows_is_refused_and_leaves_no_trace(four, tmp_path):
     with pytest.raises(ValueError, match="keep no neuron"):
         four.save_pretrained(tmp_path / "masks")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"routes": [[0, 0]]}, "one .encoder row, decoder row. for each of the 4 language_pairs"),
+        ({"routes": [[0, 0], [1, 1], [2, 2], [3, "3"]]}, "one .encoder row, decoder row. for each"),
+        ({"routes": [[0, 0], [1, 1], [2, 2], [4, 3]]}, "routed to encoder row 4"),
+        ({"language_pairs": ["en-de", "en-fr", "de-en", "en-de"]}, "repeated: en-de"),
+        ({"language_pairs": None}, "language_pairs as a list of names, got None"),
+        ({"encoder_rows": "en"}, "encoder_rows as a list of names"),
+        ({"decoder_rows": ["a", "b", "c", "a"]}, "decoder row needs a name of its own"),
+    ],
+)
+def test_routes_are_read_strictly(four, change, message):
+    with pytest.raises(ValueError, match=message):
+        Routes.from_metadata({**four.routes.metadata(), **change})

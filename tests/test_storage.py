@@ -112,7 +112,7 @@ def test_the_config_holds_no_masks_and_survives(base_directory, tmp_path):
     adapted.save_pretrained(str(tmp_path / "adapter"))
     stored = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert "masks" not in stored
-    assert stored["language_pairs"] == [[pair, i, i] for i, pair in enumerate(PAIRS)]
+    assert stored["language_pairs"] == PAIRS and stored["routes"] == [[i, i] for i in range(len(PAIRS))]
     config = ns.NeuronSpecializationConfig.from_pretrained(str(tmp_path / "adapter"))
     assert config.default_pair == "base" and config.language_token_ids == {"en": 4, "de": 5}
 
@@ -280,3 +280,30 @@ def test_all_of_nllbs_directions_fit_into_a_small_file(tmp_path):
     table = table_of(config)
     assert table.rows.shape == (40602, 2) and table.route("lang_003-lang_004") == (3, 4)
     assert table.rows[table.pair_id("lang_003-lang_004")].tolist() == [3, 4]
+
+
+def test_masks_bring_their_language_tokens_base_and_pairs_into_the_config(base_directory, tmp_path):
+    base = AutoModelForSeq2SeqLM.from_pretrained(base_directory)
+    ids = {"en": 4, "de": 5, "fr": 6}
+    batches = {pair: [make_batch(seed=i)] for i, pair in enumerate(PAIRS)}
+    counts = ns.record_activations(base, batches, progress=False, language_token_ids=ids)
+    counts.save(tmp_path / "counts")
+    counts = ns.ActivationCounts.load(tmp_path / "counts") + counts.load(tmp_path / "counts")
+    ns.CumulativeThreshold(0.6).select(counts).save_pretrained(tmp_path / "masks")
+    config = ns.NeuronSpecializationConfig(masks=tmp_path / "masks")
+    assert config.language_token_ids == ids and config.base_model_name_or_path == base_directory
+    assert config.language_pairs == PAIRS
+    own = ns.NeuronSpecializationConfig(masks=tmp_path / "masks", language_token_ids={"en": 7, "de": 8})
+    assert own.language_token_ids == {"en": 7, "de": 8}
+    with pytest.raises(ValueError, match="masks list the language pairs.*language_pairs says"):
+        ns.NeuronSpecializationConfig(masks=tmp_path / "masks", language_pairs=["en-de"])
+    adapted = AutoPeftModelForSeq2SeqLM.from_pretrained(str(tmp_path / "masks"))  # finds its base
+    batch = make_batch()
+    batch["input_ids"][:, 0] = torch.tensor([4, 5, 4, 6])
+    decoder = torch.tensor([[2, 5], [2, 4], [2, 6], [2, 4]])
+    inputs = {"input_ids": batch["input_ids"].clamp(max=59), "decoder_input_ids": decoder}
+    inputs["input_ids"][:, 1:] = 20
+    assert adapted(**inputs).logits.equal(adapted(**inputs, language_pairs=PAIRS).logits), "read from the tokens"
+    other = ns.record_activations(base, batches, progress=False, language_token_ids={"en": 5})
+    with pytest.raises(ValueError, match="know languages by different tokens"):
+        counts + other

@@ -8,7 +8,7 @@ from peft import PeftConfig
 
 from ..neurons import adapter_file
 from ..neurons.language_pairs import DEFAULT_PAIR, Routes, check_source_tag
-from ..neurons.masks import NeuronMasks, check_format_version, routes_from_config
+from ..neurons.masks import NeuronMasks, check_format_version
 from .registration import NATIVE_OR_OWN
 
 TRAINABLE = ("none", "delta", "low_rank", "full")
@@ -25,8 +25,8 @@ class NeuronSpecializationConfig(PeftConfig):
     Args:
         masks: the neurons of each pair: `NeuronMasks`, or the directory or Hub id of an adapter that holds them. Never
             written to JSON.
-        language_pairs: without masks, names of pairs that keep every neuron. In a file, a list of
-            `[pair, encoder row, decoder row]`.
+        language_pairs: names of the pairs; a pair's id is its position. Masks bring their own. Without masks, these
+            pairs keep every neuron. Pairs that factorized masks imply are not listed.
         trainable: what trains under the masks. "none": nothing. "delta": one ΔW1 per FFN block, shared by all pairs
             and masked per pair; the base stays intact. "low_rank": ΔW1 = B·A. "full": every base parameter (the
             paper's continued training); the adapter directory then holds them all.
@@ -46,12 +46,13 @@ class NeuronSpecializationConfig(PeftConfig):
         trainable_token_indices: embedding rows to train and to save.
         init_weights: False fills masks and deltas at random, to make their effect visible in tests.
 
-    The remaining fields describe the stored masks and are filled in by the package: `format_version`, `encoder_rows`,
-    `decoder_rows`, `d_ff` and `stacks` per block, `selector`, `fingerprint` of the base, `weights_digest`.
+    The remaining fields describe the stored masks and are filled in by the package: `format_version`, `encoder_rows`
+    and `decoder_rows` (names), `routes` (`[encoder row, decoder row]` of each pair), `d_ff` and `stacks` per block,
+    `selector`, `fingerprint` of the base, `weights_digest`.
     """
 
     masks: NeuronMasks | str | PathLike[str] | None = field(default=None, repr=False)
-    language_pairs: list | None = None
+    language_pairs: list[str] | None = None
     trainable: str = "delta"
     r: int = 8
     mask_bias: bool = False
@@ -67,6 +68,7 @@ class NeuronSpecializationConfig(PeftConfig):
     format_version: int = adapter_file.FORMAT_VERSION
     encoder_rows: list[str] | None = None
     decoder_rows: list[str] | None = None
+    routes: list[list[int]] | None = None
     d_ff: dict[str, int] | None = None
     stacks: dict[str, str] | None = None
     selector: dict[str, Any] | None = None
@@ -85,12 +87,19 @@ class NeuronSpecializationConfig(PeftConfig):
         if self.masks is not None:
             self._take_masks(self.masks)
         elif self.encoder_rows is None:
-            self._take_routes(Routes.per_pair(self.language_pairs or [DEFAULT_PAIR], self.source_tag))
-        self._check_default_pair()
+            routes = Routes.per_pair(self.language_pairs or [DEFAULT_PAIR], self.source_tag)
+            vars(self).update(routes.metadata())
+        routes = self.build_routes()
+        if self.default_pair not in (None, BASE_PAIR):
+            routes.route(self.default_pair)
 
-    def routes(self) -> Routes:
-        """Return which rows each pair uses."""
-        return routes_from_config(vars(self))
+    def build_routes(self) -> Routes:
+        """Return which rows each pair uses.
+
+        Raises:
+            ValueError: if the stored rows, pairs and routes do not fit each other.
+        """
+        return Routes.from_metadata(vars(self))
 
     def to_dict(self) -> dict[str, Any]:
         """Return every field but `masks`, whose place is the weights file."""
@@ -147,19 +156,18 @@ class NeuronSpecializationConfig(PeftConfig):
         if self.trainable == "full" and self.default_pair == BASE_PAIR:
             raise ValueError("default_pair='base' needs an untouched base, which trainable='full' does not keep.")
 
-    def _check_default_pair(self) -> None:
-        if self.default_pair not in (None, BASE_PAIR):
-            self.routes().route(self.default_pair)
-
     def _take_masks(self, masks: NeuronMasks) -> None:
         if masks.routes.source_tag != self.source_tag:
             raise ValueError(
                 f"These masks were identified with source_tag={masks.routes.source_tag!r}, but the config says "
                 f"{self.source_tag!r}. Pass the one that the tokenizer follows to both."
             )
-        for name, value in masks.metadata().items():
-            setattr(self, name, value)
-
-    def _take_routes(self, routes: Routes) -> None:
-        self.encoder_rows, self.decoder_rows = routes.encoder_rows, routes.decoder_rows
-        self.language_pairs = [[pair, *rows] for pair, rows in routes.listed.items()]
+        listed = list(masks.routes.listed)
+        if self.language_pairs is not None and self.language_pairs != listed:
+            raise ValueError(
+                f"The masks list the language pairs {listed}, but language_pairs says {self.language_pairs}. Leave "
+                "language_pairs out: masks bring their own."
+            )
+        given = {name: getattr(self, name) for name in ("language_token_ids", "base_model_name_or_path")}
+        vars(self).update(masks.metadata())
+        vars(self).update({name: value for name, value in given.items() if value is not None})

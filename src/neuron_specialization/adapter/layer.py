@@ -18,6 +18,7 @@ from ..neurons.adapter_file import DELTA, DELTA_A, DELTA_B, MASK, unpack_rows
 from ..neurons.ffn import STACKS
 from . import frozen_rows
 from .compact import RECORDING, CompactBlock
+from .config import NeuronSpecializationConfig
 from .route_table import BASE_ROW
 from .routing import Routing
 
@@ -52,38 +53,27 @@ class NeuronSpecializationLayer(BaseTunerLayer):
         self.in_features: int = linear.in_features
         self.out_features: int = linear.out_features
 
-    def update_layer(
-        self,
-        adapter_name: str,
-        mask: torch.Tensor,
-        *,
-        trainable: str,
-        r: int,
-        mask_bias: bool,
-        execution: str,
-        init_weights: bool,
-        inference_mode: bool,
-    ) -> None:
+    def update_layer(self, adapter_name: str, mask: torch.Tensor, config: NeuronSpecializationConfig) -> None:
         """Add an adapter. `mask` is bit-packed: uint8 [rows, ceil(d_ff / 8)]."""
         self.neuron_specialization_mask[adapter_name] = mask
-        self.mask_bias[adapter_name] = mask_bias
-        if trainable == "full":
+        self.mask_bias[adapter_name] = config.mask_bias
+        self.execution[adapter_name] = config.execution
+        if config.trainable == "full":
             self.trains_base = True
             frozen_rows.protect(self)
-        self.execution[adapter_name] = execution
         shape = (self.out_features, self.in_features)
-        if trainable == "delta":
-            delta = torch.zeros(shape) if init_weights else torch.randn(shape) * RANDOM_INIT_STD
+        if config.trainable == "delta":
+            delta = torch.zeros(shape) if config.init_weights else torch.randn(shape) * RANDOM_INIT_STD
             self.neuron_specialization_delta[adapter_name] = nn.Parameter(delta)
-        elif trainable == "low_rank":
-            a, b = torch.empty(r, shape[1]), torch.zeros(shape[0], r)
+        elif config.trainable == "low_rank":
+            a, b = torch.empty(config.r, shape[1]), torch.zeros(shape[0], config.r)
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-            if not init_weights:
+            if not config.init_weights:
                 nn.init.normal_(b, std=RANDOM_INIT_STD)
             self.neuron_specialization_delta_a[adapter_name] = nn.Parameter(a)
             self.neuron_specialization_delta_b[adapter_name] = nn.Parameter(b)
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter, and its routes with the first of its layers."""

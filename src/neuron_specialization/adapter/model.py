@@ -102,12 +102,7 @@ class NeuronSpecializationModel(BaseTuner):
         layer.update_layer(
             adapter_name,
             _initial_mask(peft_config, current_key, stack, linear.out_features),
-            trainable=peft_config.trainable,
-            r=peft_config.r,
-            mask_bias=peft_config.mask_bias,
-            execution=peft_config.execution,
-            init_weights=peft_config.init_weights,
-            inference_mode=peft_config.inference_mode,
+            peft_config,
         )
         if fresh:
             if adapter_name not in self.active_adapters:

@@ -135,4 +135,4 @@ class RouteTable:
 def table_of(config: NeuronSpecializationConfig) -> RouteTable:
     """Return the route table of an adapter's config."""
     reader = TagReader(config.language_token_ids, config.source_tag) if config.language_token_ids else None
-    return RouteTable(config.routes(), config.default_pair, reader)
+    return RouteTable(config.build_routes(), config.default_pair, reader)

@@ -7,7 +7,7 @@ sign of the activated gate is counted, since the product with the other branch i
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any
 
@@ -34,6 +34,8 @@ class ActivationCounts:
         stacks: block name → "encoder" or "decoder".
         fingerprint: what identifies the base model (see `neurons.ffn.fingerprint`).
         source_tag: what the tag on the source side names, "source" or "target".
+        language_token_ids: language code → id of its token, where the recording knew them.
+        base_model_name_or_path: where the model was loaded from, where it was.
     """
 
     language_pairs: list[str]
@@ -42,6 +44,19 @@ class ActivationCounts:
     stacks: dict[str, str]
     fingerprint: dict[str, str | int] = field(default_factory=dict)
     source_tag: str = "source"
+    language_token_ids: dict[str, int] | None = None
+    base_model_name_or_path: str | None = None
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What `NeuronMasks` selected from these counts keep of where they come from, as its keyword arguments."""
+        ids = self.language_token_ids
+        return {
+            "stacks": dict(self.stacks),
+            "fingerprint": dict(self.fingerprint),
+            "language_token_ids": None if ids is None else dict(ids),
+            "base_model_name_or_path": self.base_model_name_or_path,
+        }
 
     def __add__(self, other: "ActivationCounts") -> "ActivationCounts":
         """Add the counts of pairs that both hold, and append the pairs that only `other` holds.
@@ -57,13 +72,13 @@ class ActivationCounts:
             out[: len(mine)] = mine
             return out.index_add_(0, torch.tensor([pairs.index(p) for p in other.language_pairs]), theirs)
 
-        return ActivationCounts(
-            pairs,
-            {name: total(self.counts[name], other.counts[name]) for name in self.counts},
-            {stack: total(self.tokens[stack], other.tokens[stack]) for stack in self.tokens},
-            dict(self.stacks),
-            dict(self.fingerprint),
-            self.source_tag,
+        ids = {**(self.language_token_ids or {}), **(other.language_token_ids or {})}
+        return replace(
+            self,
+            language_pairs=pairs,
+            counts={name: total(self.counts[name], other.counts[name]) for name in self.counts},
+            tokens={stack: total(self.tokens[stack], other.tokens[stack]) for stack in self.tokens},
+            language_token_ids=ids or None,
         )
 
     def merge(self, *others: "ActivationCounts") -> "ActivationCounts":
@@ -83,9 +98,7 @@ class ActivationCounts:
 
         counts = {name: reduce(tensor) for name, tensor in self.counts.items()}
         tokens = {stack: reduce(tensor) for stack, tensor in self.tokens.items()}
-        return ActivationCounts(
-            self.language_pairs, counts, tokens, self.stacks, self.fingerprint, source_tag=self.source_tag
-        )
+        return replace(self, counts=counts, tokens=tokens)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the counts to one safetensors file."""
@@ -96,6 +109,8 @@ class ActivationCounts:
             "stacks": self.stacks,
             "fingerprint": self.fingerprint,
             "source_tag": self.source_tag,
+            "language_token_ids": self.language_token_ids,
+            "base_model_name_or_path": self.base_model_name_or_path,
         }
         save_file(tensors, path, metadata={"activation_counts": json.dumps(about)})
 
@@ -125,6 +140,9 @@ class ActivationCounts:
                 f"These counts come from different models: {self.fingerprint} with {len(mine)} blocks and "
                 f"{other.fingerprint} with {len(theirs)} blocks. Record them on the same checkpoint."
             )
+        ids, others = self.language_token_ids or {}, other.language_token_ids or {}
+        if any(ids.get(code, token) != token for code, token in others.items()):
+            raise ValueError(f"These counts know languages by different tokens: {ids} and {others}.")
 
 
 def record_activations(
@@ -133,6 +151,7 @@ def record_activations(
     count_padding: bool = False,
     source_tag: str = "source",
     progress: bool = True,
+    language_token_ids: Mapping[str, int] | None = None,
 ) -> ActivationCounts:
     """Run `model` over each pair's batches with teacher forcing and count active neurons.
 
@@ -145,6 +164,8 @@ def record_activations(
         count_padding: also count padding positions, as the code released with the paper does.
         source_tag: what the tag on the source side names, "source" or "target"; kept with the counts.
         progress: show a progress bar.
+        language_token_ids: language code → id of its token; kept with the counts, so that adapters made from them can
+            tell a sample's pair by its tokens.
 
     Raises:
         ValueError: if a pair's name is malformed, if there is no pair, or if a pair has no batch.
@@ -177,6 +198,8 @@ def record_activations(
         {block.name: block.stack for block in blocks},
         fingerprint(base, blocks),
         source_tag,
+        None if language_token_ids is None else dict(language_token_ids),
+        getattr(base, "name_or_path", None) or None,
     )
 
 

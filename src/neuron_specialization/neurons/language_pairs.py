@@ -5,8 +5,9 @@ masks) or to single languages (factorized masks: the encoder row of the source, 
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 DEFAULT_PAIR = "default"
 _CODE = re.compile(r"[A-Za-z0-9_]+")
@@ -67,6 +68,9 @@ class Routes:
     def __post_init__(self) -> None:
         check_source_tag(self.source_tag)
         check_pairs(self.listed)
+        for stack, names in (("encoder", self.encoder_rows), ("decoder", self.decoder_rows)):
+            if len(set(names)) < len(names):
+                raise ValueError(f"Each {stack} row needs a name of its own, but some of these are repeated: {names}.")
         for pair, (encoder_row, decoder_row) in self.listed.items():
             if not (0 <= encoder_row < len(self.encoder_rows) and 0 <= decoder_row < len(self.decoder_rows)):
                 raise ValueError(
@@ -83,6 +87,41 @@ class Routes:
         """One encoder and one decoder row for each pair, in the order given."""
         names = check_pairs(pairs)
         return cls(names, list(names), {name: (i, i) for i, name in enumerate(names)}, source_tag)
+
+    @classmethod
+    def from_metadata(cls, values: Mapping[str, Any]) -> "Routes":
+        """Rebuild what `metadata` returned.
+
+        Raises:
+            ValueError: if a field is missing or of another type, if a pair is listed twice, or if there is not one
+                `[encoder row, decoder row]` for each pair.
+        """
+        for key in ("encoder_rows", "decoder_rows", "language_pairs"):
+            names = values.get(key)
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise ValueError(f"Expected {key} as a list of names, got {names!r:.80}.")
+        pairs, routes = check_pairs(values["language_pairs"]), values.get("routes")
+        if (
+            not isinstance(routes, list)
+            or len(routes) != len(pairs)
+            or not all(isinstance(rows, list) and [type(row) for row in rows] == [int, int] for rows in routes)
+        ):
+            raise ValueError(
+                "Expected routes as one [encoder row, decoder row] for each of the "
+                f"{len(pairs)} language_pairs, got {routes!r:.80}."
+            )
+        listed = {pair: (rows[0], rows[1]) for pair, rows in zip(pairs, routes, strict=True)}
+        return cls(values["encoder_rows"], values["decoder_rows"], listed, values.get("source_tag", ""))
+
+    def metadata(self) -> dict[str, Any]:
+        """Return what adapter_config.json keeps: JSON keys are sorted there, so pairs and their rows are lists."""
+        return {
+            "encoder_rows": list(self.encoder_rows),
+            "decoder_rows": list(self.decoder_rows),
+            "language_pairs": list(self.listed),
+            "routes": [list(rows) for rows in self.listed.values()],
+            "source_tag": self.source_tag,
+        }
 
     @property
     def language_pairs(self) -> list[str]:

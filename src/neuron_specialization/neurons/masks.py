@@ -1,7 +1,6 @@
 """Masks over FFN neurons: one boolean row per stack for each language pair, or for each language."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
@@ -27,6 +26,8 @@ class NeuronMasks:
         routes: which row each pair uses in each stack.
         selector: how the neurons were selected, as recorded in the file.
         fingerprint: what identifies the base model (see `neurons.ffn.fingerprint`).
+        language_token_ids: language code → id of its token, by which an adapter of these masks tells a sample's pair.
+        base_model_name_or_path: where the base model was loaded from.
     """
 
     rows: dict[str, torch.Tensor]
@@ -34,6 +35,8 @@ class NeuronMasks:
     routes: Routes
     selector: dict[str, Any] = field(default_factory=dict)
     fingerprint: dict[str, str | int] = field(default_factory=dict)
+    language_token_ids: dict[str, int] | None = None
+    base_model_name_or_path: str | None = None
 
     def __post_init__(self) -> None:
         for name, rows in self.rows.items():
@@ -126,14 +129,13 @@ class NeuronMasks:
         """Return the mask-related part of adapter_config.json."""
         return {
             "format_version": adapter_file.FORMAT_VERSION,
-            "encoder_rows": list(self.routes.encoder_rows),
-            "decoder_rows": list(self.routes.decoder_rows),
-            "language_pairs": [[pair, *rows] for pair, rows in self.routes.listed.items()],
-            "source_tag": self.routes.source_tag,
+            **self.routes.metadata(),
             "d_ff": self.d_ff,
             "stacks": dict(self.stacks),
             "selector": dict(self.selector),
             "fingerprint": dict(self.fingerprint),
+            "language_token_ids": self.language_token_ids,
+            "base_model_name_or_path": self.base_model_name_or_path,
         }
 
     def save_pretrained(self, directory: str | PathLike[str]) -> None:
@@ -168,7 +170,7 @@ class NeuronMasks:
         config = read_config(location, **hub)
         adapter_file.verify_digest(config.get("weights_digest"), location, **hub)
         path = adapter_file.fetch(location, adapter_file.WEIGHTS_NAME, **hub)
-        routes = routes_from_config(config)
+        routes = Routes.from_metadata(config)
         rows = {}
         with safe_open(path, framework="pt") as file:
             present = set(file.keys())
@@ -180,7 +182,8 @@ class NeuronMasks:
                 count = len(routes.encoder_rows if config["stacks"][name] == ENCODER else routes.decoder_rows)
                 adapter_file.check_packed_rows(key, packed, count, width)
                 rows[name] = adapter_file.unpack_rows(packed, width)
-        return cls(rows, config["stacks"], routes, config["selector"], config["fingerprint"])
+        origin = {name: config.get(name) for name in ("language_token_ids", "base_model_name_or_path")}
+        return cls(rows, config["stacks"], routes, config["selector"], config["fingerprint"], **origin)
 
     def _row_names(self, stack: str) -> list[str]:
         return self.routes.encoder_rows if stack == ENCODER else self.routes.decoder_rows
@@ -229,9 +232,3 @@ def check_format_version(version: Any, where: str | Path) -> None:
             f"{where} has format version {version}; this release reads version {adapter_file.FORMAT_VERSION}. "
             "Update neuron-specialization if the file is newer."
         )
-
-
-def routes_from_config(config: Mapping[str, Any]) -> Routes:
-    """Rebuild the routes that `NeuronMasks.metadata` wrote."""
-    listed = {pair: (int(encoder), int(decoder)) for pair, encoder, decoder in config["language_pairs"]}
-    return Routes(list(config["encoder_rows"]), list(config["decoder_rows"]), listed, config["source_tag"])

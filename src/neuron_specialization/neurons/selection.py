@@ -1,7 +1,7 @@
 """Selectors: from activation counts to masks. Each is a small object with `select(counts) -> NeuronMasks`."""
 
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -94,7 +94,7 @@ class RandomMatched:
             rank = torch.rand(like.shape, generator=generator, dtype=torch.float64).argsort(dim=1).argsort(dim=1)
             rows[name] = rank < like.sum(1, keepdim=True)
         selector = {"name": "RandomMatched", "seed": self.seed, "like": self.like.selector}
-        return NeuronMasks(rows, dict(self.like.stacks), self.like.routes, selector, dict(self.like.fingerprint))
+        return replace(self.like, rows=rows, selector=selector)
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class LAPE:
             rows.update(zip(names, kept.split([counts.counts[name].shape[1] for name in names], dim=1), strict=True))
         routes = Routes(languages[ENCODER], languages[DECODER])
         rows = {name: rows[name].contiguous() for name in counts.counts}
-        return NeuronMasks(rows, dict(counts.stacks), routes, _describe(self), dict(counts.fingerprint))
+        return NeuronMasks(rows=rows, routes=routes, selector=_describe(self), **counts.origin)
 
     def _kept(self, probabilities: torch.Tensor) -> torch.Tensor:
         """Return bool [languages, neurons] from float64 activation probabilities of the same shape."""
@@ -181,7 +181,7 @@ def per_pair_masks(rows: dict[str, torch.Tensor], counts: ActivationCounts, sele
         )
     rows = {name: row | silent[name] for name, row in rows.items()}
     routes = Routes.per_pair(counts.language_pairs, counts.source_tag)
-    return NeuronMasks(rows, dict(counts.stacks), routes, _describe(selector), dict(counts.fingerprint))
+    return NeuronMasks(rows=rows, routes=routes, selector=_describe(selector), **counts.origin)
 
 
 def _describe(selector: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import numpy as np
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
+from ..adapter.language_tokens import language_token_ids
 from ..adapter.routing import is_routed
 from ..neurons.activations import ActivationCounts, record_activations
 from .batching import TranslationCollator
@@ -56,6 +57,7 @@ def record_corpus_parts(
         ValueError: if a direction has fewer sentence pairs than there are parts.
     """
     tokens = resolve_tokens(tokenizer, corpus, language_tokens)
+    token_ids = language_token_ids(tokenizer, tokens)
     collate = TranslationCollator(tokenizer, model)
     encoded = {}
     for pair, rows in corpus.items():
@@ -87,6 +89,7 @@ def record_corpus_parts(
             count_padding,
             source_tag,
             progress=this_process().is_main_process,
+            language_token_ids=token_ids,
         ).all_reduce()
         for part in range(parts)
     ]
