@@ -1,0 +1,186 @@
+"""Overlap of specialized neurons per layer, and whether it follows the distance between languages.
+
+Encoder overlap is measured between directions into one pivot language and decoder overlap between directions out of it
+(Neuron Specialization, section 5.3), so that the side compared differs and the other does not.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.stats import permutation_test, rankdata
+
+from ..neurons.ffn import ENCODER, STACKS
+from ..neurons.language_pairs import split_pair
+from ..neurons.masks import NeuronMasks
+
+FEWEST_LANGUAGES = 7  # six have 720 orders, too few for a p-value that survives a correction over layers
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Intersection over union of languages' specialized neurons in one stack.
+
+    Attributes:
+        stack: "encoder" (languages are sources, the pivot the target) or "decoder" (the reverse).
+        languages: codes of the n languages compared.
+        blocks: names of the FFN blocks, first layer first.
+        iou: float64 [blocks, n, n], 1 on the diagonals.
+    """
+
+    stack: str
+    languages: list[str]
+    blocks: list[str]
+    iou: np.ndarray
+
+    def depth_curve(self) -> np.ndarray:
+        """Return the mean over pairs of different languages, per block: float64 [blocks]."""
+        return self.iou[:, *np.triu_indices(len(self.languages), 1)].mean(1)
+
+    def by_family(self, families: Sequence[str]) -> dict[str, np.ndarray]:
+        """Return "within" and "across": the mean over pairs of languages of one family and of two, float64 [blocks].
+
+        NaN where no pair is of that kind.
+        """
+        rows, columns = np.triu_indices(len(self.languages), 1)
+        names = np.array(families)
+        same = names[rows] == names[columns]
+        values = self.iou[:, rows, columns]
+        groups = {"within": values[:, np.flatnonzero(same)], "across": values[:, np.flatnonzero(~same)]}
+        empty = np.full(len(self.blocks), np.nan)
+        return {name: chosen.mean(1) if chosen.shape[1] else empty for name, chosen in groups.items()}
+
+
+def neuron_overlap(masks: NeuronMasks, stack: str, pivot: str) -> Overlap:
+    """Measure the overlap of every two languages' neurons in one stack.
+
+    Args:
+        masks: masks of directions into the pivot (encoder) or out of it (decoder), and maybe others.
+        stack: "encoder" or "decoder".
+        pivot: the language on the other side.
+
+    Raises:
+        ValueError: if the stack is unknown, or fewer than two directions fit.
+    """
+    if stack not in STACKS:
+        raise ValueError(f"Expected 'encoder' or 'decoder', got {stack!r}.")
+    side = STACKS.index(stack)
+    fitting = {split_pair(pair)[side]: pair for pair in masks.language_pairs if split_pair(pair)[1 - side] == pivot}
+    if len(fitting) < 2:
+        wanted = f"into {pivot}" if stack == ENCODER else f"out of {pivot}"
+        raise ValueError(
+            f"Overlap in the {stack} compares directions {wanted}; these masks have {len(fitting)} "
+            f"({', '.join(fitting.values()) or 'none'} of {', '.join(masks.language_pairs)})."
+        )
+    blocks = [name for name in masks.rows if masks.stacks[name] == stack]
+    iou = np.empty((len(blocks), len(fitting), len(fitting)))
+    for b, block in enumerate(blocks):
+        rows = np.stack([masks.row(pair, block).numpy() for pair in fitting.values()]).astype(np.float64)
+        shared = rows @ rows.T
+        sizes = rows.sum(1)
+        iou[b] = shared / (sizes[:, None] + sizes - shared)
+    return Overlap(stack, list(fitting), blocks, iou)
+
+
+def mantel(
+    overlap: np.ndarray,
+    distances: np.ndarray,
+    controlled: Sequence[np.ndarray] = (),
+    permutations: int = 9999,
+    seed: int = 0,
+) -> dict[str, float | None]:
+    """Test whether languages overlap more the closer they are: Spearman's Mantel test, permuting language labels.
+
+    Args:
+        overlap: [n, n], symmetric; the IoU of one layer.
+        distances: [n, n], symmetric.
+        controlled: further distances [n, n] whose ranks are regressed out of both first (partial Mantel test).
+        permutations: random draws of labels; all orders are taken where there are no more than that.
+        seed: of the draws.
+
+    Returns:
+        "rho": Spearman's correlation over pairs of languages, negative where close languages overlap more; "p":
+        two-sided, None below 7 languages.
+
+    Raises:
+        ValueError: if the matrices differ in size, or there are fewer than 3 languages.
+    """
+    n = len(overlap)
+    if n < 3 or any(matrix.shape != (n, n) for matrix in (overlap, distances, *controlled)):
+        shapes = [list(matrix.shape) for matrix in (overlap, distances, *controlled)]
+        raise ValueError(f"Expected [n, n] matrices of the same three or more languages, got {shapes}.")
+    pairs = np.triu_indices(n, 1)
+    basis = np.stack([np.ones(len(pairs[0])), *(rankdata(matrix[pairs]) for matrix in controlled)], axis=1)
+    solve = np.linalg.pinv(basis)
+    ranks = np.zeros((n, n))
+    ranks[pairs] = rankdata(overlap[pairs])
+    ranks += ranks.T
+
+    def residual(values: np.ndarray) -> np.ndarray:
+        return values - basis @ (solve @ values)
+
+    target = residual(rankdata(distances[pairs]))
+
+    def correlation(order: np.ndarray) -> float:
+        order = order.astype(int)
+        values = residual(ranks[np.ix_(order, order)][pairs])
+        scale = np.linalg.norm(values) * np.linalg.norm(target)
+        return float(values @ target / scale) if scale > 1e-12 else 0.0
+
+    if n < FEWEST_LANGUAGES:
+        return {"rho": correlation(np.arange(n)), "p": None}
+    result = permutation_test(
+        (np.arange(n),), correlation, permutation_type="pairings", vectorized=False, n_resamples=permutations,
+        rng=np.random.default_rng(seed),
+    )  # fmt: skip
+    return {"rho": float(result.statistic), "p": float(result.pvalue)}
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values adjusted for their number by Holm's step-down rule, in the order given."""
+    order = np.argsort(p_values, kind="stable")
+    factors = np.arange(len(order), 0, -1)
+    adjusted = np.minimum(np.maximum.accumulate(np.asarray(p_values, dtype=np.float64)[order] * factors), 1)
+    result = np.empty(len(order))
+    result[order] = adjusted
+    return result.tolist()
+
+
+def overlap_rows(
+    overlap: Overlap,
+    distances: np.ndarray,
+    families: Sequence[str] | None = None,
+    controlled: Mapping[str, np.ndarray] | None = None,
+    permutations: int = 9999,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Return one row per block: mean IoU, within and across families, and the Mantel tests, corrected over layers.
+
+    Args:
+        overlap: of one stack.
+        distances: [n, n] between its languages, in their order.
+        families: family of each language.
+        controlled: name → further distances; with any, "partial rho" and "partial p" have all of them regressed out.
+        permutations: see `mantel`.
+        seed: see `mantel`.
+    """
+    groups = {} if families is None else overlap.by_family(families)
+    tests = {"": [mantel(iou, distances, (), permutations, seed) for iou in overlap.iou]}
+    if controlled:
+        extra = list(controlled.values())
+        tests["partial "] = [mantel(iou, distances, extra, permutations, seed) for iou in overlap.iou]
+    rows: list[dict[str, Any]] = [
+        {"stack": overlap.stack, "layer": i, "block": name, "iou": mean}
+        for i, (name, mean) in enumerate(zip(overlap.blocks, overlap.depth_curve().tolist(), strict=True))
+    ]
+    for name, values in groups.items():
+        for row, value in zip(rows, values.tolist(), strict=True):
+            row[name] = value
+    for prefix, results in tests.items():
+        p_values = [result["p"] for result in results if result["p"] is not None]
+        corrected = iter(holm(p_values))
+        for row, result in zip(rows, results, strict=True):
+            row[f"{prefix}rho"] = result["rho"]
+            row[f"{prefix}p"] = None if result["p"] is None else next(corrected)
+    return rows
