@@ -75,7 +75,7 @@ def translate_ctranslate2(
     Args:
         translator: a `ctranslate2.Translator` of a directory that `save_ctranslate2` wrote.
         tokenizer: the model's tokenizer.
-        input_ids: token ids of each source sentence with its tags, as `tokenization.encode` returns them.
+        input_ids: token ids of each source sentence with its tags, as `translation.tokenization.encode` returns them.
         target_token: the target's language token, which opens every translation; None where the source carries it.
         num_beams: beams.
         max_length: longest translation in tokens; within the model's positions.
