@@ -18,7 +18,7 @@ PAGES = [
 ]
 DOTTED = re.compile(r"`([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+)(?:\(.*?\))?`")
 CAMEL_CASE = re.compile(r"`([A-Z][a-z]+[A-Z]\w*)(?:\(.*?\))?`")
-FILE = re.compile(r"\.(json|jsonl|yaml|safetensors|parquet|py|md|txt)$")
+FILE = re.compile(r"\.(csv|json|jsonl|tsv|yaml|safetensors|parquet|py|md|txt)$")
 LIBRARIES = ("transformers", "peft", "accelerate", "torch.nn", "builtins")
 INSTANCES = ("model", "tokenizer", "self", "config", "trainer", "args")  # their attributes are not looked up
 
