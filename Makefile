@@ -16,7 +16,7 @@ OFFLINE := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 	@touch .venv
 
 demo: .venv
-	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --cpu recipes/demo.py --config recipes/configs/demo.yaml
+	$(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --cpu recipes/demo.py --config recipes/configs/demo.yaml
 
 test: .venv
 	$(OFFLINE) $(BIN)/python $(PYTEST)

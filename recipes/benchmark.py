@@ -1,6 +1,6 @@
 """Time the method against its alternatives, side by side in one run: median ratios, as a table and as JSON.
 
-accelerate launch recipes/benchmark.py --output_dir build/benchmark
+accelerate launch --quiet recipes/benchmark.py --output_dir build/benchmark
 """
 
 from dataclasses import dataclass, field
@@ -12,8 +12,8 @@ from benchmark_cases.storage import storage
 from benchmark_cases.training import mixed_batches, training_steps
 
 from neuron_specialization.analysis.shapes import ModelShape, random_batch
-from neuron_specialization.translation.arguments import parse
 from neuron_specialization.translation.checkpoints import new_m2m100
+from neuron_specialization.translation.command_line import parse, run
 from neuron_specialization.translation.processes import this_process
 from neuron_specialization.translation.results import table, write_results
 
@@ -44,4 +44,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

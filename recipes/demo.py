@@ -1,6 +1,6 @@
 """The whole method on artificial related languages, in a few minutes on two CPU cores.
 
-accelerate launch recipes/demo.py --config recipes/configs/demo.yaml
+accelerate launch --quiet recipes/demo.py --config recipes/configs/demo.yaml
 """
 
 import copy
@@ -12,8 +12,8 @@ from peft import get_peft_model
 from transformers import set_seed
 
 import neuron_specialization as ns
-from neuron_specialization.translation.arguments import parse
 from neuron_specialization.translation.checkpoints import new_model
+from neuron_specialization.translation.command_line import parse, run
 from neuron_specialization.translation.data import load_parallel
 from neuron_specialization.translation.evaluation import SCORES, evaluate
 from neuron_specialization.translation.identification import record_corpus
@@ -21,6 +21,8 @@ from neuron_specialization.translation.results import table, write_results
 from neuron_specialization.translation.tokenization import train_tokenizer
 from neuron_specialization.translation.toy import PIVOT, ToyLanguages
 from neuron_specialization.translation.training import SpecializationTrainingArguments, fit
+
+UNUSED = ("max_steps", "num_train_epochs")
 
 
 @dataclass
@@ -41,7 +43,7 @@ class DemoArguments:
 
 
 def main() -> None:
-    demo, training = parse(DemoArguments, SpecializationTrainingArguments)
+    demo, training = parse(DemoArguments, SpecializationTrainingArguments, unused=UNUSED)
     set_seed(training.seed)
     disable_progress_bars()  # of tokenizing, which takes no time here; training shows its own
     started = time.perf_counter()
@@ -112,4 +114,4 @@ def family_overlap(masks: ns.NeuronMasks, toy: ToyLanguages, stack: str) -> dict
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -2,7 +2,7 @@
 
 With --trim_vocabulary, both know only the tokens of the pair's own text.
 
-accelerate launch recipes/export.py \
+accelerate launch --quiet recipes/export.py \
     --model_name_or_path path/to/checkpoint --adapter build/specialized/adapter --pair en-de \
     --test_file data/test.parquet --language_tokens en=eng_Latn de=deu_Latn --output_dir build/en-de \
     --quantization int8
@@ -23,8 +23,9 @@ from neuron_specialization.export.ctranslate2 import (
 )
 from neuron_specialization.export.vocabulary import check_trimmable, trim_vocabulary, unknown_rate
 from neuron_specialization.neurons.adapter_file import PREFIX
-from neuron_specialization.translation.arguments import DataArguments, ModelArguments, parse
+from neuron_specialization.translation.arguments import DataArguments, ModelArguments
 from neuron_specialization.translation.checkpoints import load_adapted, load_checkpoint
+from neuron_specialization.translation.command_line import parse, run
 from neuron_specialization.translation.data import load_parallel
 from neuron_specialization.translation.evaluation import score
 from neuron_specialization.translation.processes import this_process
@@ -34,6 +35,17 @@ from neuron_specialization.translation.translate import (
     pair_tokens,
     text_of,
     translate_tokens,
+)
+
+UNUSED = (
+    "language_pairs",
+    "train_file",
+    "validation_file",
+    "source_tag",
+    "pivot",
+    "max_length",
+    "max_sentences",
+    "drop_faulty",
 )
 
 
@@ -52,9 +64,9 @@ class ExportArguments:
 
 
 def main() -> None:
-    args, where, data = parse(ExportArguments, ModelArguments, DataArguments)
+    args, where, data = parse(ExportArguments, ModelArguments, DataArguments, unused=UNUSED)
     if where.adapter is None:
-        raise SystemExit("Name the adapter whose pair to export: --adapter DIRECTORY or Hub id.")
+        raise ValueError("Name the adapter whose pair to export: --adapter DIRECTORY or Hub id.")
     if not this_process().is_main_process:
         return  # one pair is the work of one process
     data.language_pairs = [args.pair]
@@ -129,4 +141,4 @@ def row(name: str, parameters, size: int, tokenizer, found: list, expected: list
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,6 +1,6 @@
 """Find the neurons that each language pair uses: an adapter directory with their masks, and the activation counts.
 
-accelerate launch recipes/identify.py --config recipes/configs/identify/multi30k.yaml \
+accelerate launch --quiet recipes/identify.py --config recipes/configs/identify/multi30k.yaml \
     --model_name_or_path path/to/checkpoint --validation_file data/validation.parquet \
     --output_dir build/masks --stability true
 """
@@ -10,11 +10,14 @@ from dataclasses import dataclass, field
 
 import neuron_specialization as ns
 from neuron_specialization.neurons.stability import stability
-from neuron_specialization.translation.arguments import DataArguments, ModelArguments, parse
+from neuron_specialization.translation.arguments import DataArguments, ModelArguments
 from neuron_specialization.translation.checkpoints import load_adapted
+from neuron_specialization.translation.command_line import parse, run
 from neuron_specialization.translation.identification import record_corpus_parts
 from neuron_specialization.translation.processes import this_process
 from neuron_specialization.translation.results import table, write_results
+
+UNUSED = ("train_file", "test_file", "pivot", "drop_faulty")
 
 
 @dataclass
@@ -33,7 +36,7 @@ class IdentifyArguments:
 
 
 def main() -> None:
-    args, where, data = parse(IdentifyArguments, ModelArguments, DataArguments)
+    args, where, data = parse(IdentifyArguments, ModelArguments, DataArguments, unused=UNUSED)
     selector = ns.CumulativeThreshold(args.k, args.encoder_k, args.decoder_k)
     corpus = data.load("validation", max_sentences=data.max_sentences)
     model, tokenizer = load_adapted(where.model_name_or_path, where.adapter)
@@ -87,4 +90,4 @@ def report_stability(result: dict) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

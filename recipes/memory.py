@@ -1,6 +1,6 @@
 """Memory of training by `trainable`: computed for the shapes of NLLB, computed and measured for one that runs here.
 
-accelerate launch recipes/memory.py --output_dir build/memory
+accelerate launch --quiet recipes/memory.py --output_dir build/memory
 """
 
 import copy
@@ -14,8 +14,8 @@ from neuron_specialization.analysis.memory import measured_memory, training_memo
 from neuron_specialization.analysis.shapes import NLLB_SHAPES, ModelShape, random_batch, random_masks
 from neuron_specialization.analysis.timing import TrainingStep
 from neuron_specialization.neurons.language_pairs import Routes
-from neuron_specialization.translation.arguments import parse
 from neuron_specialization.translation.checkpoints import new_m2m100
+from neuron_specialization.translation.command_line import parse, run
 from neuron_specialization.translation.processes import this_process
 from neuron_specialization.translation.results import table, write_results
 
@@ -77,4 +77,4 @@ def ways_to_train(base, args: MemoryArguments):
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,18 +1,21 @@
 """Train a multilingual baseline, from scratch or from a checkpoint, to validation patience.
 
-accelerate launch recipes/pretrain.py --config recipes/configs/pretrain/multi30k.yaml --train_file data/train.parquet \
-    --validation_file data/validation.parquet --output_dir build/baseline
+accelerate launch --quiet recipes/pretrain.py --config recipes/configs/pretrain/multi30k.yaml \
+    --train_file data/train.parquet --validation_file data/validation.parquet --output_dir build/baseline
 """
 
 from dataclasses import dataclass, field
 
 from transformers import set_seed
 
-from neuron_specialization.translation.arguments import DataArguments, parse
+from neuron_specialization.translation.arguments import DataArguments
 from neuron_specialization.translation.checkpoints import load_checkpoint, new_model
+from neuron_specialization.translation.command_line import parse, run
 from neuron_specialization.translation.results import table, write_results
 from neuron_specialization.translation.tokenization import train_tokenizer
 from neuron_specialization.translation.training import SpecializationTrainingArguments, fit
+
+UNUSED = ("pivot",)
 
 
 @dataclass
@@ -31,7 +34,7 @@ class PretrainArguments:
 
 
 def main() -> None:
-    pretrain, data, training = parse(PretrainArguments, DataArguments, SpecializationTrainingArguments)
+    pretrain, data, training = parse(PretrainArguments, DataArguments, SpecializationTrainingArguments, unused=UNUSED)
     set_seed(training.seed)
     train, validation, checked = data.load_checked()
     if training.process_index == 0:
@@ -63,4 +66,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,6 +1,6 @@
 """Score a model on test data: BLEU and chrF++ with signatures, per direction and averaged.
 
-accelerate launch recipes/score.py --config recipes/configs/score/multi30k.yaml \
+accelerate launch --quiet recipes/score.py --config recipes/configs/score/multi30k.yaml \
     --model_name_or_path path/to/checkpoint --adapter build/specialized/adapter \
     --test_file data/test.parquet --output_dir build/scores
 """
@@ -9,11 +9,14 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from neuron_specialization.translation.arguments import DataArguments, ModelArguments, parse
+from neuron_specialization.translation.arguments import DataArguments, ModelArguments
 from neuron_specialization.translation.checkpoints import load_adapted
+from neuron_specialization.translation.command_line import parse, run
 from neuron_specialization.translation.evaluation import evaluate, score_rows
 from neuron_specialization.translation.processes import this_process
 from neuron_specialization.translation.results import table, write_results
+
+UNUSED = ("train_file", "validation_file", "max_length", "drop_faulty")
 
 
 @dataclass
@@ -26,7 +29,7 @@ class ScoreArguments:
 
 
 def main() -> None:
-    args, where, data = parse(ScoreArguments, ModelArguments, DataArguments)
+    args, where, data = parse(ScoreArguments, ModelArguments, DataArguments, unused=UNUSED)
     test = data.load("test", max_sentences=data.max_sentences)
     model, tokenizer = load_adapted(where.model_name_or_path, where.adapter)
     started = time.perf_counter()
@@ -53,4 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

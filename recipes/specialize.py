@@ -1,6 +1,6 @@
 """Sparse continued training under the masks of each pair; `--masks none` is the fine-tuning baseline.
 
-accelerate launch recipes/specialize.py --config recipes/configs/specialize/multi30k.yaml \
+accelerate launch --quiet recipes/specialize.py --config recipes/configs/specialize/multi30k.yaml \
     --model_name_or_path path/to/checkpoint --masks build/masks --train_file data/train.parquet \
     --validation_file data/validation.parquet --output_dir build/specialized
 """
@@ -11,11 +11,14 @@ from peft import get_peft_model
 from transformers import set_seed
 
 import neuron_specialization as ns
-from neuron_specialization.translation.arguments import DataArguments, ModelArguments, parse
+from neuron_specialization.translation.arguments import DataArguments, ModelArguments
 from neuron_specialization.translation.checkpoints import load_checkpoint
+from neuron_specialization.translation.command_line import parse, run
 from neuron_specialization.translation.results import table, write_results
 from neuron_specialization.translation.tokenization import resolve_tokens
 from neuron_specialization.translation.training import SpecializationTrainingArguments, fit
+
+UNUSED = ("adapter", "pivot")
 
 
 @dataclass
@@ -29,7 +32,7 @@ class SpecializeArguments:
 
 def main() -> None:
     args, where, data, training = parse(
-        SpecializeArguments, ModelArguments, DataArguments, SpecializationTrainingArguments
+        SpecializeArguments, ModelArguments, DataArguments, SpecializationTrainingArguments, unused=UNUSED
     )
     set_seed(training.seed)
     train, validation, checked = data.load_checked()
@@ -68,4 +71,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,6 +1,6 @@
 """Translate a text file, one sentence per line.
 
-accelerate launch recipes/translate.py \
+accelerate launch --quiet recipes/translate.py \
     --model_name_or_path path/to/checkpoint --adapter build/specialized/adapter --pair en-de \
     --input sentences.en --output sentences.de
 """
@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import neuron_specialization as ns
-from neuron_specialization.translation.arguments import ModelArguments, as_mapping, parse
+from neuron_specialization.translation.arguments import ModelArguments, as_mapping
 from neuron_specialization.translation.checkpoints import load_adapted
+from neuron_specialization.translation.command_line import parse, run
 from neuron_specialization.translation.processes import this_process
 
 
@@ -50,4 +51,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

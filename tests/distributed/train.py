@@ -11,8 +11,8 @@ from peft import get_peft_model
 from torch.distributed.tensor import DTensor
 
 import neuron_specialization as ns
-from neuron_specialization.translation.arguments import parse
 from neuron_specialization.translation.checkpoints import load_checkpoint
+from neuron_specialization.translation.command_line import parse
 from neuron_specialization.translation.data import load_parallel
 from neuron_specialization.translation.processes import this_process
 from neuron_specialization.translation.training import SpecializationTrainingArguments, fit

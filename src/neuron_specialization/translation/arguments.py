@@ -1,14 +1,10 @@
-"""Command lines of the recipes: a YAML file, every field of which the command line can override."""
+"""Options that several recipes share."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import yaml
 from datasets import Dataset
-from transformers import HfArgumentParser
 
 from .data import check_parallel, data_check_rows, load_parallel
 
@@ -41,11 +37,11 @@ class DataArguments:
         """Load every direction of one split: "train" (up to `max_sentences`), "validation" or "test".
 
         Raises:
-            SystemExit: if the command line names no data for that split.
+            ValueError: if the command line names no data for that split.
         """
         path = getattr(self, f"{split}_file")
         if path is None:
-            raise SystemExit(
+            raise ValueError(
                 f"Name the {split} data: --{split}_file FILE (.parquet, .jsonl, .tsv) or a dataset on the Hub."
             )
         limit = self.max_sentences if split == "train" else None
@@ -79,38 +75,5 @@ def as_mapping(words: Sequence[str]) -> dict[str, str]:
     pairs = [word.split("=", 1) for word in words]
     wrong = [word for word, pair in zip(words, pairs, strict=True) if len(pair) != 2]
     if wrong:
-        raise SystemExit(f"Expected code=value, such as de=deu_Latn, got {' '.join(wrong)}.")
+        raise ValueError(f"Expected code=value, such as de=deu_Latn, got {' '.join(wrong)}.")
     return {code: value for code, value in pairs}
-
-
-def parse(*types: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
-    """Parse `--config FILE.yaml` and the command line into dataclasses; the command line wins.
-
-    Args:
-        *types: dataclasses, such as DataArguments and Seq2SeqTrainingArguments.
-        argv: the command line, by default that of the process.
-    """
-    words = list(sys.argv[1:] if argv is None else argv)
-    from_file: list[str] = []
-    if "--config" in words:
-        at = words.index("--config")
-        if at + 1 == len(words):
-            raise SystemExit("--config expects the path of a YAML file.")
-        from_file = _as_words(Path(words[at + 1]))
-        del words[at : at + 2]
-    parser = HfArgumentParser(types)  # type: ignore[arg-type]
-    return parser.parse_args_into_dataclasses([*from_file, *words])
-
-
-def _as_words(path: Path) -> list[str]:
-    if not path.is_file():
-        raise SystemExit(f"There is no configuration file {path}.")
-    values = yaml.safe_load(path.read_text()) or {}
-    words = []
-    for name, value in values.items():
-        if value is None:
-            continue
-        if isinstance(value, dict):
-            value = [f"{key}={item}" for key, item in value.items()]
-        words += [f"--{name}", *(str(item) for item in (value if isinstance(value, list) else [value]))]
-    return words

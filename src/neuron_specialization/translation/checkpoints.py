@@ -41,7 +41,10 @@ def load_adapted(location: str, adapter: str | None, is_trainable: bool = False)
     if adapter is not None:
         if not Path(adapter).is_dir() and Path(adapter).exists():
             raise ValueError(f"{adapter} is not an adapter directory.")
-        model = PeftModel.from_pretrained(model, adapter, is_trainable=is_trainable)
+        try:
+            model = PeftModel.from_pretrained(model, adapter, is_trainable=is_trainable)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"Cannot load the adapter {adapter!r}: {error}") from error
     return model, tokenizer
 
 

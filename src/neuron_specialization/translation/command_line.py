@@ -1,0 +1,180 @@
+"""Command lines of the recipes: options from a YAML file and from flags, a short help, and errors of one sentence."""
+
+import dataclasses
+import difflib
+import json
+import sys
+import traceback
+from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from accelerate.utils import get_int_from_env
+from torch.distributed import distributed_c10d
+from transformers import HfArgumentParser, TrainingArguments
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+_SHOWN_OF_TRAINER = {"output_dir", "max_steps", "per_device_train_batch_size", "eval_steps", "seed"}
+_LOCAL_RANK = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a recipe. An error that was foreseen ends it with that error's message on stderr and exit code 1.
+
+    Foreseen are the errors that this package or the recipe raises itself, and those of the operating system about a
+    file. Any other exception keeps its traceback. Of several processes that fail, one prints.
+    """
+    try:
+        main()
+    except Exception as error:
+        if not _foreseen(error):
+            raise
+        if _speaks():
+            print(f"Error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
+
+
+def _speaks() -> bool:
+    """Return whether this process prints the error: of several that fail, the first, so that it is printed once."""
+    if not torch.distributed.is_initialized():
+        return get_int_from_env(_LOCAL_RANK, 0) == 0
+    try:
+        return distributed_c10d._get_default_store().add("neuron_specialization/failed", 1) == 1
+    except RuntimeError:  # the store went with the main process, which had something to say itself
+        return False
+
+
+def _foreseen(error: Exception) -> bool:
+    if isinstance(error, OSError) and error.filename is not None:
+        return True
+    raised = traceback.extract_tb(error.__traceback__)[-1]
+    file, recipes = Path(raised.filename).resolve(), Path(sys.argv[0]).resolve().parent
+    is_ours = file.is_relative_to(_PACKAGE) or file.is_relative_to(recipes)
+    # a ValueError of zip(strict=True) or int() in a file of ours is a bug, not a message to the user
+    return (
+        is_ours and isinstance(error, ValueError | OSError | ImportError) and (raised.line or "").startswith("raise")
+    )
+
+
+def parse(*types: Any, unused: Collection[str] = (), argv: Sequence[str] | None = None) -> tuple[Any, ...]:
+    """Parse `--config FILE.yaml` and the command line into dataclasses; the command line wins.
+
+    Args:
+        *types: dataclasses, such as DataArguments and Seq2SeqTrainingArguments.
+        unused: fields of theirs that the recipe does not use; they keep their defaults, and naming one is an error.
+        argv: the command line, by default that of the process.
+
+    Raises:
+        ValueError: if an option or a key of the file is unknown or unused, or a value does not fit.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    config = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    config.add_argument("--config", action="append", default=[])
+    if words[-1:] == ["--config"]:
+        raise ValueError("--config expects the path of a YAML file.")
+    files, words = config.parse_known_args(words)
+    parser = _Parser(types, unused, show_all="--help_all" in words)
+    words = [*(word for file in files.config for word in parser.read(Path(file))), *words]
+    for word in words:
+        if word.startswith("--"):
+            parser.check(word.split("=")[0])
+    *parsed, _, stray = parser.parse_args_into_dataclasses(
+        words, return_remaining_strings=True, look_for_args_file=False
+    )
+    if stray:
+        raise ValueError(f"Unexpected {' '.join(stray)}: every option starts with its name, such as --config FILE.")
+    return tuple(parsed)
+
+
+class _Parser(HfArgumentParser):
+    """HfArgumentParser with one group of options per dataclass, those of the Trainer only under --help_all."""
+
+    def __init__(self, types: Sequence[Any], unused: Collection[str], show_all: bool) -> None:
+        for kind in types:
+            kind._argument_group_name = (kind.__doc__ or kind.__name__).splitlines()[0].rstrip(".")
+        super().__init__(
+            types,
+            allow_abbrev=False,  # an abbreviation would change its meaning with the next option
+            add_help=False,
+            usage="%(prog)s [--config FILE.yaml] [--option value ...]",
+            description=sys.modules["__main__"].__doc__,
+            formatter_class=_HelpFormatter,
+        )
+        self.add_argument("--config", metavar="FILE.yaml", help="Options as `name: value`; flags go before them.")
+        self.add_argument("--help", "-h", action="help", default=SUPPRESS, help="Show this help.")
+        trainer = {name for kind in types if issubclass(kind, TrainingArguments) for name in _inherited(kind)}
+        if trainer:
+            text = (
+                "Show the options of transformers' Trainer too (--bf16, --logging_steps, ...): all of them work here."
+            )
+            self.add_argument("--help_all", action="help", default=SUPPRESS, help=text)
+        self._known: dict[str, Action] = {}
+        for option, action in self._option_string_actions.items():
+            if action.dest in unused or (action.dest in trainer and not show_all):
+                action.help = SUPPRESS
+            if action.dest not in unused:
+                self._known[option] = action
+
+    def check(self, option: str) -> Action:
+        """Return what stands behind `--option`, or raise ValueError with the nearest one there is."""
+        if option not in self._known:
+            names = [name for name in self._known if "-" not in name[2:]]
+            nearest = difflib.get_close_matches(option.replace("-", "_"), names, n=1, cutoff=0)[0]
+            raise ValueError(
+                f"{self.prog} has no option {option}; the nearest is {nearest}. --help lists all of them."
+            )
+        return self._known[option]
+
+    def read(self, path: Path) -> list[str]:
+        """Return the words of a configuration file."""
+        if not path.is_file():
+            raise ValueError(f"There is no configuration file {path}.")
+        try:
+            values = yaml.safe_load(path.read_text()) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not a YAML file: {' '.join(str(error).split())}.") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"Expected lines such as `language_pairs: [en-de]` in {path}, got {values!r}.")
+        words: list[str] = []
+        for name, value in values.items():
+            option = f"--{name}"
+            try:
+                takes_list = self.check(option).nargs == "+"
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+            if name == "config":
+                raise ValueError(f"{path} cannot name another file with `config`; give --config twice instead.")
+            if value is None or value in ([], {}):
+                continue
+            if takes_list:
+                value = [f"{k}={v}" for k, v in value.items()] if isinstance(value, dict) else value
+                words += [option, *map(str, value if isinstance(value, list) else [value])]
+            else:  # the Trainer reads its dictionaries from JSON
+                words.append(f"{option}={json.dumps(value) if isinstance(value, dict | list) else value}")
+        return words
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage of every option there is."""
+        raise ValueError(f"{self.prog}: {message}.")
+
+
+def _inherited(kind: Any) -> set[str]:
+    """Return the Trainer's own options, which the short help leaves out, without those that `kind` declares anew."""
+    names = {field.name for field in dataclasses.fields(kind)}
+    return names - vars(kind).get("__annotations__", {}).keys() - _SHOWN_OF_TRAINER
+
+
+class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Each option once, without its dashed spelling, and without defaults that say nothing."""
+
+    def _format_action_invocation(self, action: Action) -> str:
+        value = action.metavar or action.dest.upper()
+        shown: dict[Any, str] = {None: f" {value}", "+": f" {value} ...", "?": " true|false"}
+        return action.option_strings[0] + shown.get(action.nargs, "")
+
+    def _get_help_string(self, action: Action) -> str | None:
+        says_nothing = action.default is None or action.default in ([], SUPPRESS, dataclasses.MISSING)
+        return action.help if says_nothing else super()._get_help_string(action)

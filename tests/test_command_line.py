@@ -1,0 +1,139 @@
+"""Command lines: options from files and flags, a short help, errors of one sentence."""
+
+import sys
+from dataclasses import dataclass, field
+
+import pytest
+
+from neuron_specialization.translation.arguments import DataArguments, ModelArguments
+from neuron_specialization.translation.command_line import parse, run
+from neuron_specialization.translation.training import SpecializationTrainingArguments
+
+UNUSED = ("train_file", "drop_faulty")
+
+
+@dataclass
+class Arguments:
+    """What a test needs."""
+
+    name: str = field(metadata={"help": "A required one."})
+    quick: bool = field(default=True, metadata={"help": "On by default."})
+
+
+@pytest.fixture
+def config(tmp_path):
+    def write(text: str) -> str:
+        (tmp_path / "config.yaml").write_text(text)
+        return str(tmp_path / "config.yaml")
+
+    return write
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_a_file_gives_options_and_the_command_line_wins(config, joined):
+    file = config(
+        "name: -x\nquick: false\nlanguage_pairs: [en-de, de-en]\nlanguage_tokens: {en: eng_Latn, de: deu_Latn}\n"
+        "max_sentences: 7\npivot:\ncolumns: {}\n"
+    )
+    words = [f"--config={file}"] if joined else ["--config", file]
+    args, data = parse(Arguments, DataArguments, argv=["--max_sentences", "3", *words, "--language_pairs", "en-fr"])
+    assert (args.name, args.quick) == ("-x", False)
+    assert data.language_pairs == ["en-fr"] and data.max_sentences == 3 and data.pivot is None and data.columns == []
+    assert data.tokens == {"en": "eng_Latn", "de": "deu_Latn"}
+    (args, _) = parse(Arguments, DataArguments, argv=[*words, "--quick", "--name=later"])
+    assert (args.name, args.quick) == ("later", True)
+
+
+def test_the_trainer_reads_its_dictionaries_from_a_file(config, tmp_path):
+    file = config(f"output_dir: {tmp_path}\nlr_scheduler_kwargs: {{num_cycles: 2}}\nmax_steps: -1\nuse_cpu: true\n")
+    (training,) = parse(SpecializationTrainingArguments, argv=["--config", file])
+    assert training.lr_scheduler_kwargs == {"num_cycles": 2} and training.max_steps == -1 and training.use_cpu
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--nane", "x"], r"no option --nane; the nearest is --name"),
+        (["--name", "x", "--max_lenght=3"], r"no option --max_lenght; the nearest is --max_length"),
+        (["--name", "x", "--max_sent", "3"], r"no option --max_sent; the nearest is --max_sentences"),
+        (["--name", "x", "--train_file", "a.tsv"], r"no option --train_file; the nearest is --validation_file"),
+        (["--name", "x", "--train-file", "a.tsv"], r"no option --train-file; the nearest is --validation_file"),
+        (["--name", "x", "a.tsv"], r"Unexpected a.tsv"),
+        (["--quick"], r"required: --name"),
+        (["--name", "x", "--max_length", "many"], r"--max.length: invalid int value: 'many'"),
+        (["--config"], r"--config expects the path"),
+        (["--config", "missing.yaml"], r"no configuration file missing.yaml"),
+    ],
+)
+def test_options_that_a_recipe_does_not_use_are_refused(argv, message):
+    with pytest.raises(ValueError, match=message):
+        parse(Arguments, DataArguments, unused=UNUSED, argv=argv)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: x\nlanguage_pair: [en-de]", r"config.yaml: .* no option --language_pair; .* --language_pairs"),
+        ("name: x\ntrain_file: a.tsv", r"config.yaml: .* no option --train_file; the nearest is --validation_file"),
+        ("name: x\nconfig: y", r"cannot name another"),
+        ("just words", r"Expected lines such as .* got 'just words'"),
+        ("name: [x", r"is not a YAML file: while parsing"),
+    ],
+)
+def test_keys_that_a_recipe_does_not_use_are_refused(config, text, message):
+    with pytest.raises(ValueError, match=message):
+        parse(Arguments, DataArguments, unused=UNUSED, argv=["--config", config(text)])
+
+
+def test_help_shows_ours_and_all_of_the_trainers_only_when_asked(capsys):
+    shown = {}
+    for option in ("--help", "--help_all"):
+        with pytest.raises(SystemExit) as stopped:
+            parse(
+                *(Arguments, ModelArguments, DataArguments, SpecializationTrainingArguments),
+                unused=UNUSED,
+                argv=[option],
+            )
+        assert stopped.value.code == 0
+        shown[option] = capsys.readouterr().out
+    short, everything = shown.values()
+    assert len(short.splitlines()) < 90 < len(everything.splitlines())
+    for text in (
+        "--config FILE.yaml",
+        "--help_all",
+        "--name NAME",
+        "--temperature",
+        "--language_pairs",
+        "--max_steps",
+    ):
+        assert text in short and text in everything
+    assert "--train_file" not in everything and "--bf16 " in everything and "--bf16 " not in short
+    assert short.index("What a test needs") < short.index("--name") < short.index("--temperature")
+
+
+def fail_in_zip():
+    list(zip([1], [1, 2], strict=True))
+
+
+def fail_on_a_file():
+    open("/missing/file").close()
+
+
+def fail_for_a_pair():
+    from neuron_specialization.neurons.language_pairs import split_pair
+
+    split_pair("en_de")
+
+
+def test_foreseen_errors_end_with_one_sentence_and_others_keep_their_traceback(capsys, monkeypatch):
+    for main, message in ((fail_for_a_pair, "en_de"), (fail_on_a_file, "/missing/file")):
+        with pytest.raises(SystemExit) as stopped:
+            run(main)
+        assert stopped.value.code == 1
+        said = capsys.readouterr()
+        assert said.err.startswith("Error: ") and message in said.err and said.err.count("\n") == 1 and not said.out
+    with pytest.raises(ValueError, match="zip"):
+        run(fail_in_zip)
+    monkeypatch.setattr(sys, "argv", [__file__])
+    with pytest.raises(ValueError, match="zip"):
+        run(fail_in_zip)
