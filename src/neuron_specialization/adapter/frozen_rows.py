@@ -1,7 +1,9 @@
 """Keep rows of W1 that no language pair selects where they are, whatever the optimizer does.
 
 In `trainable="full"` their gradient is zero, but weight decay would shrink them and momentum from before would move
-them. Each optimizer step therefore saves and restores them.
+them. Each optimizer step therefore saves and restores them. Optimizers that step on copies of the weights (master
+weights of mixed precision) write the weights after their step: what they moved is put back before the layer trains
+on, and before it is saved.
 """
 
 import weakref
@@ -11,8 +13,10 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # weight, indices of rows, their values
 _protected: "weakref.WeakSet[Any]" = weakref.WeakSet()
-_saved: "weakref.WeakKeyDictionary[torch.optim.Optimizer, list[tuple]]" = weakref.WeakKeyDictionary()
+_saved: "weakref.WeakKeyDictionary[torch.optim.Optimizer, list[Rows]]" = weakref.WeakKeyDictionary()
+_held: "weakref.WeakKeyDictionary[Any, Rows]" = weakref.WeakKeyDictionary()
 _registered = False
 
 
@@ -26,11 +30,44 @@ def protect(layer: Any) -> None:
         _registered = True
 
 
+def release(layer: Any) -> None:
+    """Let go of a layer: its adapter is gone, and every row may train."""
+    _protected.discard(layer)
+    _held.pop(layer, None)
+
+
+def put_back(layer: Any) -> None:
+    """Undo what an optimizer that steps on copies of the weights wrote into the unselected rows."""
+    held = _held.pop(layer, None)
+    if held is not None:
+        _write([held])
+
+
 def _save(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    layers = [layer for layer in _protected if id(layer.weight) in stepped and layer.weight.requires_grad]
-    rows = [_here(layer.weight.detach(), layer.unselected_rows()) for layer in layers]
-    _saved[optimizer] = [(weight, index, weight[index]) for weight, index in rows if len(index)]
+    rows: list[Rows] = []
+    for layers in _by_weight().values():
+        # a weight that several layers share is theirs together: a row rests where none of them selects it
+        index = layers[0].unselected_rows()
+        for layer in layers[1:]:
+            index = index[torch.isin(index, layer.unselected_rows())]
+        weight, index = _here(layers[0].weight.detach(), index)
+        if not len(index) or not weight.numel():
+            continue
+        if id(layers[0].weight) in stepped:
+            rows.append((weight, index, weight[index]))
+        elif not any(layer in _held for layer in layers):
+            _held[layers[0]] = (weight, index, weight[index])
+    _saved[optimizer] = rows
+
+
+def _by_weight() -> dict[int, list[Any]]:
+    """Return the protected layers that train, grouped by their weight."""
+    groups: dict[int, list[Any]] = {}
+    for layer in _protected:
+        if layer.weight.requires_grad:
+            groups.setdefault(id(layer.weight), []).append(layer)
+    return groups
 
 
 def _here(weight: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,6 +81,10 @@ def _here(weight: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch
 
 
 def _restore(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+    _write(_saved.pop(optimizer, []))
+
+
+def _write(rows: list[Rows]) -> None:
     with torch.no_grad():
-        for weight, index, values in _saved.pop(optimizer, []):
+        for weight, index, values in rows:
             weight[index] = values

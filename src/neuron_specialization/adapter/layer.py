@@ -15,10 +15,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..neurons.adapter_file import DELTA, DELTA_A, DELTA_B, MASK, unpack_rows
-from ..neurons.ffn import STACKS
 from . import frozen_rows
 from .compact import RECORDING, CompactBlock
 from .config import NeuronSpecializationConfig
+from .merging import is_plain_linear, merged_weights
 from .route_table import BASE_ROW
 from .routing import Routing
 
@@ -49,6 +49,7 @@ class NeuronSpecializationLayer(BaseTunerLayer):
         self.trains_base = False
         self.merged_adapters = []
         self._unmerged: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        self._unselected: tuple[list[torch.Tensor], list[int], torch.Tensor] | None = None
         linear: Any = self.get_base_layer()
         self.in_features: int = linear.in_features
         self.out_features: int = linear.out_features
@@ -81,6 +82,9 @@ class NeuronSpecializationLayer(BaseTunerLayer):
         if self.compact is not None:
             self.compact.looked_up.clear()
         self.routing.tables.pop(adapter_name, None)
+        if self.trains_base:  # such an adapter is the only one
+            self.trains_base = False
+            frozen_rows.release(self)
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.neuron_specialization_mask.keys())
@@ -96,7 +100,8 @@ class NeuronSpecializationLayer(BaseTunerLayer):
         return None
 
     def release(self) -> None:
-        """Give the block's other projections their own `forward` back, before this layer goes."""
+        """Undo what reaches beyond this layer, before it goes."""
+        frozen_rows.release(self)
         if self.compact is not None:
             self.compact.release()
 
@@ -118,11 +123,18 @@ class NeuronSpecializationLayer(BaseTunerLayer):
         return any(self.mask_bias[name] for name in self.active_adapters if name in self.mask_bias)
 
     def unselected_rows(self) -> torch.Tensor:
-        """Return the indices of the neurons that no pair of any adapter keeps: int64 [n]."""
-        kept = torch.zeros(self.out_features, dtype=torch.bool, device=self.weight.device)
-        for packed in self.neuron_specialization_mask.values():
-            kept |= unpack_rows(packed, self.out_features).any(0).to(kept.device)
-        return (~kept).nonzero().flatten()
+        """Return the indices of the neurons that no pair of any adapter keeps: int64 [n]. Looked up once per masks."""
+        masks = list(self.neuron_specialization_mask.values())
+        versions = [0 if packed.is_inference() else packed._version for packed in masks]
+        known, device = self._unselected, self.weight.device
+        if known is not None and known[1] == versions and known[2].device == device:
+            if len(known[0]) == len(masks) and all(a is b for a, b in zip(known[0], masks, strict=True)):
+                return known[2]
+        kept = torch.zeros(self.out_features, dtype=torch.bool, device=device)
+        for packed in masks:
+            kept |= unpack_rows(packed, self.out_features).any(0).to(device)
+        self._unselected = masks, versions, (~kept).nonzero().flatten()
+        return self._unselected[2]
 
 
 class Linear(nn.Module, NeuronSpecializationLayer):
@@ -148,6 +160,8 @@ class Linear(nn.Module, NeuronSpecializationLayer):
             return self._forward_per_sample_adapters(x, self.routing.adapter_names)
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
+        if self.trains_base and self.training:
+            frozen_rows.put_back(self)
         narrow = self.compact.narrow(x) if self.compact is not None else None
         if narrow is not None:
             return F.linear(x, *narrow.up)
@@ -261,70 +275,38 @@ class Linear(nn.Module, NeuronSpecializationLayer):
         return per_sample.reshape(len(per_sample), *[1] * (x.ndim - 2), per_sample.shape[-1])
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Write the masked, trained projection of one language pair into the base layer.
-
-        Raises:
-            ValueError: if an adapter has several pairs and none is set; if the weight is sharded or not plain; and,
-                with `safe_merge`, if a merged weight is not finite.
-        """
+        """Write the masked, trained projection of one language pair into the base layer; see `merged_weights`."""
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.mask_bias]
         if not names:
             return
+        weight, bias = merged_weights(self, [*self.merged_adapters, *names], safe_merge)
         base: Any = self.get_base_layer()
-        if isinstance(getattr(base, "weight", None), torch.distributed.tensor.DTensor):
-            raise ValueError("Cannot merge into a sharded weight (FSDP). Save the adapter and merge in one process.")
-        if not is_plain_linear(base):
-            raise ValueError(
-                f"Cannot merge into this {type(base).__name__}: load the base model unquantized to merge."
-            )
-        if self._unmerged is None:
-            self._unmerged = (base.weight.data.clone(), None if base.bias is None else base.bias.data.clone())
-        weight, bias = self._merged_weights([*self.merged_adapters, *names])
-        if safe_merge and not torch.isfinite(weight).all():
-            if not self.merged_adapters:
-                self._unmerged = None
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken")
+        if self._unmerged is None:  # the merged weight is a tensor of its own, the bias may be the same one
+            self._unmerged = (base.weight.data, None if base.bias is None else base.bias.data.clone())
         base.weight.data = weight
         if base.bias is not None and bias is not None:
             base.bias.data = bias
         self.merged_adapters.extend(names)
 
-    def _merged_weights(self, adapters: list[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the weight and bias under `adapters`, computed from the unmerged ones so that unmerging is exact."""
-        assert self._unmerged is not None
-        original, bias = self._unmerged
-        kept = torch.ones(self.out_features, dtype=torch.bool, device=original.device)
-        weight = original
-        for adapter in adapters:
-            row = self.routing.single_route(adapter)[STACKS.index(self.stack)]
-            mask = unpack_rows(self.neuron_specialization_mask[adapter][row], self.out_features).to(kept.device)
-            kept &= mask
-            delta = self.delta(adapter)
-            weight = weight if delta is None else weight + delta.detach().to(original.device)
-            if self.mask_bias[adapter] and bias is not None:
-                bias = bias * mask
-        return (weight * kept[:, None]).to(original.dtype), bias
+    def unmerged_weights(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return weight and bias of the base layer as they were before any merge."""
+        if self._unmerged is not None:
+            return self._unmerged
+        base: Any = self.get_base_layer()
+        return base.weight.data, None if base.bias is None else base.bias.data
 
     def unmerge(self) -> None:
-        """Put the weights back that `merge` replaced."""
+        """Put the weights back that `merge` replaced, in the type and on the device that the model has now."""
         if not self.merged or self._unmerged is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         base: Any = self.get_base_layer()
         weight, bias = self._unmerged
-        base.weight.data = weight.to(base.weight.device)
+        base.weight.data = weight.to(base.weight)
         if bias is not None:
-            base.bias.data = bias.to(base.bias.device)
+            base.bias.data = bias.to(base.bias)
         self.merged_adapters.clear()
         self._unmerged = None
 
     def __repr__(self) -> str:
         return "neuron_specialization." + super().__repr__()
-
-
-def is_plain_linear(layer: nn.Module) -> bool:
-    """Whether a layer is torch's own linear with nothing attached, so that its weight may be used directly."""
-    if type(layer) is not nn.Linear or type(layer.weight.data) is not torch.Tensor:
-        return False
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return not any(hooks)

@@ -15,10 +15,11 @@ from transformers import PreTrainedModel
 from ..neurons.adapter_file import PREFIX, pack_rows
 from ..neurons.base_model import make_trainable
 from ..neurons.ffn import DECODER, ENCODER, FfnBlock, find_ffn_blocks, fingerprint
-from . import attachment, routing, storage
+from . import attachment, frozen_rows, routing, storage
 from .compact import CompactBlock
 from .config import NeuronSpecializationConfig
 from .layer import Linear, NeuronSpecializationLayer
+from .merging import check_merge
 from .route_table import table_of
 
 
@@ -147,10 +148,23 @@ class NeuronSpecializationModel(BaseTuner):
         # of a PEFT wrapper that is being unloaded, which is not a parameter
         setattr(parent, child_name, new_module)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge one language pair into the base weights, or refuse and change nothing; see PEFT's method."""
+        check_merge(self.model, NeuronSpecializationLayer, adapter_names, safe_merge)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge:
+            check_merge(self.model, NeuronSpecializationLayer, adapter_names, safe_merge)
         for layer in [m for m in self.model.modules() if isinstance(m, NeuronSpecializationLayer)]:
             layer.release()
-        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
+        model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         attachment.detach(self.model)
         return model
 
@@ -172,6 +186,9 @@ class NeuronSpecializationModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         if config.trainable == "full":
+            for layer in model.modules():
+                if isinstance(layer, NeuronSpecializationLayer):
+                    frozen_rows.put_back(layer)
             selected |= {name: state_dict[name] for name in storage.base_parameter_names(model)}
         return selected
 
