@@ -1,9 +1,12 @@
+import warnings
+
 import pytest
 import torch
 
 import neuron_specialization as ns
 from neuron_specialization.neurons.masks import intersection_over_union
 
+from . import architectures
 from .conftest import make_batch, make_m2m100, make_t5
 
 
@@ -130,6 +133,91 @@ def test_adding_and_saving(tmp_path):
     other = ns.record_activations(make_m2m100(encoder_ffn_dim=24), {"en-de": [make_batch()]}, progress=False)
     with pytest.raises(ValueError, match="different models"):
         _ = a + other
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("source", [torch.ones(640, 128, dtype=torch.long), torch.ones(3, 87, dtype=torch.long)])
+def test_counts_are_exact_under_autocast(dtype, source):
+    """81,920 is more than float16 holds; 261 takes more digits than bfloat16 has."""
+    model = make_m2m100(layers=1, max_position_embeddings=256)
+    with torch.no_grad():
+        model.model.encoder.layers[0].fc1.weight.zero_()
+        model.model.encoder.layers[0].fc1.bias.fill_(1)  # every neuron is active at every position
+    batch = {"input_ids": 5 * source, "attention_mask": source, "labels": torch.full((len(source), 2), 5)}
+    with torch.autocast("cpu", dtype):
+        counts = ns.record_activations(model, {"en-de": [batch]}, progress=False)
+    assert counts.counts["model.encoder.layers.0.fc1"].unique().tolist() == [source.numel()]
+    assert counts.tokens["encoder"].tolist() == [source.numel()]
+
+
+@pytest.mark.parametrize("compiled", ["model", "in place", "layer"])
+def test_models_that_were_compiled_and_have_run_are_counted_too(compiled):
+    model, batch = make_m2m100(), make_batch()
+    expected = ns.record_activations(model, {"en-de": [batch]}, progress=False)
+    runs = model
+    if compiled == "model":
+        runs = torch.compile(model, backend="eager")
+    elif compiled == "in place":
+        model.compile(backend="eager")
+    else:
+        model.model.encoder.layers[0].compile(backend="eager")
+    with torch.no_grad():
+        before = runs(**batch).logits  # code compiled now knows nothing of hooks that are attached later
+    counts = ns.record_activations(runs, {"en-de": [batch]}, progress=False)
+    for name, count in expected.counts.items():
+        assert counts.counts[name].equal(count), name
+    with torch.no_grad():
+        assert runs(**batch).logits.equal(before)
+
+
+def test_blocks_that_compute_in_chunks_are_counted_whole():
+    model, batch = architectures.make("encoder-decoder"), architectures.make_batch("encoder-decoder")
+    expected = ns.record_activations(model, {"en-de": [batch]}, progress=False)
+    chunked = [module for module in model.modules() if hasattr(module, "chunk_size_feed_forward")]
+    for module in chunked:
+        module.chunk_size_feed_forward = 1
+    counts = ns.record_activations(model, {"en-de": [batch]}, progress=False)
+    for name, count in expected.counts.items():
+        assert counts.counts[name].equal(count), name
+    assert chunked and all(module.chunk_size_feed_forward == 1 for module in chunked), "put back"
+
+
+@pytest.mark.parametrize("eos", [2, 1], ids=["", "the padding token closes sentences too"])
+@pytest.mark.parametrize("padding_side", ["right", "left"])
+def test_labels_that_are_padding_tokens_are_padding(eos, padding_side):
+    """As `tokenizer(..., text_target=..., padding=True)` gives them."""
+    model = make_m2m100(pad_token_id=1, eos_token_id=eos)
+    sentences = [[5, 6, 7, 8, eos], [5, 9, eos], [5, eos]]
+    rows = [[-100] * (5 - len(s)) + s if padding_side == "left" else s + [-100] * (5 - len(s)) for s in sentences]
+    ignored = torch.tensor(rows)
+    batch = {"input_ids": torch.full((3, 4), 7), "attention_mask": torch.ones(3, 4), "labels": ignored}
+    batch["decoder_input_ids"] = ignored.masked_fill(ignored == -100, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expected = ns.record_activations(model, {"en-de": [batch]}, progress=False)
+    padded = {**batch, "labels": ignored.masked_fill(ignored == -100, 1)}
+    with pytest.warns(UserWarning, match="labels .*padding token.*-100"):
+        counts = ns.record_activations(model, {"en-de": [padded]}, progress=False)
+    assert counts.tokens["decoder"].tolist() == expected.tokens["decoder"].tolist() == [10]
+    for name, count in expected.counts.items():
+        assert counts.counts[name].equal(count), name
+    everything = ns.record_activations(model, {"en-de": [padded]}, count_padding=True, progress=False)
+    assert everything.tokens["decoder"].tolist() == [15]
+
+
+def test_sources_without_an_attention_mask_lose_their_padding_too():
+    model, batch = make_m2m100(), make_batch()
+    unmasked = {key: batch[key] for key in ("input_ids", "labels")}
+    with pytest.warns(UserWarning, match="input_ids .*padding token.*attention_mask"):
+        counts = ns.record_activations(model, {"en-de": [unmasked]}, progress=False)
+    assert counts.tokens["encoder"].tolist() == [batch["attention_mask"].sum()]
+
+
+def test_a_stack_that_does_not_run_is_an_error():
+    model, batch = make_m2m100(), make_batch()
+    encoded = model.get_encoder()(**{key: batch[key] for key in ("input_ids", "attention_mask")})
+    with pytest.raises(ValueError, match="no FFN block of the encoder ran"):
+        ns.record_activations(model, {"en-de": [{**batch, "encoder_outputs": encoded}]}, progress=False)
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,13 @@ def record_activations(
 ) -> ActivationCounts:
     """Run `model` over each pair's batches with teacher forcing and count active neurons.
 
-    The model runs in eval mode without its LM head; counts stay on the device until the end.
+    The model runs in eval mode without its LM head, never compiled; counts stay on the device until the end and are
+    exact in every dtype, under autocast as well.
+
+    An encoder position counts where `attention_mask` is 1, a decoder position where its label is neither -100 nor
+    padding; without labels, by `decoder_attention_mask`, else where `decoder_input_ids` is not padding. Labels that
+    are the padding token, and sources that are without an `attention_mask`, give a warning. Where the padding token is
+    the end-of-sentence token too, the first one behind a sentence is its end and counts.
 
     Args:
         model: an encoder-decoder model; also one with adapters, which then runs under their masks.
@@ -168,7 +174,8 @@ def record_activations(
             tell a sample's pair by its tokens.
 
     Raises:
-        ValueError: if a pair's name is malformed, if there is no pair, or if a pair has no batch.
+        ValueError: if a pair's name is malformed, if there is no pair, if a pair has no batch, or if a batch has no
+            decoder side or does not run through both stacks.
     """
     pairs = check_pairs(batches)
     if not pairs:
@@ -178,7 +185,7 @@ def record_activations(
     blocks = find_ffn_blocks(base)
     recorder = Recorder(base, blocks, len(pairs), count_padding)
     device = next(base.parameters()).device
-    with recorder.attached(), _headless(base), _eval_mode(model), torch.no_grad():
+    with recorder.attached(), _headless(base), _plain_execution(model), torch.no_grad():
         for index, pair in enumerate(pairs):
             seen = 0
             for batch in tqdm(batches[pair], desc=f"recording {pair}", disable=not progress, leave=False):
@@ -188,9 +195,11 @@ def record_activations(
                     model(**moved)
                 except _BeforeHead:
                     pass
+                recorder.check_batch()
                 seen += 1
             if not seen and not _is_distributed():  # other processes may hold this pair's batches
                 raise ValueError(f"{pair} has no batch to record. Every pair needs at least one sentence pair.")
+    recorder.warn_about_padding()
     return ActivationCounts(
         pairs,
         {name: tensor.cpu() for name, tensor in recorder.counts.items()},
@@ -230,11 +239,23 @@ def _headless(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
+def _plain_execution(model: nn.Module) -> Iterator[None]:
+    """Run a model in eval mode, module by module and each FFN in one piece, so that hooks see every position.
+
+    Compiled code that exists already does not know hooks attached after it. BERT's layers may cut the positions into
+    chunks (`chunk_size_feed_forward`), which saves memory and changes no result.
+    """
+    modules: list[Any] = list(model.modules())
+    training = [module for module in modules if module.training]
+    chunks = {m: m.chunk_size_feed_forward for m in modules if hasattr(m, "chunk_size_feed_forward")}
     model.eval()
+    for module in chunks:
+        module.chunk_size_feed_forward = 0
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         for module in training:
             module.training = True
+        for module, size in chunks.items():
+            module.chunk_size_feed_forward = size

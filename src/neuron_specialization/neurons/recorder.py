@@ -1,5 +1,6 @@
 """Hooks that count active neurons while a model runs."""
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -10,6 +11,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .ffn import DECODER, ENCODER, STACKS, FfnBlock, is_time_major
+from .positions import fit_positions, source_positions, target_positions
 
 
 class CountingHook:
@@ -23,7 +25,12 @@ class CountingHook:
 
 
 class Recorder:
-    """Hooks that add each block's active positions to counters on its device."""
+    """Hooks that add each block's active positions to counters on its device.
+
+    Attributes:
+        counts: block name → int64 [pairs, d_ff].
+        tokens: stack → int64 [pairs].
+    """
 
     def __init__(self, model: Any, blocks: list[FfnBlock], pairs: int, count_padding: bool) -> None:
         self.model = model
@@ -33,48 +40,55 @@ class Recorder:
             block.name: torch.zeros(pairs, block.d_ff, dtype=torch.int64, device=_device_of(block)) for block in blocks
         }
         self.tokens = {stack: torch.zeros(pairs, dtype=torch.int64, device=_device_of(blocks[0])) for stack in STACKS}
+        # of the batch that runs: its pair, where each stack counts, and what has been counted already
         self.pair = 0
         self.positions: dict[str, torch.Tensor | None] = {}
-        self.uncounted: set[str] = set()
-        self.counted: set[str] = set()
+        self.counted_stacks: set[str] = set()
+        self.counted_blocks: set[str] = set()
+        self.padding_tokens: dict[str, torch.Tensor] = {}
 
     def start_batch(self, pair: int, batch: Mapping[str, Any]) -> None:
-        """Note which positions of the coming batch count: [batch, length] per stack, or None for all of them."""
+        """Find out which positions of the coming batch count: [batch, length] per stack, or None for all of them."""
         self.pair = pair
-        self.positions = {ENCODER: self._encoder_positions(batch), DECODER: self._decoder_positions(batch)}
-        self.uncounted, self.counted = set(STACKS), set()
-
-    def _encoder_positions(self, batch: Mapping[str, Any]) -> torch.Tensor | None:
-        return None if self.count_padding else batch.get("attention_mask")
-
-    def _decoder_positions(self, batch: Mapping[str, Any]) -> torch.Tensor | None:
-        labels: torch.Tensor | None = batch.get("labels")
-        tokens: torch.Tensor | None = batch.get("decoder_input_ids")
-        if labels is not None:
-            return torch.ones_like(labels) if self.count_padding else labels != -100
-        if tokens is None:
-            raise ValueError("A batch to record needs labels or decoder_input_ids beside input_ids (teacher forcing).")
+        self.counted_stacks, self.counted_blocks = set(), set()
+        source, source_padding = source_positions(batch, self.model.config)
+        target, target_padding = target_positions(batch, self.model.config)
         if self.count_padding:
-            return torch.ones_like(tokens)
-        if batch.get("decoder_attention_mask") is not None:
-            return batch["decoder_attention_mask"]
-        pad_token_id = getattr(self.model.config, "pad_token_id", None)
-        real = tokens.ne(-1 if pad_token_id is None else pad_token_id)
-        real[:, 0] = True  # the start token is a position even where it is the padding token (T5)
-        return real
+            self.positions = {ENCODER: None, DECODER: torch.ones_like(target)}
+            return
+        self.positions = {ENCODER: source, DECODER: target}
+        for name, padding in (("input_ids", source_padding), ("labels", target_padding)):
+            if padding is not None:  # added up on the device: asking for each batch would wait for it
+                self.padding_tokens[name] = self.padding_tokens.get(name, 0) + padding.sum()
+
+    def check_batch(self) -> None:
+        """Raise ValueError if a stack did not run, so that nothing was counted in it."""
+        for stack in STACKS:
+            names = {block.name for block in self.blocks if block.stack == stack}
+            if names and not names & self.counted_blocks:
+                raise ValueError(
+                    f"Nothing was counted: no FFN block of the {stack} ran for this batch. Pass input_ids and labels "
+                    "to the model itself, without encoder_outputs."
+                )
+
+    def warn_about_padding(self) -> None:
+        """Warn where padding had to be told by its token."""
+        remedy = {"labels": "Make padding -100 in labels", "input_ids": "Pass the tokenizer's attention_mask"}
+        for name, count in self.padding_tokens.items():
+            if count:
+                warnings.warn(
+                    f"The {name} end or begin with {int(count)} padding tokens (id {self.model.config.pad_token_id}), "
+                    f"which were taken for padding and not counted. {remedy[name]}, so that the model knows as well.",
+                    stacklevel=3,
+                )
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Attach the hooks for the length of the context."""
         handles = [self._attach(block) for block in self.blocks]
-        handles += [
-            owner.register_forward_pre_hook(partial(self._mark_padding, stack))
-            for owner, stack in _expert_groups(self.model, self.blocks)
-        ]
-        handles += [
-            owner.register_forward_hook(lambda module, args, output: output.nan_to_num())
-            for owner, _ in _expert_groups(self.model, self.blocks)
-        ]
+        for experts, stack in _expert_groups(self.model, self.blocks):
+            handles.append(experts.register_forward_pre_hook(partial(self._mark_padding, stack)))
+            handles.append(experts.register_forward_hook(lambda module, args, output: output.nan_to_num()))
         try:
             yield
         finally:
@@ -82,6 +96,11 @@ class Recorder:
                 handle.remove()
 
     def _attach(self, block: FfnBlock) -> RemovableHandle:
+        """Count what enters the down projection; in gated blocks, what the activation makes of the gate's output.
+
+        The activation is applied once more there: its own output is hidden, and activation modules may be shared by
+        all layers.
+        """
         if block.gate is None:
             return block.down.register_forward_pre_hook(CountingHook(partial(self._count, block)))
         return block.gate.register_forward_hook(
@@ -101,33 +120,35 @@ class Recorder:
         return (args[0].masked_fill(padding.to(args[0].device), torch.nan), *args[1:])
 
     def _count(self, block: FfnBlock, values: torch.Tensor) -> None:
-        """Add one count per active position. A product of 0/1 floats is exact up to 2^24 positions per batch.
+        """Add the number of counted positions at which each neuron is active; `values` are what neurons emit.
 
         Where a block runs again in the same pass, what it sees then is not the tokens (PEGASUS-X's global positions).
         """
-        if block.name in self.counted:
+        if block.name in self.counted_blocks:
             return
-        self.counted.add(block.name)
+        self.counted_blocks.add(block.name)
+        # into float32 at once: a bool tensor in between would have to be converted for the product
         active = torch.gt(values, 0, out=torch.empty(values.shape, dtype=torch.float32, device=values.device))
         if values.ndim == 2:  # tokens routed to an expert; padding is marked
-            self.counts[block.name][self.pair] += active.sum(0).long()
+            self.counts[block.name][self.pair] += active.sum(0, dtype=torch.float64).long()
             return
-        positions = self._fit(self.positions[block.stack], values, block.stack).float().to(values.device)
-        if block.stack in self.uncounted:
-            self.uncounted.discard(block.stack)
+        positions = self._positions_of(block.stack, values).to(values.device, torch.float32)
+        if block.stack not in self.counted_stacks:
+            self.counted_stacks.add(block.stack)
             total = self.tokens[block.stack]
             total[self.pair] += positions.sum(dtype=torch.float64).long().to(total.device)
-        self.counts[block.name][self.pair] += (positions.reshape(-1) @ active.reshape(-1, block.d_ff)).long()
+        # A product counts faster than any sum under a mask, and in float32 it is exact up to 2^24 positions per batch;
+        # autocast would compute it in 16 bits.
+        with torch.autocast(values.device.type, enabled=False):
+            counts = positions.reshape(-1) @ active.reshape(-1, block.d_ff)
+        self.counts[block.name][self.pair] += counts.long()
 
-    def _fit(self, positions: torch.Tensor | None, values: torch.Tensor, stack: str) -> torch.Tensor:
-        """Return positions of the shape that a block computes, [batch, length] or, time-major, [length, batch].
-
-        Blocks may compute more positions than the batch has (windows are filled up; ProphetNet's future streams follow
-        the main one), which do not count, or fewer (speech is shortened), which then stand for several each.
-        """
+    def _positions_of(self, stack: str, values: torch.Tensor) -> torch.Tensor:
+        """Return the positions in the shape of a block's values, [batch, length] or, time-major, [length, batch]."""
+        positions = self.positions[stack]
         if positions is not None and self._is_time_major(len(positions), values):
-            return self._fit_length(positions, values.transpose(0, 1), stack).transpose(0, 1)
-        return self._fit_length(positions, values, stack)
+            return fit_positions(positions, values.transpose(0, 1), stack).transpose(0, 1)
+        return fit_positions(positions, values, stack)
 
     def _is_time_major(self, batch: int, values: torch.Tensor) -> bool:
         """Whether values are [length, batch, d_ff]; looked up in the model only where the shape does not tell."""
@@ -139,20 +160,6 @@ class Recorder:
     def time_major(self) -> bool:
         """Whether the model's layers compute on [length, batch, d_model]."""
         return is_time_major(self.model)
-
-    @staticmethod
-    def _fit_length(positions: torch.Tensor | None, values: torch.Tensor, stack: str) -> torch.Tensor:
-        if positions is None:
-            return torch.ones(values.shape[:2], device=values.device)
-        given, computed = positions.shape[1], values.shape[1]
-        if positions.shape[0] != values.shape[0]:
-            raise ValueError(
-                f"The {stack} computes a batch of {values.shape[0]}, but the batch given has {positions.shape[0]} "
-                "rows; cannot tell which positions are padding."
-            )
-        if computed >= given:
-            return nn.functional.pad(positions, (0, computed - given))
-        return positions[:, torch.arange(computed, device=positions.device) * given // computed]
 
 
 def _expert_groups(model: nn.Module, blocks: list[FfnBlock]) -> list[tuple[nn.Module, str]]:
