@@ -1,10 +1,12 @@
 import warnings
+from fractions import Fraction
 
 import pytest
 import torch
 
 import neuron_specialization as ns
 from neuron_specialization import ActivationCounts
+from neuron_specialization.neurons.specificity import GeneralSpecific, Specificity
 
 
 def counts_of(table: dict[str, list[list[int]]], pairs: list[str], tokens: int = 100) -> ActivationCounts:
@@ -22,7 +24,7 @@ def by_hand(counts: list[int], k: float) -> set[int]:
     order = sorted(range(len(counts)), key=lambda i: (-counts[i], i))
     chosen, total = set(), 0
     for i in order:
-        if total >= k * sum(counts):
+        if total >= Fraction(str(k)) * sum(counts):
             break
         chosen.add(i)
         total += counts[i]
@@ -44,6 +46,36 @@ def test_the_crossing_neuron_is_included():
     assert kept(masks, "en-de", "encoder.0") == [1, 2]
     exact = ns.CumulativeThreshold(0.5).select(counts_of({"encoder.0": [[10, 50, 40, 0]]}, ["en-de"]))
     assert kept(exact, "en-de", "encoder.0") == [1]
+
+
+@pytest.mark.parametrize(
+    "selector",
+    [ns.CumulativeThreshold, ns.TopShare, lambda k: Specificity(k, gamma=0), lambda k: GeneralSpecific(k, kappa=1)],
+)
+def test_shares_are_compared_exactly(selector):
+    """.07 * 100 is 7.000000000000001 in floating point, and 1 - .7 is .30000000000000004."""
+    flat = counts_of({"encoder.0": [[10**12] * 100]}, ["en-de"])
+    hundredths = {share: n for n in range(1, 101) for share in (n / 100, 1 - (100 - n) / 100)}
+    found = {share: len(kept(selector(share).select(flat), "en-de", "encoder.0")) for share in hundredths}
+    assert found == hundredths
+
+
+@pytest.mark.parametrize("share", [0.07, 0.14, 0.28, 0.55, 0.56])
+def test_lape_takes_its_shares_exactly(share):
+    """All neurons belong to one language; so many of them as the share says are withheld from the other."""
+    counts = counts_of({"encoder.0": [[90] * 100, [0] * 100], "decoder.0": [[50] * 100] * 2}, ["de-en", "fr-en"])
+    masks = ns.LAPE(entropy_share=share, activity_quantile=0.5).select(counts)
+    assert len(kept(masks, "fr-en", "encoder.0")) == 100 - round(100 * share)
+
+
+@pytest.mark.parametrize("share", [1 / 3, 2 / 3, 1e-9, 0.123456789012, 1])
+def test_any_share_is_met_and_not_exceeded(share):
+    rows = [[10**12 + i for i in range(30)]]
+    masks = ns.CumulativeThreshold(share).select(counts_of({"encoder.0": rows}, ["en-de"]))
+    chosen = [rows[0][i] for i in kept(masks, "en-de", "encoder.0")]
+    assert sum(chosen) >= share * sum(rows[0]) > sum(chosen) - min(chosen)
+    top = ns.TopShare(share).select(counts_of({"encoder.0": rows}, ["en-de"]))
+    assert len(kept(top, "en-de", "encoder.0")) == {1 / 3: 10, 2 / 3: 20, 1e-9: 1, 1: 30}.get(share, 4)
 
 
 def test_k_1_keeps_every_active_neuron_and_no_silent_one():

@@ -1,7 +1,9 @@
 """Selectors: from activation counts to masks. Each is a small object with `select(counts) -> NeuronMasks`."""
 
+import math
 import warnings
 from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from typing import Any, Protocol
 
 import torch
@@ -69,7 +71,7 @@ class TopShare:
         rows = {}
         for name, count in counts.counts.items():
             order = count.argsort(dim=1, descending=True, stable=True)
-            kept = order[:, : -int(-self.share * count.shape[1] // 1)]
+            kept = order[:, : math.ceil(exact_share(self.share) * count.shape[1])]
             rows[name] = torch.zeros_like(count, dtype=torch.bool).scatter_(1, kept, True)
         return per_pair_masks(rows, counts, self)
 
@@ -139,11 +141,11 @@ class LAPE:
     def _kept(self, probabilities: torch.Tensor) -> torch.Tensor:
         """Return bool [languages, neurons] from float64 activation probabilities of the same shape."""
         flat = probabilities.flatten()
-        threshold = flat.kthvalue(max(1, round(self.activity_quantile * len(flat)))).values
+        threshold = flat.kthvalue(max(1, round(exact_share(self.activity_quantile) * len(flat)))).values
         shares = probabilities / probabilities.sum(0, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
         entropy = -torch.special.xlogy(shares, shares).sum(0)
         entropy[probabilities.amax(0) < threshold] = torch.inf
-        wanted = -int(-self.entropy_share * probabilities.shape[1] // 1)
+        wanted = math.ceil(exact_share(self.entropy_share) * probabilities.shape[1])
         specific = torch.zeros(probabilities.shape[1], dtype=torch.bool)
         specific[entropy.argsort(stable=True)[:wanted]] = True
         specific &= entropy.isfinite()
@@ -167,8 +169,22 @@ def smallest_prefix(counts: torch.Tensor, k: float) -> torch.Tensor:
     """Return bool [pairs, d_ff] from int64 or float64 counts of that shape; see CumulativeThreshold."""
     ordered, order = counts.sort(dim=1, descending=True, stable=True)
     running = ordered.cumsum(1)
-    kept = (running - ordered).double() < k * running[:, -1:].double()
+    share, totals = exact_share(k), running[:, -1].tolist()
+    if counts.is_floating_point():
+        needed = torch.tensor([float(share * Fraction(total)) for total in totals], dtype=counts.dtype)
+    else:  # whole numbers reach a share of their sum when they reach it rounded up
+        needed = torch.tensor([math.ceil(share * total) for total in totals])
+    kept = running - ordered < needed.unsqueeze(1)
     return torch.zeros_like(kept).scatter_(1, order, kept)
+
+
+def exact_share(share: float) -> Fraction:
+    """Return the fraction that a float stands for: 7/100 for .07, 1/3 for 1 / 3, 3/10 for 1 - .7.
+
+    Products of floats are off by a little, and then a neuron too many is kept.
+    """
+    simple = Fraction(share).limit_denominator(10**6)
+    return simple if abs(simple - Fraction(share)) < 2**-52 else Fraction(str(share))
 
 
 def per_pair_masks(rows: dict[str, torch.Tensor], counts: ActivationCounts, selector: Any) -> NeuronMasks:

@@ -1,5 +1,6 @@
 """Selectors that weigh a neuron's activity for one pair against its activity for the others."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -7,7 +8,7 @@ import torch
 from .activations import ActivationCounts
 from .controls import activation_rates
 from .masks import NeuronMasks
-from .selection import check_share, per_pair_masks, smallest_prefix
+from .selection import check_share, exact_share, per_pair_masks, smallest_prefix
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class GeneralSpecific:
             rates = activation_rates(counts, name)
             order = rates.sum(0).argsort(descending=True, stable=True)
             general = torch.zeros(rates.shape[1], dtype=torch.bool)
-            general[order[: -int(-self.rho * rates.shape[1] // 1)]] = True
+            general[order[: math.ceil(exact_share(self.rho) * rates.shape[1])]] = True
             rows[name] = general | (rates > self.kappa * rates.amax(0))
         return per_pair_masks(rows, counts, self)
 
