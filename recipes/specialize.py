@@ -62,6 +62,7 @@ def main() -> None:
         language_tokens=tokens,
         source_tag=data.source_tag,
         max_length=data.max_length,
+        preprocessing_num_workers=data.preprocessing_num_workers,
     )
     if training.process_index == 0:
         settings = {"arguments": [vars(args), vars(where), vars(data), training.to_dict()]}

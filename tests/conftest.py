@@ -2,6 +2,7 @@
 
 import copy
 
+import datasets
 import pytest
 import torch
 from transformers import M2M100ForConditionalGeneration, T5Config, T5ForConditionalGeneration
@@ -14,6 +15,16 @@ from neuron_specialization.translation.tokenization import train_tokenizer
 from neuron_specialization.translation.toy import ToyLanguages
 
 PAIRS = ["en-de", "de-en", "en-fr", "fr-en"]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def datasets_cache(tmp_path_factory):
+    """What datasets caches, here and in the processes that tests start, is of this session only."""
+    directory = str(tmp_path_factory.mktemp("datasets"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_DATASETS_CACHE", directory)
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", directory)
+        yield
 
 
 @pytest.fixture(autouse=True)

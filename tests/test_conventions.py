@@ -11,7 +11,7 @@ from peft import get_peft_model
 
 import neuron_specialization as ns
 from neuron_specialization.translation.batching import TranslationCollator
-from neuron_specialization.translation.data import encode_parallel
+from neuron_specialization.translation.encoding import encode_parallel
 from neuron_specialization.translation.identification import record_corpus
 from neuron_specialization.translation.tokenization import resolve_tokens, train_tokenizer
 

@@ -1,13 +1,20 @@
 """Loading, checking, encoding and batching parallel text."""
 
+import os
+import shutil
+
 import numpy as np
 import pandas
 import pytest
 import torch
 from datasets import Dataset
+from transformers import AutoTokenizer
 
+from neuron_specialization.translation import encoding
 from neuron_specialization.translation.batching import DirectionBatchSampler, TranslationCollator
-from neuron_specialization.translation.data import check_parallel, encode_parallel, load_parallel
+from neuron_specialization.translation.check import check_parallel
+from neuron_specialization.translation.data import load_parallel
+from neuron_specialization.translation.encoding import encode_parallel
 from neuron_specialization.translation.tokenization import resolve_tokens
 
 ROWS = {
@@ -98,6 +105,58 @@ def test_the_data_check_counts_and_drops_only_if_asked():
         check_parallel({"en-de": pairs(("", ""))}, drop=True)
 
 
+def faults_of(rows, held_out) -> tuple[list[int], list[int]]:
+    """Count empty, duplicates, length_ratio and overlap the slow way, and say which rows have none."""
+    ratio = np.exp(np.median([np.log(len(t) / len(s)) for s, t in rows if s and t]))
+    sources, targets = {s for s, _ in held_out}, {t for _, t in held_out}
+    counts, good, seen = [0] * 4, [], set()
+    for i, (source, target) in enumerate(rows):
+        shorter, longer = sorted((len(source) * ratio**0.5, len(target) / ratio**0.5))
+        found = [
+            not source.strip() or not target.strip(),
+            (source, target) in seen,
+            longer > 3 * shorter + 20,
+            source in sources or target in targets,
+        ]
+        seen.add((source, target))
+        counts = [count + f for count, f in zip(counts, found, strict=True)]
+        good += [] if any(found) else [i]
+    return counts, good
+
+
+@pytest.mark.parametrize("selected", [False, True])
+def test_the_data_check_counts_what_python_sets_count(monkeypatch, selected):
+    monkeypatch.setattr("neuron_specialization.translation.arrow.arrow_batches.__defaults__", (300,))
+    draw = np.random.default_rng(0)
+    words = ["ein", "Übung", "語", "𝒳y", " ", "\u3000", "\u2028", "\t", "\x1f", ""]
+
+    def sentence() -> str:
+        return "".join(draw.choice(words, size=draw.choice([0, 1, 2, 3, 60])))
+
+    rows = [(sentence(), sentence()) for _ in range(2000)]
+    held_out = [rows[5], ("ein", "?"), ("?", "語語")]
+    data = pairs(*rows)
+    if selected:
+        order = draw.permutation(2000)[:1500]
+        rows, data = [rows[i] for i in order], data.select(order)
+    counts, good = faults_of(rows, held_out)
+    # what held-out data comes in may be read only once
+    train = {"en-fr": pairs(("a", "b")), "en-de": data}
+    kept, checks = check_parallel(train, iter([{"en-de": pairs(*held_out)}]), drop=True)
+    check = checks["en-de"]
+    assert all(counts) and [check.empty, check.duplicates, check.length_ratio, check.overlap] == counts
+    assert kept["en-de"]["source"][:] == [rows[i][0] for i in good] and check.dropped == len(rows) - len(good)
+
+
+def test_length_ratios_are_judged_by_the_languages_own():
+    english = ["This is a sentence with a number of words in it, such as " + "many " * i for i in range(1, 100)]
+    chinese = ["这是一个有许多单词的句子" + "多" * i for i in range(1, 100)]
+    rows = [*zip(english, chinese, strict=True), ("Short.", "长" * 100), (english[-1], "短")]
+    for flip in (1, -1):
+        _, checks = check_parallel({"en-zh": pairs(*(row[::flip] for row in rows))})
+        assert checks["en-zh"].length_ratio == 2
+
+
 def sampler(**changes) -> DirectionBatchSampler:
     directions = np.repeat([0, 1], [900, 100])
     lengths = np.random.default_rng(0).integers(2, 60, 1000)
@@ -138,6 +197,47 @@ def test_every_sentence_is_used_before_any_is_used_again():
 def test_a_temperature_of_zero_is_refused(temperature):
     with pytest.raises(ValueError, match="temperature T must be above 0"):
         sampler(temperature=temperature)
+
+
+def test_text_is_encoded_once_however_it_is_loaded(toy, toy_files, toy_tokenizer, tmp_path):
+    def encode(path, tokenizer, **options):
+        tokens = resolve_tokens(tokenizer, toy.language_pairs)
+        return encode_parallel(load_parallel(str(path), toy.language_pairs), tokenizer, tokens, **options)
+
+    first = encode(toy_files / "test.jsonl", toy_tokenizer)
+    (cached,) = {entry["filename"] for entry in first.cache_files}
+    written = os.stat(cached).st_mtime_ns
+    shutil.copy(toy_files / "test.jsonl", tmp_path / "moved.jsonl")
+    pandas.read_json(toy_files / "test.jsonl", lines=True).to_parquet(tmp_path / "other.parquet")
+    used = AutoTokenizer.from_pretrained(saved(toy_tokenizer, tmp_path / "tokenizer"))
+    used(["Pv"] * 3, padding=True, truncation=True, max_length=2)
+    used.src_lang = toy.languages[2]
+    for path in ("moved.jsonl", "other.parquet"):
+        again = encode(tmp_path / path, used)
+        assert again.cache_files == first.cache_files and again[:] == first[:]
+    assert os.stat(cached).st_mtime_ns == written
+    lines = (tmp_path / "moved.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "changed.jsonl").write_text("".join(lines[:-1] + [lines[0]]))
+    assert encode(tmp_path / "changed.jsonl", toy_tokenizer)[-1]["labels"] != first[-1]["labels"]
+    assert max(map(len, encode(tmp_path / "moved.jsonl", toy_tokenizer, max_length=5)["labels"])) == 5
+    used.add_tokens(["zz"])
+    assert encode(tmp_path / "moved.jsonl", used).cache_files != first.cache_files
+
+
+def saved(tokenizer, directory) -> str:
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+def test_several_processes_encode_the_same(toy, toy_data, toy_tokenizer, monkeypatch):
+    tokens = resolve_tokens(toy_tokenizer, toy.language_pairs)
+    one = encode_parallel(toy_data["train"], toy_tokenizer, tokens, max_length=20)[:]
+    monkeypatch.setattr(encoding, "_digest", lambda *_: "b" * 32)  # or the first one's would be read
+    monkeypatch.setattr(encoding, "_BATCH", 70)
+    several = encode_parallel(toy_data["train"], toy_tokenizer, tokens, max_length=20, num_workers=3)
+    assert len(several.cache_files) == 3 and several[:] == one
+    assert one["length"] == [len(s) + len(t) for s, t in zip(one["input_ids"], one["labels"], strict=True)]
+    assert one["language_pair"] == sorted(one["language_pair"])
 
 
 def test_encoded_batches_carry_tags_labels_and_decoder_inputs(toy, toy_data, toy_tokenizer, toy_model):

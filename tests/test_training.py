@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 import neuron_specialization as ns
 from neuron_specialization.translation.checkpoints import load_checkpoint
-from neuron_specialization.translation.data import encode_parallel
+from neuron_specialization.translation.encoding import encode_parallel
 from neuron_specialization.translation.identification import record_corpus
 from neuron_specialization.translation.tokenization import resolve_tokens
 from neuron_specialization.translation.training import (

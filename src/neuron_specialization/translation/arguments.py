@@ -6,7 +6,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from .data import check_parallel, data_check_rows, load_parallel
+from .check import check_parallel, data_check_rows
+from .data import load_parallel
 
 
 @dataclass
@@ -31,6 +32,7 @@ class DataArguments:
     pivot: str | None = field(default=None, metadata={"help": "Language of the one-to-many and many-to-one averages."})
     max_length: int = field(default=128, metadata={"help": "Training text is truncated to so many tokens."})
     max_sentences: int | None = field(default=None, metadata={"help": "Use at most so many sentence pairs each."})
+    preprocessing_num_workers: int = field(default=1, metadata={"help": "Processes that tokenize the training data."})
     drop_faulty: bool = field(default=False, metadata={"help": "Drop what the data check finds, not only report it."})
 
     def load(self, split: str, **changes: Any) -> dict[str, Dataset]:

@@ -1,14 +1,11 @@
-"""Parallel text: load any number of directions, check them, encode them."""
+"""Parallel text: load any number of directions."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
-from datasets import Dataset, concatenate_datasets, load_dataset
+from datasets import Dataset, load_dataset
 
 from ..neurons.language_pairs import check_pairs, split_pair
-from .tokenization import encode
 
 _READERS = {
     ".parquet": ("parquet", {}),
@@ -16,8 +13,6 @@ _READERS = {
     ".json": ("json", {}),
     ".tsv": ("csv", {"delimiter": "\t", "quoting": 3, "keep_default_na": False}),  # 3: quotes are text
 }
-MAX_LENGTH_RATIO = 3.0
-_LENGTH_SLACK = 20  # characters; short sentences differ by more than their ratio says
 
 
 def load_parallel(
@@ -98,107 +93,3 @@ def _direction(rows: Dataset, pair: str, path: str, columns: Mapping[str, str], 
     if not len(chosen):
         raise ValueError(f"{path} has no sentence pair for {pair}: no row has text on both sides.")
     return chosen
-
-
-@dataclass
-class DataCheck:
-    """What a data check counted in one direction; numbers of sentence pairs."""
-
-    sentence_pairs: int = 0
-    empty: int = 0
-    duplicates: int = 0
-    length_ratio: int = 0
-    overlap: int = 0
-    dropped: int = 0
-
-
-def check_parallel(
-    train: Mapping[str, Dataset], held_out: Iterable[Mapping[str, Dataset]] = (), drop: bool = False
-) -> tuple[dict[str, Dataset], dict[str, DataCheck]]:
-    """Count what should not be in training data, and drop it only if asked.
-
-    Counted are empty sides, repeated sentence pairs, pairs one side of which is more than three times as long as the
-    other (in characters, beyond a slack for short sentences), and pairs either side of which is a held-out sentence of
-    that direction.
-
-    Args:
-        train: pair → training data.
-        held_out: validation and test data, each pair → data.
-        drop: leave the counted sentence pairs out.
-
-    Returns:
-        The data to train on, and pair → counts.
-
-    Raises:
-        ValueError: if dropping leaves a direction with nothing.
-    """
-    kept, checks = {}, {}
-    for pair, data in train.items():
-        held = [other[pair] for other in held_out if pair in other]
-        sides = [{text for other in held for text in other[side]} for side in ("source", "target")]
-        keep, checks[pair] = _check_direction(data, sides[0], sides[1])
-        kept[pair] = data
-        if drop and len(keep) < len(data):
-            if not keep:
-                raise ValueError(f"The data check would drop every sentence pair of {pair}: {asdict(checks[pair])}.")
-            kept[pair] = data.select(keep)
-            checks[pair].dropped = len(data) - len(keep)
-    return kept, checks
-
-
-def _check_direction(data: Dataset, held_sources: set[str], held_targets: set[str]) -> tuple[list[int], DataCheck]:
-    check = DataCheck(len(data))
-    seen: set[tuple[str, str]] = set()
-    keep = []
-    for i, (source, target) in enumerate(zip(data["source"], data["target"], strict=True)):
-        shorter, longer = sorted((len(source), len(target)))
-        faults = {
-            "empty": not source.strip() or not target.strip(),
-            "duplicates": (source, target) in seen,
-            "length_ratio": longer > MAX_LENGTH_RATIO * shorter + _LENGTH_SLACK,
-            "overlap": source in held_sources or target in held_targets,
-        }
-        seen.add((source, target))
-        for name, found in faults.items():
-            setattr(check, name, getattr(check, name) + found)
-        if not any(faults.values()):
-            keep.append(i)
-    return keep, check
-
-
-def data_check_rows(checks: Mapping[str, DataCheck]) -> list[dict[str, Any]]:
-    """Return one table row per direction."""
-    return [
-        {"pair": pair, **{f.name: getattr(check, f.name) for f in fields(check)}} for pair, check in checks.items()
-    ]
-
-
-def encode_parallel(
-    data: Mapping[str, Dataset],
-    tokenizer: Any,
-    tokens: Mapping[str, str],
-    *,
-    source_tag: str = "source",
-    max_length: int = 128,
-) -> Dataset:
-    """Tokenize every direction and put them one after another.
-
-    Args:
-        data: pair → Dataset with columns "source" and "target".
-        tokenizer: the model's tokenizer.
-        tokens: language code → its language token.
-        source_tag: what the tag on the source side names.
-        max_length: truncate both sides to so many tokens; for training only, references are never truncated.
-
-    Returns:
-        Dataset with columns "input_ids", "labels", and "language_pair", the position of the pair in `data`.
-    """
-    parts = []
-    for index, (pair, rows) in enumerate(data.items()):
-
-        def encode_rows(batch: dict[str, list], pair: str = pair, index: int = index) -> dict[str, list]:
-            encoded = encode(tokenizer, pair, batch["source"], batch["target"], tokens, source_tag, max_length)
-            return {**encoded, "language_pair": [index] * len(batch["source"])}
-
-        parts.append(rows.map(encode_rows, batched=True, remove_columns=rows.column_names, desc=f"tokenizing {pair}"))
-    return concatenate_datasets(parts)

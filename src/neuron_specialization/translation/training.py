@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset
 from torch.nn import functional as F
@@ -27,8 +26,9 @@ from ..adapter.active import active_config
 from ..adapter.routing import is_routed, routing_of
 from ..neurons.base_model import unwrap
 from ..neurons.files import replace_directory
+from .arrow import numpy_column
 from .batching import DirectionBatchSampler, TranslationCollator
-from .data import encode_parallel
+from .encoding import encode_parallel
 from .processes import this_process
 from .sharding import shard
 from .tokenization import resolve_tokens
@@ -103,10 +103,9 @@ class SpecializationTrainer(Seq2SeqTrainer):
         """Return batches of one direction each; the sampler spans the whole run of all processes."""
         args: Any = self.args
         data: Any = self.train_dataset
-        lengths = [len(source) + len(target) for source, target in zip(data["input_ids"], data["labels"], strict=True)]
         sampler = DirectionBatchSampler(
-            np.array(data["language_pair"]),
-            np.array(lengths),
+            numpy_column(data, "language_pair"),
+            numpy_column(data, "length"),
             args.per_device_train_batch_size,
             args.max_steps * args.gradient_accumulation_steps * args.world_size,
             args.temperature,
@@ -154,6 +153,7 @@ def fit(
     language_tokens: Mapping[str, str] | None = None,
     source_tag: str = "source",
     max_length: int = 128,
+    preprocessing_num_workers: int = 1,
 ) -> dict[str, Any]:
     """Train `model` on every direction of `train`, resuming from the newest complete checkpoint if there is one.
 
@@ -170,6 +170,7 @@ def fit(
         language_tokens: language code → language token, where codes are not tokens themselves.
         source_tag: what the tag on the source side names.
         max_length: truncate training text to so many tokens.
+        preprocessing_num_workers: processes that tokenize.
 
     Returns:
         The Trainer's metrics, with "updates", "best_validation_loss", the log of losses, and where it was "saved".
@@ -184,7 +185,14 @@ def fit(
         encoded = [
             None
             if data is None
-            else encode_parallel(data, tokenizer, tokens, source_tag=source_tag, max_length=max_length)
+            else encode_parallel(
+                data,
+                tokenizer,
+                tokens,
+                source_tag=source_tag,
+                max_length=max_length,
+                num_workers=preprocessing_num_workers,
+            )
             for data in (train, validation)
         ]
     if validation is not None:
