@@ -23,11 +23,12 @@ from neuron_specialization.export.ctranslate2 import (
 )
 from neuron_specialization.export.vocabulary import check_trimmable, trim_vocabulary, unknown_rate
 from neuron_specialization.neurons.adapter_file import PREFIX
+from neuron_specialization.neurons.language_pairs import split_pair
 from neuron_specialization.translation.arguments import DataArguments, ModelArguments
 from neuron_specialization.translation.checkpoints import load_adapted, load_checkpoint
 from neuron_specialization.translation.command_line import parse, run
 from neuron_specialization.translation.data import load_parallel
-from neuron_specialization.translation.evaluation import score
+from neuron_specialization.translation.evaluation import check_scorers, score
 from neuron_specialization.translation.processes import this_process
 from neuron_specialization.translation.results import table, write_results
 from neuron_specialization.translation.tokenization import encode
@@ -69,6 +70,8 @@ def main() -> None:
         raise ValueError("Name the adapter whose pair to export: --adapter DIRECTORY or Hub id.")
     if not this_process().is_main_process:
         return  # one pair is the work of one process
+    target = split_pair(args.pair)[1]
+    check_scorers([target])
     data.language_pairs = [args.pair]
     sample = data.load("test", max_sentences=args.sample)[args.pair]
     sources, references = sample["source"][:], sample["target"][:]
@@ -80,7 +83,7 @@ def main() -> None:
     if args.trim_vocabulary:
         check_trimmable(tokenizer)
     tokens = pair_tokens(model, tokenizer, args.pair, data.tokens)
-    source_tag, target = active_config(model).source_tag, args.pair.split("-")[1]
+    source_tag = active_config(model).source_tag
     options = {"language_tokens": tokens, "source_tag": source_tag, "num_beams": args.num_beams}
     expected = translate_tokens(model.to(device), tokenizer, sources, args.pair, **options)
     base = [parameter for name, parameter in model.named_parameters() if PREFIX not in name]

@@ -9,12 +9,14 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from neuron_specialization.neurons.language_pairs import split_pair
 from neuron_specialization.translation.arguments import DataArguments, ModelArguments
 from neuron_specialization.translation.checkpoints import load_adapted
 from neuron_specialization.translation.command_line import parse, run
-from neuron_specialization.translation.evaluation import evaluate, score_rows
+from neuron_specialization.translation.evaluation import check_scorers, evaluate, score_rows
 from neuron_specialization.translation.processes import this_process
 from neuron_specialization.translation.results import table, write_results
+from neuron_specialization.translation.text_files import one_line
 
 UNUSED = ("train_file", "validation_file", "max_length", "drop_faulty")
 
@@ -31,6 +33,7 @@ class ScoreArguments:
 def main() -> None:
     args, where, data = parse(ScoreArguments, ModelArguments, DataArguments, unused=UNUSED)
     test = data.load("test", max_sentences=data.max_sentences)
+    check_scorers(split_pair(pair)[1] for pair in test)
     model, tokenizer = load_adapted(where.model_name_or_path, where.adapter)
     started = time.perf_counter()
     result = evaluate(
@@ -49,7 +52,7 @@ def main() -> None:
     for pair, texts in result.pop("translations").items():
         path = Path(args.output_dir) / "translations" / f"{pair}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(f"{' '.join(text.splitlines())}\n" for text in texts))
+        path.write_text("".join(f"{one_line(text)}\n" for text in texts), encoding="utf-8")
     print(table(score_rows(result)))
     settings = {"seconds": seconds, "arguments": [vars(args), vars(where), vars(data)]}
     print(f"wrote {write_results(args.output_dir, {**result, **settings})}")

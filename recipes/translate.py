@@ -1,19 +1,17 @@
-"""Translate a text file, one sentence per line.
+"""Translate a text file: one line out per line in. Started again after an interruption, it continues.
 
 accelerate launch --quiet recipes/translate.py \
     --model_name_or_path path/to/checkpoint --adapter build/specialized/adapter --pair en-de \
     --input sentences.en --output sentences.de
 """
 
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import neuron_specialization as ns
 from neuron_specialization.translation.arguments import ModelArguments, as_mapping
 from neuron_specialization.translation.checkpoints import load_adapted
 from neuron_specialization.translation.command_line import parse, run
 from neuron_specialization.translation.processes import this_process
+from neuron_specialization.translation.text_files import LineWriter, digest, read_lines, translate_lines, weights_of
 
 
 @dataclass
@@ -21,33 +19,40 @@ class TranslateArguments:
     """What to translate."""
 
     pair: str = field(metadata={"help": "Direction, such as en-de."})
-    input: str = field(default="-", metadata={"help": "File to read, or - for standard input."})
+    input: str = field(default="-", metadata={"help": "UTF-8 text file to read, or - for standard input."})
     output: str = field(default="-", metadata={"help": "File to write, or - for standard output."})
-    language_tokens: list[str] = field(default_factory=list, metadata={"help": "code=token, such as de=deu_Latn."})
-    source_tag: str = field(default="source", metadata={"help": "What the source side's tag names: source or target."})
-    num_beams: int = field(default=5, metadata={"help": "Beams."})
-    batch_size: int = field(default=32, metadata={"help": "Sentences per batch."})
+    language_tokens: list[str] = field(
+        default_factory=list, metadata={"help": "Language tokens as code=token, such as de=deu_Latn."}
+    )
+    source_tag: str = field(
+        default="source", metadata={"help": "Language that the tag on the source side names: source or target."}
+    )
+    num_beams: int = field(default=5, metadata={"help": "Number of beams."})
+    batch_size: int = field(default=32, metadata={"help": "Sentences per batch; changes speed only."})
 
 
 def main() -> None:
     args, where = parse(TranslateArguments, ModelArguments)
-    text = sys.stdin.read() if args.input == "-" else Path(args.input).read_text()
+    lines = read_lines(args.input)
+    settings = {**vars(args), **vars(where)}
+    del settings["output"], settings["batch_size"]
+    weights = {"weights": weights_of(where.model_name_or_path), "adapter_weights": weights_of(where.adapter)}
+    output = LineWriter(args.output, {**settings, **weights, "input": digest(lines)})
     model, tokenizer = load_adapted(where.model_name_or_path, where.adapter)
-    translations = ns.translate(
+    translations = translate_lines(
         model.to(this_process().device),
         tokenizer,
-        text.splitlines(),
+        lines,
         args.pair,
+        done=output.done,
         language_tokens=as_mapping(args.language_tokens),
         source_tag=args.source_tag,
         batch_size=args.batch_size,
         num_beams=args.num_beams,
     )
-    written = "".join(f"{' '.join(line.splitlines())}\n" for line in translations)
-    if args.output == "-":
-        sys.stdout.write(written)
-    else:
-        Path(args.output).write_text(written)
+    for some in translations:
+        output.write(some)
+    output.finish()
 
 
 if __name__ == "__main__":

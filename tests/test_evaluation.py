@@ -1,5 +1,7 @@
 """Translating and scoring."""
 
+import sys
+
 import pytest
 import sacrebleu
 from peft import get_peft_model
@@ -7,7 +9,14 @@ from transformers import GenerationConfig
 
 import neuron_specialization as ns
 from neuron_specialization.neurons.stability import stability
-from neuron_specialization.translation.evaluation import averages, bleu_tokenizer, evaluate, score, score_rows
+from neuron_specialization.translation.evaluation import (
+    averages,
+    bleu_tokenizer,
+    check_scorers,
+    evaluate,
+    score,
+    score_rows,
+)
 from neuron_specialization.translation.identification import record_corpus, record_corpus_parts
 from neuron_specialization.translation.translate import translate_tokens
 
@@ -139,3 +148,32 @@ def test_unstable_masks_are_named():
     b = counts_of({"encoder.0": [[0, 0, 9, 9]]}, ["en-de"])
     assert stability([a, b], ns.CumulativeThreshold(0.9))["unstable"] == ["en-de"]
     assert stability([a, a], ns.CumulativeThreshold(0.9))["unstable"] == []
+
+
+def test_missing_segmenters_are_named_before_anything_is_translated(toy_data, toy_tokenizer, monkeypatch):
+    for module in ("MeCab", "mecab_ko"):
+        monkeypatch.setitem(sys.modules, module, None)  # cannot be imported, installed or not
+    for module in ("ja_mecab", "ko_mecab"):
+        monkeypatch.delitem(sys.modules, f"sacrebleu.tokenizers.tokenizer_{module}", raising=False)
+    data = {"Pv-ja": next(iter(toy_data["test"].values()))}
+    with pytest.raises(ImportError, match=r"into 'ja' needs .*ja-mecab.*neuron-specialization\[ja\]"):
+        evaluate(None, toy_tokenizer, data)  # a model that cannot translate
+    with pytest.raises(ImportError, match=r"neuron-specialization\[ko\]"):
+        check_scorers(["de", "kor_Hang"])
+    check_scorers(["de", "zho_Hans", "tha_Thai"])
+
+
+def test_what_holds_no_sentences_is_refused_and_a_generator_will_do(toy_model, toy_tokenizer, tmp_path):
+    sentences = ["ba bu", "bi"]
+    listed = ns.translate(toy_model, toy_tokenizer, sentences, "Pv-Aa", max_new_tokens=4)
+    assert ns.translate(toy_model, toy_tokenizer, (s for s in sentences), "Pv-Aa", max_new_tokens=4) == listed
+    for wrong, message in ((tmp_path, "list of sentences, got"), (3, "got 3"), (["ba", None], "None at position 1")):
+        with pytest.raises(ValueError, match=message):
+            ns.translate(toy_model, toy_tokenizer, wrong, "Pv-Aa")
+
+
+def test_evaluation_shows_one_bar(toy_data, toy_model, toy_tokenizer, capsys):
+    data = {pair: rows.select(range(9)) for pair, rows in toy_data["test"].items()}
+    evaluate(toy_model, toy_tokenizer, data, num_beams=1, max_new_tokens=2, batch_size=2)
+    said = capsys.readouterr().err
+    assert f"{9 * len(data)}/{9 * len(data)}" in said and said.count("\n") == 1

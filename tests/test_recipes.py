@@ -138,8 +138,16 @@ def test_specialize_then_evaluate_then_translate(identified, workspace, toy_file
     translated = (output / "scores" / "translations" / "Pv-Aa.txt").read_text().splitlines()
     assert len(translated) == 6
     source = [json.loads(line)["Pv"] for line in (toy_files / "test.jsonl").read_text().splitlines()[:6]]
-    text = run("translate.py", *where, "--pair", "Pv-Aa", "--num_beams", "2", stdin="\n".join(source))
-    assert text.splitlines() == translated
+    source.insert(1, "")
+    translated.insert(1, "")
+    options = ["--pair", "Pv-Aa", "--num_beams", "2", "--batch_size", "2"]
+    if masks == "none":
+        options += ["--output", str(output / "new" / "translated.txt")]
+        run("translate.py", *where, *options, stdin="\n".join(source), processes=2)
+        assert (output / "new" / "translated.txt").read_text().splitlines() == translated
+    else:
+        text = run("translate.py", *where, *options, stdin="\n".join(source))
+        assert text.splitlines() == translated
 
 
 def test_pretrain_makes_a_checkpoint_with_its_tokenizer(workspace, toy_files):
@@ -218,18 +226,23 @@ def test_memory_is_computed_for_nllb_and_measured_here(workspace):
     assert {row["peak of a step"] for row in results["peaks"]} == {"full", "delta"}
 
 
+TRANSLATE = ["translate.py", "--model_name_or_path", "{checkpoint}", "--pair", "Pv-Aa"]
+SCORE = ["score.py", "--model_name_or_path", "{workspace}", "--output_dir", "{workspace}/ja", "--test_file", "{test}"]
+
+
 @pytest.mark.parametrize(
-    ("processes", "arguments", "message"),
+    ("processes", "command", "message"),
     [
-        (1, ["--model_name_or_path", "{workspace}"], "not a checkpoint directory"),
-        (1, ["--model_name_or_path", "{checkpoint}", "--adapter", "{workspace}/missing"], "missing"),
-        (1, ["--model_name_or_path", "{checkpoint}", "--pair", "Pv-Zz"], "Language token not in the tokenizer: 'Zz'"),
-        (2, ["--model_name_or_path", "{checkpoint}", "--num_beam", "2"], "the nearest is --num_beams"),
+        (1, [*TRANSLATE, "--model_name_or_path", "{workspace}"], "not a checkpoint directory"),
+        (1, [*TRANSLATE, "--adapter", "{workspace}/missing"], "Cannot load the adapter"),
+        (2, [*TRANSLATE, "--pair", "Pv-Zz"], "Language token not in the tokenizer: 'Zz'"),
+        (2, [*TRANSLATE, "--num_beam", "2"], "the nearest is --num_beams"),
+        (1, [*TRANSLATE, "--output", "/proc/cannot/be/made"], "/proc/cannot"),
+        (1, [*SCORE, "--language_pairs", "Pv-ja", "--columns", "ja=Aa"], "neuron-specialization[ja]"),
     ],
 )
-def test_bad_input_ends_with_one_sentence(workspace, toy_checkpoint, processes, arguments, message):
-    filled = [word.format(workspace=workspace, checkpoint=toy_checkpoint) for word in arguments]
-    pair = [] if "--pair" in arguments else ["--pair", "Pv-Aa"]
-    printed = run("translate.py", *filled, *pair, stdin="ba", fails=True, processes=processes)
+def test_bad_input_ends_with_one_sentence(workspace, toy_files, toy_checkpoint, processes, command, message):
+    places = {"workspace": workspace, "checkpoint": toy_checkpoint, "test": toy_files / "test.jsonl"}
+    printed = run(*(word.format(**places) for word in command), stdin="ba", fails=True, processes=processes)
     (said,) = [line for line in printed.splitlines() if line.startswith("Error: ")]
     assert message in said and "Traceback" not in printed

@@ -1,9 +1,10 @@
 """Score a model by generation with beam search, one direction at a time."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import sacrebleu
 from accelerate.utils import gather_object
 from datasets import Dataset
 from evaluate import load as load_metric
@@ -27,6 +28,19 @@ SCORES = ("chrf++", "bleu")
 def bleu_tokenizer(language: str) -> str:
     """Return sacreBLEU's tokenizer for a target language code, such as "zh" or "zho_Hans"; 13a for most."""
     return _BLEU_TOKENIZERS.get(language.split("_")[0].lower(), "13a")
+
+
+def check_scorers(target_languages: Iterable[str]) -> None:
+    """Raise ImportError if scoring one of the languages needs what is not installed; ask before translating."""
+    for language in target_languages:
+        tokenizer = bleu_tokenizer(language)
+        try:
+            sacrebleu.BLEU(tokenize=tokenizer)
+        except RuntimeError as error:
+            raise ImportError(
+                f"BLEU of translations into {language!r} needs a word segmenter ({tokenizer}): "
+                f"pip install 'neuron-specialization[{tokenizer.split('-')[0]}]'."
+            ) from error
 
 
 def score(predictions: list[str], references: list[str], target_language: str) -> dict[str, Any]:
@@ -59,23 +73,36 @@ def evaluate(
         **generate_kwargs: passed to `model.generate`; five beams unless said otherwise.
 
     Returns:
-        "directions": pair → scores with signatures, and "averages" (see `averages`), and "translations": pair → texts.
+        "directions": pair → scores with signatures, "averages" (see `averages`), and "translations": pair → texts.
+
+    Raises:
+        ImportError: if a target language needs a word segmenter that is not installed, before anything is translated.
     """
+    check_scorers(split_pair(pair)[1] for pair in data)
     generate_kwargs.setdefault("num_beams", 5)
     directions, translations = {}, {}
-    for pair, rows in tqdm(data.items(), desc="evaluating", disable=len(data) < 2):
-        with this_process().split_between_processes(list(rows["source"])) as sources:
-            mine = translate(
-                model,
-                tokenizer,
-                sources,
-                pair,
-                language_tokens=language_tokens,
-                source_tag=source_tag,
-                batch_size=batch_size,
-                **generate_kwargs,
-            )
-        translations[pair] = gather_object(mine)
+    process = this_process()
+    total = sum(map(len, data.values()))
+    with tqdm(desc="translating", total=total, unit=" sentences", disable=not process.is_main_process) as bar:
+        done = 0
+        for pair, rows in data.items():
+            bar.set_postfix_str(pair)
+            with process.split_between_processes(list(rows["source"])) as share:
+                mine = translate(
+                    model,
+                    tokenizer,
+                    share,
+                    pair,
+                    language_tokens=language_tokens,
+                    source_tag=source_tag,
+                    batch_size=batch_size,
+                    progress=bar,
+                    **generate_kwargs,
+                )
+            translations[pair] = gather_object(mine)
+            done += len(rows)
+            bar.update(done - bar.n)  # what other processes translated
+    for pair, rows in data.items():
         scores = score(translations[pair], list(rows["target"]), split_pair(pair)[1])
         directions[pair] = {**scores, "sentences": len(rows)}
     return {"directions": directions, "averages": averages(directions, pivot), "translations": translations}

@@ -1,11 +1,15 @@
 """This process among those that `accelerate launch` started."""
 
 import atexit
+from collections.abc import Callable
 from functools import cache
+from typing import TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
+
+T = TypeVar("T")
 
 
 def this_process() -> PartialState:
@@ -18,6 +22,20 @@ def this_process() -> PartialState:
     if state.num_processes > 1:
         _leave_the_group_at_exit()
     return state
+
+
+def on_main_process(function: Callable[[], T]) -> T:
+    """Call `function` on the main process only, and return what it returns, or raise what it raises, on all."""
+    sent: list = [None, None]
+    if this_process().is_main_process:
+        try:
+            sent[0] = function()
+        except (OSError, ValueError) as error:
+            sent[1] = error
+    broadcast_object_list(sent)
+    if sent[1] is not None:
+        raise sent[1]
+    return sent[0]
 
 
 @cache

@@ -1,6 +1,8 @@
 """Translate sentences with any seq2seq model, adapted or plain."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from os import PathLike
 from typing import Any
 
 import torch
@@ -17,12 +19,13 @@ from .tokenization import encode, resolve_tokens
 def translate(
     model: Any,
     tokenizer: Any,
-    sentences: Sequence[str],
+    sentences: Iterable[str],
     pair: str,
     *,
     language_tokens: Mapping[str, str] | None = None,
     source_tag: str = "source",
     batch_size: int = 32,
+    progress: bool | tqdm = True,
     **generate_kwargs: Any,
 ) -> list[str]:
     """Translate `sentences` in one direction, in batches of similar length, keeping their order.
@@ -30,32 +33,35 @@ def translate(
     Args:
         model: a seq2seq model, with adapters (then run under the masks of `pair`) or without.
         tokenizer: its tokenizer.
-        sentences: source sentences.
+        sentences: source sentences; a generator will do.
         pair: direction, such as "en-de".
         language_tokens: language code → language token. Where the adapter knows its tokens, those hold; codes that
             neither names must be tokens of the tokenizer themselves.
         source_tag: what the tag on the source side names, "source" or "target"; an adapter's own holds.
         batch_size: sentences per batch.
+        progress: show a progress bar on stderr if there are four batches or more; or the bar to advance by sentences.
         **generate_kwargs: passed to `model.generate`, for example `num_beams=5`.
 
     Returns:
         One translation per sentence, as the tokenizer decodes it.
 
     Raises:
-        ValueError: if the pair is unknown to the adapter, or a language token to the tokenizer.
+        ValueError: if the pair is unknown to the adapter, or a language token to the tokenizer, or `sentences` holds
+            something other than strings.
     """
     rows = _translate_ids(
         *(model, tokenizer, sentences, pair),
         language_tokens=language_tokens,
         source_tag=source_tag,
         batch_size=batch_size,
+        progress=progress,
         **generate_kwargs,
     )
     return tokenizer.batch_decode(rows, skip_special_tokens=True) if rows else []
 
 
 def translate_tokens(
-    model: Any, tokenizer: Any, sentences: Sequence[str], pair: str, **options: Any
+    model: Any, tokenizer: Any, sentences: Iterable[str], pair: str, **options: Any
 ) -> list[list[str]]:
     """Translate as `translate` does, with its options, but return tokens, the special ones left out."""
     rows = _translate_ids(model, tokenizer, sentences, pair, **options)
@@ -71,16 +77,16 @@ def text_of(tokenizer: Any, translations: Sequence[list[str]]) -> list[str]:
 def _translate_ids(
     model: Any,
     tokenizer: Any,
-    sentences: Sequence[str],
+    sentences: Iterable[str],
     pair: str,
     *,
     language_tokens: Mapping[str, str] | None = None,
     source_tag: str = "source",
     batch_size: int = 32,
+    progress: bool | tqdm = True,
     **generate_kwargs: Any,
 ) -> list[list[int]]:
-    if isinstance(sentences, str):
-        raise ValueError("Expected a list of sentences, got one string; pass [sentence].")
+    sentences = _as_list(sentences)
     if not sentences:
         return []
     config = active_config(model)
@@ -99,13 +105,36 @@ def _translate_ids(
     training = model.training
     model.eval()
     try:
-        for batch in tqdm(batches, desc=f"translating {pair}", disable=len(batches) < 4, leave=False):
-            rows = _generate(model, tokenizer, [encoded[i] for i in batch], kwargs)
-            for i, row in zip(batch, rows, strict=True):
-                translations[i] = row
+        with _bar(progress, pair, sentences, hidden=len(batches) < 4) as bar:
+            for batch in batches:
+                rows = _generate(model, tokenizer, [encoded[i] for i in batch], kwargs)
+                for i, row in zip(batch, rows, strict=True):
+                    translations[i] = row
+                bar.update(len(batch))
     finally:
         model.train(training)
     return translations
+
+
+def _bar(progress: bool | tqdm, pair: str, sentences: Sequence[str], hidden: bool) -> Any:
+    if isinstance(progress, tqdm):
+        return nullcontext(progress)
+    disable = hidden or not progress
+    return tqdm(desc=f"translating {pair}", total=len(sentences), unit=" sentences", disable=disable, leave=False)
+
+
+def _as_list(sentences: Iterable[str]) -> list[str]:
+    if isinstance(sentences, str):
+        raise ValueError("Expected a list of sentences, got one string; pass [sentence].")
+    if isinstance(sentences, PathLike) or not isinstance(sentences, Iterable):
+        raise ValueError(
+            f"Expected a list of sentences, got {sentences!r}. recipes/translate.py translates the lines of a file."
+        )
+    listed = list(sentences)
+    for number, sentence in enumerate(listed):
+        if not isinstance(sentence, str):
+            raise ValueError(f"Expected sentences, got {sentence!r} at position {number}.")
+    return listed
 
 
 def _target_tag(base: Any, tokenizer: Any, pair: str, tokens: Mapping[str, str]) -> dict[str, int]:
