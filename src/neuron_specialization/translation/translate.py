@@ -87,10 +87,10 @@ def _translate_ids(
     **generate_kwargs: Any,
 ) -> list[list[int]]:
     sentences = _as_list(sentences)
-    if not sentences:
-        return []
     config = active_config(model)
     tokens = pair_tokens(model, tokenizer, pair, language_tokens)
+    if not sentences:  # but an unknown language is an error all the same, in every process that shares the work
+        return []
     source_tag = config.source_tag if config is not None else source_tag
     encoded = encode(tokenizer, pair, sentences, None, tokens, source_tag)["input_ids"]
     _check_lengths(unwrap(model), encoded)
