@@ -5,8 +5,7 @@ sign of the activated gate is counted, since the product with the other branch i
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any
@@ -20,6 +19,7 @@ from tqdm.auto import tqdm
 from .base_model import unwrap
 from .ffn import find_ffn_blocks, fingerprint
 from .language_pairs import check_pairs, check_source_tag
+from .observation import is_distributed, observed, sum_over_processes
 from .recorder import Recorder
 
 
@@ -87,17 +87,8 @@ class ActivationCounts:
 
     def all_reduce(self) -> "ActivationCounts":
         """Sum over the processes of `torch.distributed`, which must all hold the same pairs; without it, a no-op."""
-        if not _is_distributed():
-            return self
-        device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-
-        def reduce(tensor: torch.Tensor) -> torch.Tensor:
-            moved = tensor.to(device, copy=True)
-            torch.distributed.all_reduce(moved)
-            return moved.cpu()
-
-        counts = {name: reduce(tensor) for name, tensor in self.counts.items()}
-        tokens = {stack: reduce(tensor) for stack, tensor in self.tokens.items()}
+        counts = {name: sum_over_processes(tensor) for name, tensor in self.counts.items()}
+        tokens = {stack: sum_over_processes(tensor) for stack, tensor in self.tokens.items()}
         return replace(self, counts=counts, tokens=tokens)
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -185,19 +176,16 @@ def record_activations(
     blocks = find_ffn_blocks(base)
     recorder = Recorder(base, blocks, len(pairs), count_padding)
     device = next(base.parameters()).device
-    with recorder.attached(), _headless(base), _plain_execution(model), torch.no_grad():
+    with recorder.attached(), observed(model) as run:
         for index, pair in enumerate(pairs):
             seen = 0
             for batch in tqdm(batches[pair], desc=f"recording {pair}", disable=not progress, leave=False):
                 moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
                 recorder.start_batch(index, moved)
-                try:
-                    model(**moved)
-                except _BeforeHead:
-                    pass
+                run(moved)
                 recorder.check_batch()
                 seen += 1
-            if not seen and not _is_distributed():  # other processes may hold this pair's batches
+            if not seen and not is_distributed():  # other processes may hold this pair's batches
                 raise ValueError(f"{pair} has no batch to record. Every pair needs at least one sentence pair.")
     recorder.warn_about_padding()
     return ActivationCounts(
@@ -210,52 +198,3 @@ def record_activations(
         None if language_token_ids is None else dict(language_token_ids),
         getattr(base, "name_or_path", None) or None,
     )
-
-
-def _is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-class _BeforeHead(Exception):
-    """Raised by the hook that stops a forward pass before the LM head."""
-
-
-@contextmanager
-def _headless(model: Any) -> Iterator[None]:
-    """Stop every forward pass at the output embedding, the costliest layer of a model with a large vocabulary."""
-    head = model.get_output_embeddings()
-    if head is None or isinstance(head, nn.Embedding):  # FSMT's is the decoder's input embedding as well
-        yield
-        return
-
-    def stop(module: nn.Module, args: tuple) -> None:
-        raise _BeforeHead
-
-    handle = head.register_forward_pre_hook(stop)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _plain_execution(model: nn.Module) -> Iterator[None]:
-    """Run a model in eval mode, module by module and each FFN in one piece, so that hooks see every position.
-
-    Compiled code that exists already does not know hooks attached after it. BERT's layers may cut the positions into
-    chunks (`chunk_size_feed_forward`), which saves memory and changes no result.
-    """
-    modules: list[Any] = list(model.modules())
-    training = [module for module in modules if module.training]
-    chunks = {m: m.chunk_size_feed_forward for m in modules if hasattr(m, "chunk_size_feed_forward")}
-    model.eval()
-    for module in chunks:
-        module.chunk_size_feed_forward = 0
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        for module in training:
-            module.training = True
-        for module, size in chunks.items():
-            module.chunk_size_feed_forward = size

@@ -1,0 +1,84 @@
+"""Run a model so that hooks see all of its activations, and add up what several processes saw."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from .base_model import unwrap
+
+
+class _BeforeHead(Exception):
+    """Raised by the hook that stops a forward pass before the LM head."""
+
+
+@contextmanager
+def observed(model: nn.Module) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Yield a function that runs one batch through a model for the sake of hooks: in eval mode, without gradients, up
+    to its LM head, never compiled."""
+
+    def run(batch: Mapping[str, Any]) -> None:
+        try:
+            model(**batch)
+        except _BeforeHead:
+            pass
+
+    with _headless(unwrap(model)), _plain_execution(model), torch.no_grad():
+        yield run
+
+
+def is_distributed() -> bool:
+    """Whether several processes run, in `torch.distributed`."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the sum of a tensor over all processes, on the CPU; of a single process, the tensor itself."""
+    if not is_distributed():
+        return tensor
+    moved = tensor.to("cuda" if torch.distributed.get_backend() == "nccl" else "cpu", copy=True)
+    torch.distributed.all_reduce(moved)
+    return moved.cpu()
+
+
+@contextmanager
+def _headless(model: Any) -> Iterator[None]:
+    """Stop every forward pass at the output embedding, the costliest layer of a model with a large vocabulary."""
+    head = model.get_output_embeddings()
+    if head is None or isinstance(head, nn.Embedding):  # FSMT's is the decoder's input embedding as well
+        yield
+        return
+
+    def stop(module: nn.Module, args: tuple) -> None:
+        raise _BeforeHead
+
+    handle = head.register_forward_pre_hook(stop)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _plain_execution(model: nn.Module) -> Iterator[None]:
+    """Run a model in eval mode, module by module and each FFN in one piece, so that hooks see every position.
+
+    Compiled code that exists already does not know hooks attached after it. BERT's layers may cut the positions into
+    chunks (`chunk_size_feed_forward`), which saves memory and changes no result.
+    """
+    modules: list[Any] = list(model.modules())
+    training = [module for module in modules if module.training]
+    chunks = {m: m.chunk_size_feed_forward for m in modules if hasattr(m, "chunk_size_feed_forward")}
+    model.eval()
+    for module in chunks:
+        module.chunk_size_feed_forward = 0
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for module in training:
+            module.training = True
+        for module, size in chunks.items():
+            module.chunk_size_feed_forward = size
