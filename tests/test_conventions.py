@@ -10,6 +10,8 @@ from datasets import Dataset
 from peft import get_peft_model
 
 import neuron_specialization as ns
+from neuron_specialization.adapter.call import innermost_call
+from neuron_specialization.adapter.routing import router_of
 from neuron_specialization.translation.batching import TranslationCollator
 from neuron_specialization.translation.encoding import encode_parallel
 from neuron_specialization.translation.identification import record_corpus
@@ -176,16 +178,16 @@ def test_every_convention_from_text_to_translation(convention, tmp_path):
         assert not torch.allclose(adapted(**batch, language_pairs=pairs[::-1]).logits, told)
 
     # the tags that translate() gives `generate` lead it to the pair's rows, from the first encoder call
-    routing = adapted.get_base_model()._neuron_specialization_routing
+    router = router_of(adapted)
     for pair in corpus:
         said = ns.translate(adapted, tokenizer, TEXT[:1], pair, max_new_tokens=5)
-        expected = routing.tables["default"].route(pair)
+        expected = router.resolvers["default"].route(pair)
         assert isinstance(said[0], str)
         calls = []
         generate = type(model).generate
 
         def read(self, *args, calls=calls, generate=generate, **kwargs):
-            calls.append([rows.index.tolist() for rows in routing._current["default"]])
+            calls.append([rows.index.tolist() for rows in innermost_call(router).rows["default"]])
             return generate(self, *args, **kwargs)
 
         plain = _tags_only(adapted, tokenizer, TEXT[0], pair, tokens, source_tag)

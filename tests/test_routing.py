@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import threading
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from peft import get_peft_model
 from transformers import GenerationConfig
 
 import neuron_specialization as ns
+from neuron_specialization.adapter.routing import router_of
 
 from .conftest import PAIRS, make_batch, make_m2m100, make_masks, make_t5
 
@@ -265,34 +265,6 @@ def test_adapters_that_transformers_injects_work_alike(trainable, tmp_path):
         torch.testing.assert_close(loaded(**batch).logits, make_m2m100()(**batch).logits)
 
 
-def test_threads_do_not_overwrite_each_others_pairs():
-    model = adapted()
-    batch = make_batch()
-    errors = []
-
-    def second_call():
-        try:
-            model(**batch, language_pairs="fr-en")
-        except RuntimeError as error:
-            errors.append(str(error))
-
-    def in_the_middle(module, args):
-        thread = threading.Thread(target=second_call)
-        thread.start()
-        thread.join()
-
-    handle = model.get_base_model().get_decoder().register_forward_pre_hook(in_the_middle)
-    model(**batch, language_pairs="en-de")
-    handle.remove()
-    assert len(errors) == 1 and "Another thread is running this model" in errors[0]
-    with pytest.raises(ValueError, match="no language pair"):
-        model(**batch, language_pairs="xx-yy")
-    thread = threading.Thread(target=second_call)
-    thread.start()
-    thread.join()
-    assert len(errors) == 1, "after a call, even a failed one, the model is free for another thread"
-
-
 def compile_and_count(model):
     """The model compiled, and the list that grows with each graph that is compiled."""
     graphs = []
@@ -366,17 +338,17 @@ def test_copies_read_tokens_by_themselves(injected_by, copied):
 @pytest.mark.parametrize("default", [None, "base", "en-fr"])
 def test_ids_and_names_of_pairs_agree(default):
     """Training says ids, translating says names."""
-    table = adapted(default_pair=default).get_base_model()._neuron_specialization_routing.tables["default"]
+    resolver = router_of(adapted(default_pair=default)).resolvers["default"]
     for pair in PAIRS:
-        assert tuple(table.rows[table.pair_id(pair)].tolist()) == table.route(pair)
-    assert table.route("de-fr") == (table.route("de-en")[0], table.route("en-fr")[1])
-    with pytest.raises(ValueError, match="'de-fr' is composed.*say it by name"):
-        table.pair_id("de-fr")
+        assert tuple(resolver.rows[resolver.pair_id(pair)].tolist()) == resolver.route(pair)
+    assert resolver.route("de-fr") == (resolver.route("de-en")[0], resolver.route("en-fr")[1])
+    with pytest.raises(ValueError, match="'de-fr' is composed.*pass its name"):
+        resolver.pair_id("de-fr")
     if default is None:
         with pytest.raises(ValueError, match="no language pair 'it-en'"):
-            table.pair_id("it-en")
+            resolver.pair_id("it-en")
     else:
-        unknown = table.pair_id("it-en")
+        unknown = resolver.pair_id("it-en")
         assert unknown == (-1 if default == "base" else PAIRS.index(default))
 
 

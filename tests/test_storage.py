@@ -11,7 +11,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 import neuron_specialization as ns
 from neuron_specialization.adapter.active import active_config
-from neuron_specialization.adapter.route_table import table_of
+from neuron_specialization.adapter.pair_resolver import resolver_of
 from neuron_specialization.analysis.shapes import random_masks
 from neuron_specialization.neurons import adapter_file
 from neuron_specialization.neurons.language_pairs import Routes
@@ -277,9 +277,9 @@ def test_all_of_nllbs_directions_fit_into_a_small_file(tmp_path):
     assert loaded.row("lang_007-lang_201", first).equal(masks.rows[first][7])
     assert loaded.row("lang_007-lang_201", last).equal(masks.rows[last][201])
     config = ns.NeuronSpecializationConfig.from_pretrained(str(tmp_path / "nllb"))
-    table = table_of(config)
-    assert table.rows.shape == (40602, 2) and table.route("lang_003-lang_004") == (3, 4)
-    assert table.rows[table.pair_id("lang_003-lang_004")].tolist() == [3, 4]
+    resolver = resolver_of(config)
+    assert resolver.rows.shape == (40602, 2) and resolver.route("lang_003-lang_004") == (3, 4)
+    assert resolver.rows[resolver.pair_id("lang_003-lang_004")].tolist() == [3, 4]
 
 
 def test_masks_bring_their_language_tokens_base_and_pairs_into_the_config(base_directory, tmp_path):

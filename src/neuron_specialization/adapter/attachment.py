@@ -1,59 +1,133 @@
-"""Attach the routing to a base model, so that its calls find their pairs however the adapter was injected."""
+"""Attach the router to a base model, so that its calls find their pairs however the adapter was injected.
 
+Instance attributes stand in for `forward` and `generate` of the base model, and for `forward` of its two stacks. Hooks
+would not do: torch runs none of them when a call is interrupted, and users may call `forward` directly.
+"""
+
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..neurons.base_model import is_encoder_decoder
-from ..neurons.ffn import is_time_major
-from .language_tokens import tokens_of_forward, tokens_of_generate
-from .routing import ATTRIBUTE, Routing
+from ..neurons.ffn import ENCODER, STACKS, is_time_major
+from .call import CarriesCall, innermost_call, origin_of, remember_origin, run_in, steps_in
+from .language_tokens import tokens_of_forward, tokens_of_generate, tokens_of_stack
+from .routing import ATTRIBUTE, CallRouter
+
+_INPUTS = ("input_ids", "inputs", "inputs_embeds", "input_features", "decoder_input_ids", "labels")
 
 
-class _BeforeForward:
-    """Forward pre-hook of the base model: finds the pairs of the call. A class, so that it pickles."""
+class _Entry:
+    """Stands in for a method of the base model, or of one of its stacks, through which a call may begin."""
 
-    def __init__(self, routing: Routing) -> None:
-        self.routing = routing
+    method = "forward"
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        pairs = kwargs.pop("language_pairs", None)
-        if not self.routing.generating:
-            self.routing.enter()
-            try:
-                self.routing.begin(pairs, tokens_of_forward(args, kwargs), _device_of(module))
-            except ValueError:
-                self.routing.leave()
-                raise
-        return args, kwargs
+    def __init__(self, router: CallRouter, module: Any, stack: str | None = None) -> None:
+        self.router, self.module, self.stack = router, module, stack
+        self.own = vars(module).get(self.method)  # an instance's own method, if it had one before
+        self.checkpointed = [part for part in module.modules() if hasattr(part, "gradient_checkpointing")]
+        setattr(module, self.method, self)
 
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the method: Trainer and generate look which arguments it takes."""
+        return inspect.signature(self.own or getattr(type(self.module), self.method).__get__(self.module))
 
-class _AfterForward:
-    """Forward hook of the base model, called on errors too: the pairs stay, another thread may come."""
-
-    def __init__(self, routing: Routing) -> None:
-        self.routing = routing
-
-    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if not self.routing.generating:
-            self.routing.leave()
-
-
-class _RoutedGenerate:
-    """`generate` of the base model: fixes the pairs before the encoder runs, then calls the model's own."""
-
-    def __init__(self, model: Any, routing: Routing) -> None:
-        self.model = model
-        self.routing = routing
+    def _whole(self, *args: Any, **kwargs: Any) -> Any:
+        if self.own is not None:
+            return self.own(*args, **kwargs)
+        return getattr(type(self.module), self.method)(self.module, *args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if args and args[0] is self.module:  # accelerate binds whatever it finds as `forward` to the model
+            args = args[1:]
         pairs = kwargs.pop("language_pairs", None)
-        readers = [table.reader for table in self.routing.tables.values() if table.reader is not None]
+        if pairs is None and self._goes_on(kwargs):
+            return self._whole(*args, **kwargs)
+        return self._begin(pairs, *args, **kwargs)
+
+    def _goes_on(self, kwargs: Mapping[str, Any]) -> bool:
+        """Whether this is a part of the call that is running."""
+        call = innermost_call(self.router)
+        if call is None:
+            return False
+        # of the forward passes inside `generate`, its own ones see the source as the encoder's output
+        return self.stack is not None or (call.generates and kwargs.get("input_ids") is None)
+
+    @torch.compiler.disable(recursive=False)
+    def _begin(self, pairs: Any, *args: Any, **kwargs: Any) -> Any:
+        self._carry_calls_through_checkpoints()
+        call = self.router.begin(
+            pairs,
+            self._tokens(args, kwargs),
+            samples=_samples(args, kwargs),
+            origin=_origin(kwargs),
+            stack=self.stack,
+            device=_device_of(self.module),
+            generates=self.method == "generate",
+        )
+        return self._finish(call, run_in(call, self._whole, *args, **kwargs))
+
+    def _tokens(self, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+        return tokens_of_forward(args, kwargs) if self.stack is None else tokens_of_stack(self.stack, args, kwargs)
+
+    @torch.compiler.disable
+    def _finish(self, call: Any, outputs: Any) -> Any:
+        if isinstance(outputs, Mapping) and self.stack in (None, ENCODER):
+            remember_origin(call, outputs)
+        return outputs
+
+    @torch.compiler.disable
+    def _carry_calls_through_checkpoints(self) -> None:
+        """Layers get their checkpointing function when a user switches it on, which may be at any time."""
+        for module in self.checkpointed if torch.is_grad_enabled() else ():
+            function = getattr(module, "_gradient_checkpointing_func", None)
+            if function is not None and not isinstance(function, CarriesCall):
+                module._gradient_checkpointing_func = CarriesCall(function)
+
+    def remove(self) -> None:
+        """Put back what was there before."""
+        for module in self.checkpointed:
+            function = getattr(module, "_gradient_checkpointing_func", None)
+            if isinstance(function, CarriesCall):
+                module._gradient_checkpointing_func = function.checkpoint
+        if vars(self.module).get(self.method) is not self:
+            return  # something was put around it since, which goes on calling it
+        delattr(self.module, self.method)
+        if self.own is not None:
+            setattr(self.module, self.method, self.own)
+
+
+class _Generate(_Entry):
+    """The pairs are found before the encoder runs, and hold until the last token."""
+
+    method = "generate"
+
+    def _goes_on(self, kwargs: Mapping[str, Any]) -> bool:
+        return False
+
+    def _tokens(self, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+        readers = [resolver.reader for resolver in self.router.resolvers.values() if resolver.reader is not None]
         ids = {token for reader in readers for token in reader.ids.values()}
-        batch = tokens_of_generate(self.model, ids, args, kwargs)
-        with self.routing.generation(pairs, batch, _device_of(self.model)):
-            return type(self.model).generate(self.model, *args, **kwargs)
+        return tokens_of_generate(self.module, ids, args, kwargs)
+
+    def _finish(self, call: Any, outputs: Any) -> Any:
+        return steps_in(call, outputs) if inspect.isgenerator(outputs) else outputs
+
+
+def _origin(kwargs: Mapping[str, Any]) -> Any:
+    """Return the call whose cache or encoder states this one goes on from, if it is known."""
+    outputs = kwargs.get("encoder_outputs")
+    states = outputs[0] if outputs is not None else kwargs.get("encoder_hidden_states")
+    return origin_of(kwargs.get("past_key_values")) or origin_of(states)
+
+
+def _samples(args: tuple, kwargs: Mapping[str, Any]) -> int | None:
+    inputs = [*args[:1], *(kwargs.get(name) for name in _INPUTS)]
+    return next((len(value) for value in inputs if isinstance(value, torch.Tensor)), None)
 
 
 def _device_of(model: nn.Module) -> torch.device | None:
@@ -61,27 +135,42 @@ def _device_of(model: nn.Module) -> torch.device | None:
     return None if parameter is None else parameter.device
 
 
-def attach(model: nn.Module) -> Routing:
-    """Return the routing of a base model, attaching one if there is none."""
-    routing = getattr(model, ATTRIBUTE, None)
-    if routing is None:
-        routing = Routing(time_major=is_encoder_decoder(model) and is_time_major(model))
-        setattr(model, ATTRIBUTE, routing)
-        model.register_forward_pre_hook(_BeforeForward(routing), with_kwargs=True)
-        model.register_forward_hook(_AfterForward(routing), always_call=True)
+def attach(model: nn.Module) -> CallRouter:
+    """Return the router of a base model, attaching one if there is none.
+
+    Raises:
+        ValueError: if the model shares masked layers with another one.
+    """
+    router = getattr(model, ATTRIBUTE, None)
+    if router is None:
+        shared = [name for name, part in model.named_modules() if any(_entries(part)) and part is not model]
+        if shared:
+            raise ValueError(
+                f"{shared[0]} is also another model's, which has an adapter of this method. Masks belong to one "
+                "model: give this one a copy (copy.deepcopy) before adding an adapter."
+            )
+        router = CallRouter(time_major=is_encoder_decoder(model) and is_time_major(model))
+        setattr(model, ATTRIBUTE, router)
+        _Entry(router, model)
         if callable(getattr(model, "generate", None)):
-            model.generate = _RoutedGenerate(model, routing)  # type: ignore[assignment]
-    return routing
+            _Generate(router, model)
+        for stack, module in _stacks(model):
+            _Entry(router, module, stack)
+    return router
 
 
 def detach(model: nn.Module) -> None:
-    """Take the routing of a base model away again."""
-    if not hasattr(model, ATTRIBUTE):
-        return
-    delattr(model, ATTRIBUTE)
-    vars(model).pop("generate", None)
-    for hooks in (model._forward_pre_hooks, model._forward_hooks):
-        for key in [key for key, hook in hooks.items() if isinstance(hook, _BeforeForward | _AfterForward)]:
-            del hooks[key]
-            for flags in (model._forward_pre_hooks_with_kwargs, model._forward_hooks_always_called):
-                flags.pop(key, None)
+    """Take the router of a base model away again."""
+    router = vars(model).pop(ATTRIBUTE, None)
+    for entry in [entry for part in model.modules() for entry in _entries(part) if entry.router is router]:
+        entry.remove()
+
+
+def _entries(module: nn.Module) -> list[_Entry]:
+    return [value for value in vars(module).values() if isinstance(value, _Entry)]
+
+
+def _stacks(model: Any) -> list[tuple[str, nn.Module]]:
+    """Return the encoder and the decoder of an encoder-decoder model."""
+    parts = [(stack, getattr(model, f"get_{stack}")()) for stack in STACKS] if is_encoder_decoder(model) else []
+    return [(stack, part) for stack, part in parts if part is not model]

@@ -123,14 +123,14 @@ class CompactBlock:
             return None
         if torch.is_grad_enabled() or not self._many_steps:
             return Narrow(self, row[0], *self._computed(*row))
-        gathered, key = self.layer.routing.gathered, (id(self), *row)
+        gathered, key = self.layer.call().compact_weights, (id(self), *row)
         if key not in gathered:
             gathered[key] = Narrow(self, row[0], *self._computed(*row))
         return gathered[key]
 
     @property
     def _many_steps(self) -> bool:
-        return self.layer.routing.generating and self.layer.stack == DECODER
+        return self.layer.call().generates and self.layer.stack == DECODER
 
     def _pays(self, adapter: str, x: torch.Tensor) -> bool:
         """Whether gathering saves time, where it is not demanded: it does for many tokens, or many decoder steps."""

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import Cache
 
+from ..neurons.ffn import ENCODER
 from ..neurons.language_pairs import split_pair
 
 
@@ -47,15 +49,18 @@ class TokenBatch:
     Attributes:
         source: token ids of the source side, int64 [samples, length], or None.
         target: of the target side: int64 [samples, length]; one id for all samples; or None.
+        in_cache: whether earlier target tokens, the tag among them, are in a cache instead.
     """
 
     source: torch.Tensor | None = None
     target: torch.Tensor | int | None = None
+    in_cache: bool = False
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether there is nothing to read a language from."""
-        return self.source is None and self.target is None
+    def going_on_from(self, earlier: "TokenBatch") -> "TokenBatch":
+        """Return the tokens of a call that goes on from the outputs of an earlier one: its source, or its cache."""
+        if self.in_cache:
+            return earlier
+        return TokenBatch(earlier.source, earlier.target if self.target is None else self.target)
 
 
 def tokens_of_forward(args: tuple, kwargs: Mapping[str, Any]) -> TokenBatch:
@@ -65,7 +70,20 @@ def tokens_of_forward(args: tuple, kwargs: Mapping[str, Any]) -> TokenBatch:
     """
     source = kwargs.get("input_ids", args[0] if args else None)
     labels = kwargs.get("labels")
-    return TokenBatch(_ids(source), _ids(kwargs.get("decoder_input_ids") if labels is None else labels))
+    return TokenBatch(
+        _ids(source), _ids(kwargs.get("decoder_input_ids") if labels is None else labels), _cached(kwargs)
+    )
+
+
+def tokens_of_stack(stack: str, args: tuple, kwargs: Mapping[str, Any]) -> TokenBatch:
+    """Return the tokens of an encoder or a decoder that is called by itself."""
+    ids = _ids(kwargs.get("input_ids", args[0] if args else None))
+    return TokenBatch(source=ids) if stack == ENCODER else TokenBatch(target=ids, in_cache=_cached(kwargs))
+
+
+def _cached(kwargs: Mapping[str, Any]) -> bool:
+    cache = kwargs.get("past_key_values")
+    return isinstance(cache, Cache) and int(cache.get_seq_length()) > 0
 
 
 def tokens_of_generate(model: Any, language_ids: set[int], args: tuple, kwargs: Mapping[str, Any]) -> TokenBatch:

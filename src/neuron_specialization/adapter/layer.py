@@ -16,11 +16,12 @@ from torch.nn import functional as F
 
 from ..neurons.adapter_file import DELTA, DELTA_A, DELTA_B, MASK, unpack_rows
 from . import frozen_rows
+from .call import Call, innermost_call
 from .compact import RECORDING, CompactBlock
 from .config import NeuronSpecializationConfig
 from .merging import is_plain_linear, merged_weights
-from .route_table import BASE_ROW
-from .routing import Routing
+from .pair_resolver import BASE_ROW
+from .routing import CallRouter
 
 RANDOM_INIT_STD = 0.1
 _NO_SAMPLES = (
@@ -35,9 +36,9 @@ class NeuronSpecializationLayer(BaseTunerLayer):
     adapter_layer_names = (DELTA, DELTA_A, DELTA_B)
     other_param_names = (MASK, "mask_bias", "execution")
 
-    def __init__(self, base_layer: nn.Module, routing: Routing, stack: str) -> None:
+    def __init__(self, base_layer: nn.Module, router: CallRouter, stack: str) -> None:
         self.base_layer = base_layer
-        self.routing = routing
+        self.router = router
         self.stack = stack
         self.neuron_specialization_mask = BufferDict(persistent=True)
         self.neuron_specialization_delta = nn.ParameterDict()
@@ -81,7 +82,7 @@ class NeuronSpecializationLayer(BaseTunerLayer):
         super().delete_adapter(adapter_name)
         if self.compact is not None:
             self.compact.looked_up.clear()
-        self.routing.tables.pop(adapter_name, None)
+        self.router.resolvers.pop(adapter_name, None)
         if self.trains_base:  # such an adapter is the only one
             self.trains_base = False
             frozen_rows.release(self)
@@ -99,6 +100,10 @@ class NeuronSpecializationLayer(BaseTunerLayer):
             return (b if rows is None else b.index_select(0, rows)) @ a
         return None
 
+    def call(self) -> Call:
+        """Return the call of the model that is running; outside of any, a layer is called by itself."""
+        return innermost_call(self.router) or self.router.begin_alone(self.weight.device)
+
     def release(self) -> None:
         """Undo what reaches beyond this layer, before it goes."""
         frozen_rows.release(self)
@@ -109,13 +114,14 @@ class NeuronSpecializationLayer(BaseTunerLayer):
         """Return the only active adapter and its row of the batch; None where there are several, or the base's row, or
         where the adapter is to run masked (unless `any_execution`)."""
         active = [name for name in self.active_adapters if name in self.mask_bias]
-        if len(active) != 1 or self.routing.adapter_names is not None:
+        call = self.call()
+        if len(active) != 1 or call.adapter_names is not None:
             return None
         if self.execution[active[0]] == "masked" and not any_execution:
             return None
         if self.disable_adapters or self.merged:
             return None
-        row = self.routing.rows(active[0], self.stack).single
+        row = call.rows_in(active[0], self.stack).single
         return None if row is None or row == BASE_ROW else (active[0], row)
 
     def silences_masked(self) -> bool:
@@ -140,9 +146,9 @@ class NeuronSpecializationLayer(BaseTunerLayer):
 class Linear(nn.Module, NeuronSpecializationLayer):
     """A masked projection around any linear base layer."""
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, routing: Routing, stack: str) -> None:
+    def __init__(self, base_layer: nn.Module, adapter_name: str, router: CallRouter, stack: str) -> None:
         super().__init__()
-        NeuronSpecializationLayer.__init__(self, base_layer, routing, stack)
+        NeuronSpecializationLayer.__init__(self, base_layer, router, stack)
         self._active_adapter = adapter_name
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -156,8 +162,9 @@ class Linear(nn.Module, NeuronSpecializationLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        if self.routing.adapter_names is not None:
-            return self._forward_per_sample_adapters(x, self.routing.adapter_names)
+        call = self.call()
+        if call.adapter_names is not None:
+            return self._forward_per_sample_adapters(x, call.adapter_names)
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
         if self.trains_base and self.training:
@@ -182,8 +189,8 @@ class Linear(nn.Module, NeuronSpecializationLayer):
                 f"{obstacle or 'it needs one language pair in the batch, and an FFN block'}. Use execution='auto' to "
                 "run masked in such cases."
             )
-        if obstacle is not None and not self.routing.noted and any(self.execution[name] == "auto" for name in active):
-            self.routing.noted = True
+        if obstacle is not None and not self.router.warned and any(self.execution[name] == "auto" for name in active):
+            self.router.warned = True
             warnings.warn(f"FFN blocks run masked, not compact, because of {obstacle}.", stacklevel=2)
 
     def _forward_masked(
@@ -199,7 +206,7 @@ class Linear(nn.Module, NeuronSpecializationLayer):
         """
         out = self._project(x, adapters)
         for adapter in adapters:
-            rows = self.routing.rows(adapter, self.stack, x.device)
+            rows = self.call().rows_in(adapter, self.stack, x.device)
             if len(rows.index) > 1 and x.ndim < 3:
                 raise ValueError(f"Several language pairs {_NO_SAMPLES.format(list(x.shape))}")
             index = self._per_sample(rows.index, batch or x.shape[self._batch_dim])
@@ -264,13 +271,13 @@ class Linear(nn.Module, NeuronSpecializationLayer):
 
     @property
     def _batch_dim(self) -> int:
-        return 1 if self.routing.time_major else 0
+        return 1 if self.router.time_major else 0
 
     def _align(self, per_sample: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Shape [1 or batch, width] so that it broadcasts over x's projection."""
         if len(per_sample) == 1:
             return per_sample[0]
-        if self.routing.time_major:
+        if self.router.time_major:
             return per_sample
         return per_sample.reshape(len(per_sample), *[1] * (x.ndim - 2), per_sample.shape[-1])
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from ..neurons.adapter_file import unpack_rows
 from ..neurons.ffn import STACKS
-from .route_table import BASE_ROW
+from .pair_resolver import BASE_ROW
 
 
 def check_merge(model: nn.Module, layer_class: type, adapter_names: list[str] | None, safe_merge: bool) -> None:
@@ -59,7 +59,7 @@ def merged_weights(
     kept = torch.ones(layer.out_features, dtype=torch.bool, device=original.device)
     weight = original
     for adapter in adapters:
-        row = layer.routing.single_route(adapter)[STACKS.index(layer.stack)]
+        row = layer.router.single_route(adapter)[STACKS.index(layer.stack)]
         mask = unpack_rows(layer.neuron_specialization_mask[adapter][row], layer.out_features).to(kept.device)
         kept &= mask
         delta = layer.delta(adapter)
@@ -80,7 +80,7 @@ def check_mergeable(layer: Any, adapters: list[str]) -> None:
     if not is_plain_linear(base):
         raise ValueError(f"Cannot merge into this {type(base).__name__}: load the base model unquantized to merge.")
     for adapter in adapters:
-        if layer.routing.single_route(adapter)[0] == BASE_ROW:
+        if layer.router.single_route(adapter)[0] == BASE_ROW:
             raise ValueError(
                 "Merging writes one language pair into the weights, but the pair that is set, or the default pair, is "
                 f"the untouched base. Choose a pair of the adapter {adapter!r} with ns.set_language_pair(model, ...)."

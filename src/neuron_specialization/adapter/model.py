@@ -16,11 +16,12 @@ from ..neurons.adapter_file import PREFIX, pack_rows
 from ..neurons.base_model import make_trainable
 from ..neurons.ffn import DECODER, ENCODER, FfnBlock, find_ffn_blocks, fingerprint
 from . import attachment, frozen_rows, routing, storage
+from .call import per_sample_adapters
 from .compact import CompactBlock
 from .config import NeuronSpecializationConfig
 from .layer import Linear, NeuronSpecializationLayer
 from .merging import check_merge
-from .route_table import table_of
+from .pair_resolver import resolver_of
 
 
 class NeuronSpecializationModel(BaseTuner):
@@ -48,8 +49,8 @@ class NeuronSpecializationModel(BaseTuner):
         config: Any = self.peft_config[adapter_name]
         self._check_other_adapters(adapter_name)
         self._blocks = _find_blocks(config, model)
-        shared = attachment.attach(model)
-        shared.tables[adapter_name] = table_of(config)
+        router = attachment.attach(model)
+        router.resolvers[adapter_name] = resolver_of(config)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
@@ -137,7 +138,7 @@ class NeuronSpecializationModel(BaseTuner):
             if isinstance(module, AuxiliaryTrainingWrapper)
         ]
         try:
-            with attachment.attach(self.model).per_sample_adapters(list(names)):
+            with per_sample_adapters(list(names)):
                 yield
         finally:
             for handle in handles:
@@ -170,9 +171,9 @@ class NeuronSpecializationModel(BaseTuner):
 
     def _forget(self, adapter_name: str) -> None:
         """Undo the routes of an injection that failed."""
-        shared = attachment.attach(self.model)
-        shared.tables.pop(adapter_name, None)
-        if not shared.tables:
+        router = attachment.attach(self.model)
+        router.resolvers.pop(adapter_name, None)
+        if not router.resolvers:
             attachment.detach(self.model)
 
     @classmethod

@@ -1,130 +1,134 @@
-"""Which rows each sample of the current batch uses: one object shared by a model and all its masked layers.
+"""Which pair runs: the router of a model holds its adapters' pairs and the selected one, and begins its calls.
 
-Order of precedence: pairs said for this call > the pair set on the model > language tokens in the batch > the
-adapter's only pair > its default pair. The choice stays until the next forward pass, because gradient checkpointing
-recomputes layers after the first one ends.
+Order of precedence: pairs passed to the call > a `with language_pair(...)` block > the pair set on the model > the
+call that this one goes on from > language tokens in the batch > the adapter's only pair > its default pair.
 """
 
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from ..neurons.base_model import unwrap
 from ..neurons.ffn import STACKS
-from .config import BASE_PAIR
+from .call import Call, LanguagePairs, MaskRows, take_adapter_names
 from .language_tokens import TokenBatch
-from .route_table import BASE_ROW, RouteTable
+from .pair_resolver import BASE_ROW, PairResolver
 
-LanguagePairs = str | Sequence[str] | torch.Tensor
-ATTRIBUTE = "_neuron_specialization_routing"
-
-
-@dataclass
-class Rows:
-    """The mask rows of a batch in one stack.
-
-    Attributes:
-        index: int64 [1] where one pair holds for the whole batch, else [samples]; -1 stands for the untouched base.
-        has_base: whether -1 may occur.
-        single: the one row of the whole batch, where it is one.
-    """
-
-    index: torch.Tensor
-    has_base: bool
-    single: int | None = None
+ATTRIBUTE = "_neuron_specialization_router"
 
 
-@dataclass
-class Routing:
-    """The current choice of pairs, per adapter.
+@dataclass(eq=False)
+class CallRouter:
+    """What a model with adapters knows between calls.
 
     Attributes:
-        tables: adapter name → its pairs.
+        resolvers: adapter name → its pairs.
         time_major: whether the model's layers compute on [length, batch, d_model].
-        selected: pair set on the model until further notice.
-        said: pairs said for the current call.
-        batch: tokens of the current call.
-        adapter_names: PEFT's `adapter_names` of the current call, one per sample.
-        generating: whether a `generate` call has fixed the pairs for its inner forward passes.
-        noted: whether it was said already that compact execution is not possible.
-        gathered: narrow weights that the decoder steps of the current `generate` share.
+        selected: the pair set on the model until further notice.
+        warned: whether a warning said that compact execution is not possible.
     """
 
-    tables: dict[str, RouteTable] = field(default_factory=dict)
+    resolvers: dict[str, PairResolver] = field(default_factory=dict)
     time_major: bool = False
     selected: str | None = None
-    said: LanguagePairs | None = None
-    batch: TokenBatch = field(default_factory=TokenBatch)
-    adapter_names: list[str] | None = None
-    generating: bool = False
-    noted: bool = False
-    gathered: dict[tuple, Any] = field(default_factory=dict)
-    _current: dict[str, tuple[Rows, Rows] | ValueError] = field(default_factory=dict)
-    _thread: int | None = None
-
-    @torch.compiler.disable
-    def begin(
-        self, language_pairs: LanguagePairs | None, batch: TokenBatch | None = None, device: torch.device | None = None
-    ) -> None:
-        """Start a call: find every adapter's rows for it. What cannot be found is an error when a layer asks for it.
-
-        Compiled code sees the result as tensors only, so another pair is no reason to compile again.
-
-        Raises:
-            ValueError: if a name is unknown to every adapter.
-        """
-        if isinstance(language_pairs, str):
-            language_pairs = [language_pairs]
-        if language_pairs is not None and not isinstance(language_pairs, torch.Tensor):
-            language_pairs = list(language_pairs)
-            for pair in dict.fromkeys(language_pairs):
-                self.check(pair)
-            if len(set(language_pairs)) == 1:
-                language_pairs = language_pairs[:1]
-        self.said, self.batch = language_pairs, batch or TokenBatch()
-        self._current = {}
-        for adapter in self.tables:
-            self._find(adapter, device)
+    warned: bool = False
 
     def select(self, pair: str | None) -> None:
-        """Set the pair that holds where none is said; None takes it back."""
+        """Set the pair that holds for calls that pass none; None takes it back."""
         if pair is not None:
             self.check(pair)
         self.selected = pair
-        self.said, self.batch, self._current = None, TokenBatch(), {}
 
     def check(self, pair: str) -> None:
         """Raise ValueError unless some adapter routes `pair`."""
-        if not self.tables:
+        if not self.resolvers:
             raise ValueError(f"Got the language pair {pair!r}, but the model's adapters were deleted.")
         errors = []
-        for table in self.tables.values():
+        for resolver in self.resolvers.values():
             try:
-                table.route(pair)
+                resolver.route(pair)
                 return
             except ValueError as error:
                 errors.append(error)
-        if errors:
-            raise errors[0]
+        raise errors[0]
 
-    def rows(self, adapter: str, stack: str, device: torch.device | None = None) -> Rows:
-        """Return the rows that the current batch uses in `stack` under `adapter`.
+    def chosen(self) -> str | None:
+        """Return the pair of the innermost `with` block, else the one set on the model.
+
+        A thread that opened no block is taken for a worker of the one that did.
 
         Raises:
-            ValueError: if no pair was said, set, or implied.
+            RuntimeError: if it cannot be told whose worker it is.
         """
-        if adapter not in self._current:
-            self._find(adapter, device)
-        found = self._current[adapter]
-        if isinstance(found, ValueError):
-            raise found
-        rows = found[STACKS.index(stack)]
-        return rows if device in (None, rows.index.device) else replace(rows, index=rows.index.to(device))
+        latest = {block.thread: block.pair for block in _with_blocks if block.router is self}
+        if threading.get_ident() in latest:
+            return latest[threading.get_ident()]
+        if len(set(latest.values())) > 1:
+            raise RuntimeError(
+                f"Other threads run this model under different language pairs ({', '.join(latest.values())}), and "
+                "this one chose none. Pass language_pairs=[...] to the call, or choose one in this thread."
+            )
+        return next(iter(latest.values()), self.selected)
+
+    @torch.compiler.disable
+    def begin(
+        self,
+        language_pairs: str | Sequence[str] | torch.Tensor | None = None,
+        tokens: TokenBatch | None = None,
+        *,
+        samples: int | None = None,
+        origin: Call | None = None,
+        stack: str | None = None,
+        device: torch.device | None = None,
+        generates: bool = False,
+    ) -> Call:
+        """Make a call: find every adapter's rows. What cannot be found is an error when a layer asks for it.
+
+        Compiled code sees the result as tensors only, so another pair is no reason to compile again.
+
+        Args:
+            language_pairs: pairs passed to the call: names or ids, one, or one per sample.
+            tokens: tokens of the call.
+            samples: number of its samples, where it is known.
+            origin: the call whose outputs it goes on from.
+            stack: the stack that is called by itself; nothing need be known of the other one.
+            device: where the model is.
+            generates: whether it is a `generate`.
+
+        Raises:
+            ValueError: if a name is unknown to every adapter, or there are fewer or more pairs than samples.
+        """
+        names = take_adapter_names()
+        pairs, tokens = self._passed(language_pairs, samples), tokens or TokenBatch()
+        chosen = self.chosen() if pairs is None else None
+        if chosen is not None:
+            pairs = [chosen]
+        elif pairs is None and origin is not None:
+            pairs, tokens = origin.pairs, tokens.going_on_from(origin.tokens)
+        side = None if stack is None else STACKS.index(stack)
+        rows = {
+            name: _found(resolver, pairs, tokens, None if names is None else [n == name for n in names], side, device)
+            for name, resolver in self.resolvers.items()
+        }
+        return Call(self, pairs, tokens, rows, names, generates)
+
+    def begin_alone(self, device: torch.device | None) -> Call:
+        """Make a call for one layer that runs by itself, outside any call of the model.
+
+        Raises:
+            RuntimeError: if the layer is being recomputed: the call that it belongs to has ended.
+        """
+        if torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                "A masked layer is being recomputed by the backward pass, but the call it belongs to is over. Use the "
+                "model's own gradient checkpointing, model.gradient_checkpointing_enable() (in Trainer: "
+                "gradient_checkpointing=True), which carries the pairs of each call; torch's and FSDP's do not."
+            )
+        return self.begin(device=device)
 
     def single_route(self, adapter: str) -> tuple[int, int]:
         """Return the (encoder row, decoder row) of the pair set on the model, or of the adapter's only pair.
@@ -132,148 +136,106 @@ class Routing:
         Raises:
             ValueError: if the adapter has several pairs and none is set; merging needs one.
         """
-        table = self.tables[adapter]
-        return table.route(self.selected or table.fallback())
+        resolver = self.resolvers[adapter]
+        return resolver.route(self.chosen() or resolver.fallback())
 
-    def _find(self, adapter: str, device: torch.device | None) -> None:
-        try:
-            both, has_base = self._resolve(adapter, device)
-        except ValueError as error:
-            self._current[adapter] = error
-        else:
-            single = both[0].tolist() if len(both) == 1 else [None, None]
-            encoder, decoder = (Rows(both[:, side].contiguous(), has_base, single[side]) for side in range(2))
-            self._current[adapter] = encoder, decoder
-
-    def _resolve(self, adapter: str, device: torch.device | None) -> tuple[torch.Tensor, bool]:
-        """Return rows int64 [1 or samples, 2], and whether the base's may be among them."""
-        table = self.tables[adapter]
-        if isinstance(self.said, torch.Tensor):
-            ids = self.said.to(device) if device is not None else self.said
-            ids = ids[:1] if bool((ids == ids[:1]).all()) else ids  # one transfer per batch buys compact execution
-            with_base = table.default_pair == BASE_PAIR
-            lowest, count = -1 if with_base else 0, len(table.rows)
-            if bool(((ids < lowest) | (ids >= count)).any()):
-                raise ValueError(f"Expected pair ids from {lowest} to {count - 1}, got {sorted(set(ids.tolist()))}.")
-            rows = table.rows.to(ids.device)[ids.clamp_min(0)]
-            return (torch.where(ids[:, None] < 0, BASE_ROW, rows) if with_base else rows), with_base
-        mine = None if self.adapter_names is None else [name == adapter for name in self.adapter_names]
-        if self.said is not None:
-            one_each = mine is not None and len(mine) == len(self.said)
-            routes = [
-                table.route(pair) if not one_each or mine is None or mine[i] else (0, 0)
-                for i, pair in enumerate(self.said)
-            ]
-        elif self.selected is not None or table.reader is None or self.batch.is_empty:
-            routes = [table.route(self.selected or table.fallback())]
-        else:
-            routes = table.read(self.batch, mine)
-            routes = routes[:1] if len(set(routes)) == 1 else routes
-        return torch.tensor(routes, device=device), any(row[0] == BASE_ROW for row in routes)
-
-    @contextmanager
-    def generation(
-        self, language_pairs: LanguagePairs | None, batch: TokenBatch | None = None, device: torch.device | None = None
-    ) -> Iterator[None]:
-        """Fix the pairs of one `generate` call: its encoder and decoder passes all use them."""
-        with self.one_thread():
-            self.begin(language_pairs, batch, device)
-            outer, self.generating = self.generating, True
-            try:
-                yield
-            finally:
-                self.generating = outer
-                self.gathered.clear()
-
-    @contextmanager
-    def per_sample_adapters(self, names: list[str]) -> Iterator[None]:
-        """Route each sample through the adapter named for it, for the length of the context."""
-        self.adapter_names = names
-        try:
-            yield
-        finally:
-            self.adapter_names = None
-
-    @contextmanager
-    def one_thread(self) -> Iterator[None]:
-        """Hold the routing for this thread; see `enter`."""
-        entered = self.enter()
-        try:
-            yield
-        finally:
-            if entered:
-                self.leave()
-
-    @torch.compiler.disable
-    def enter(self) -> bool:
-        """Take the routing for this thread; return whether it was free before.
-
-        Raises:
-            RuntimeError: if another thread is inside a call of the same model: its pairs would be overwritten.
-        """
-        if self._thread not in (None, threading.get_ident()):
-            raise RuntimeError(
-                "Another thread is running this model. Its language pairs are kept on the model, so calls cannot "
-                "overlap: give each thread a copy of the model, or use processes (DistributedDataParallel)."
+    def _passed(
+        self, language_pairs: str | Sequence[str] | torch.Tensor | None, samples: int | None
+    ) -> LanguagePairs | None:
+        """Return the pairs passed to a call after checking them, one name where all are the same."""
+        if language_pairs is None:
+            return None
+        pairs = [language_pairs] if isinstance(language_pairs, str) else language_pairs
+        if samples is not None and len(pairs) not in (1, samples):
+            raise ValueError(
+                f"Got language pairs for {len(pairs)} samples, but a batch of {samples}. Pass one per sample, or a "
+                "single one for the whole batch."
             )
-        free, self._thread = self._thread is None, threading.get_ident()
-        return free
-
-    @torch.compiler.disable
-    def leave(self) -> None:
-        """Give the routing back."""
-        self._thread = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        # a copy starts outside of any call
-        fresh: dict[str, Any] = {
-            "said": None,
-            "batch": TokenBatch(),
-            "_current": {},
-            "_thread": None,
-            "generating": False,
-            "gathered": {},
-        }
-        return {**vars(self), **fresh}
+        if isinstance(pairs, torch.Tensor):
+            return pairs
+        for pair in dict.fromkeys(pairs):
+            self.check(pair)
+        return list(pairs)[:1] if len(set(pairs)) == 1 else list(pairs)
 
 
-def routing_of(model: nn.Module) -> Routing:
-    """Return the routing of a model with a neuron specialization adapter.
+def _found(
+    resolver: PairResolver,
+    pairs: LanguagePairs | None,
+    tokens: TokenBatch,
+    mine: list[bool] | None,
+    side: int | None,
+    device: torch.device | None,
+) -> tuple[MaskRows, MaskRows] | ValueError:
+    """Return one adapter's rows for a call, or why there are none."""
+    try:
+        if isinstance(pairs, torch.Tensor):
+            both, has_base = resolver.rows_of_ids(pairs if device is None else pairs.to(device), mine)
+        else:
+            routes = resolver.routes_of(pairs, tokens, mine, side)
+            both, has_base = torch.tensor(routes, device=device), any(row[0] == BASE_ROW for row in routes)
+    except ValueError as error:
+        return error
+    single = both[0].tolist() if len(both) == 1 else [None, None]
+    encoder, decoder = (MaskRows(both[:, i].contiguous(), has_base, single[i]) for i in range(2))
+    return encoder, decoder
+
+
+@dataclass(frozen=True, eq=False)
+class _WithBlock:
+    """A `with language_pair(...)` block that is open in a thread."""
+
+    router: CallRouter
+    thread: int
+    pair: str
+
+
+_with_blocks: list[_WithBlock] = []
+
+
+def router_of(model: nn.Module) -> CallRouter:
+    """Return the router of a model with a neuron specialization adapter.
 
     Raises:
         ValueError: if it has none.
     """
-    routing = getattr(unwrap(model), ATTRIBUTE, None)
-    if routing is None:
+    router = getattr(unwrap(model), ATTRIBUTE, None)
+    if router is None:
         raise ValueError(
             f"{type(unwrap(model)).__name__} has no neuron specialization adapter; add one with "
             "get_peft_model(model, ns.NeuronSpecializationConfig(...)) or PeftModel.from_pretrained(...)."
         )
-    return routing
+    return router
 
 
 def is_routed(model: nn.Module) -> bool:
     """Whether `model` takes `language_pairs`: it has an adapter of this method."""
-    routing = getattr(unwrap(model), ATTRIBUTE, None)
-    return routing is not None and bool(routing.tables)
+    router = getattr(unwrap(model), ATTRIBUTE, None)
+    return router is not None and bool(router.resolvers)
 
 
 def set_language_pair(model: nn.Module, pair: str | None) -> None:
-    """Choose the pair that `model` runs wherever a call does not say one; None takes the choice back.
+    """Choose the pair that `model` runs wherever a call does not pass one; None takes the choice back.
+
+    Calls under way keep theirs. Inside a `with language_pair(...)` block the block's pair holds.
 
     Raises:
         ValueError: if the pair is unknown (lists those known) or the model has no adapter of this method.
     """
-    routing_of(model).select(pair)
+    router_of(model).select(pair)
 
 
 @contextmanager
 def language_pair(model: nn.Module, pair: str) -> Iterator[None]:
-    """Choose a pair for the length of a `with` block."""
-    routing = routing_of(model)
-    before = routing.selected
-    routing.select(pair)
+    """Choose a pair for the length of a `with` block, in this thread and in workers that choose none themselves.
+
+    Raises:
+        ValueError: if the pair is unknown (lists those known) or the model has no adapter of this method.
+    """
+    router = router_of(model)
+    router.check(pair)
+    block = _WithBlock(router, threading.get_ident(), pair)
+    _with_blocks.append(block)
     try:
         yield
     finally:
-        routing.select(before)
+        _with_blocks.remove(block)

@@ -122,8 +122,8 @@ class CheckedLoad:
 
 def remove_injected(model: Any, adapter_name: str) -> None:
     """Take an adapter out of a model that transformers injected it into, layers and routes too."""
-    routing = attach(model)
-    routing.tables.pop(adapter_name, None)
+    router = attach(model)
+    router.resolvers.pop(adapter_name, None)
     for name, layer in list(model.named_modules()):
         if isinstance(layer, NeuronSpecializationLayer):
             if layer._all_available_adapter_names() == [adapter_name]:
@@ -133,7 +133,7 @@ def remove_injected(model: Any, adapter_name: str) -> None:
             elif adapter_name in layer.mask_bias:
                 layer.delete_adapter(adapter_name)
     model.peft_config.pop(adapter_name, None)
-    if not routing.tables:
+    if not router.resolvers:
         detach(model)
     if not model.peft_config:
         del model.peft_config

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..adapter.attachment import detach
 from ..adapter.layer import NeuronSpecializationLayer
-from ..adapter.routing import routing_of
+from ..adapter.routing import router_of
 from ..neurons.base_model import build_on_meta, make_trainable, unwrap
 from ..neurons.ffn import STACKS, find_ffn_blocks
 from ..neurons.files import atomic_directory
@@ -29,11 +29,11 @@ def compact(model: nn.Module, pair: str) -> Any:
         ValueError: if the pair is unknown (default pairs do not count), or the model has other adapters or an FFN that
             cannot be cut.
     """
-    routing = routing_of(model)
+    router = router_of(model)
     for adapter in _active_adapters(unwrap(model)):
-        routing.tables[adapter].routes.route(pair)  # unlike a call, this does not fall back to a default pair
+        router.resolvers[adapter].routes.route(pair)  # unlike a call, this does not fall back to a default pair
     base = copy.deepcopy(unwrap(model))
-    routing_of(base).select(pair)
+    router_of(base).select(pair)
     base.eval()
     layers = {name: m for name, m in base.named_modules() if isinstance(m, NeuronSpecializationLayer)}
     with torch.no_grad():

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from ..adapter.active import active_config
-from ..adapter.routing import is_routed, routing_of
+from ..adapter.routing import is_routed, router_of
 from ..neurons.base_model import unwrap
 from ..neurons.files import replace_directory
 from .arrow import numpy_column
@@ -256,9 +256,9 @@ def pair_ids(model: Any, language_pairs: list[str]) -> torch.Tensor | None:
     config = active_config(model)
     if config is None:
         return None
-    tables = routing_of(model).tables
-    table = next(table for name, table in tables.items() if model.peft_config[name] is config)
-    return torch.tensor([table.pair_id(pair) for pair in language_pairs])
+    resolvers = router_of(model).resolvers
+    resolver = next(resolver for name, resolver in resolvers.items() if model.peft_config[name] is config)
+    return torch.tensor([resolver.pair_id(pair) for pair in language_pairs])
 
 
 def switch_off_layerdrop(model: Any) -> None:
