@@ -5,9 +5,10 @@ CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 PYTEST := -m pytest --numprocesses 2 --dist loadfile
 PACKAGES := $(subst /,.,$(patsubst src/%/__init__.py,%,$(wildcard src/*/__init__.py src/*/*/__init__.py)))
+ONE_PROCESS := --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 OFFLINE := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: demo test test-floor test-gpu quality docs clean
+.PHONY: demo test test-floor test-gpu benchmark-gpu quality docs clean
 
 .venv: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -16,7 +17,7 @@ OFFLINE := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 	@touch .venv
 
 demo: .venv
-	$(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --cpu recipes/demo.py --config recipes/configs/demo.yaml
+	$(BIN)/accelerate launch --quiet $(ONE_PROCESS) --cpu recipes/demo.py --config recipes/configs/demo.yaml
 
 test: .venv
 	$(OFFLINE) $(BIN)/python $(PYTEST)
@@ -35,6 +36,10 @@ test-floor: build/floor
 # needs an accelerator, and an environment built with `make CONSTRAINTS= .venv`
 test-gpu: .venv
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu
+
+benchmark-gpu: .venv
+	$(BIN)/accelerate launch --quiet $(ONE_PROCESS) recipes/benchmark.py --output_dir recipes/results/benchmark-gpu
+	$(BIN)/accelerate launch --quiet $(ONE_PROCESS) recipes/memory.py --output_dir recipes/results/benchmark-gpu
 
 quality: .venv
 	$(BIN)/ruff check src recipes tests

@@ -26,7 +26,7 @@ COMPARED = {"full": "dense", "delta": "LoRA r=16"}
 class MemoryArguments:
     """What is trained on, under random masks."""
 
-    output_dir: str = field(metadata={"help": "Where results.json goes."})
+    output_dir: str = field(metadata={"help": "Where memory.json goes."})
     batch_size: int = field(default=64, metadata={"help": "Sentences per update."})
     length: int = field(default=64, metadata={"help": "Tokens per sentence."})
     pairs: int = field(default=60, metadata={"help": "Language pairs with masks."})
@@ -60,7 +60,7 @@ def main() -> None:
     ]
     print("\n" + table(ratios))
     results = {"bytes": rows, "peaks": ratios, "arguments": [vars(args), vars(shape)]}
-    print(f"wrote {write_results(args.output_dir, results)}")
+    print(f"wrote {write_results(args.output_dir, results, 'memory.json')}")
 
 
 def ways_to_train(base, args: MemoryArguments):

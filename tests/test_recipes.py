@@ -218,7 +218,7 @@ def test_the_benchmark_measures_every_row(workspace):
 
 def test_memory_is_computed_for_nllb_and_measured_here(workspace):
     run("memory.py", "--output_dir", str(workspace / "memory"), *TINY)
-    results = json.loads((workspace / "memory" / "results.json").read_text())
+    results = json.loads((workspace / "memory" / "memory.json").read_text())
     rows = {(row["model"], row["trained"]): row for row in results["bytes"]}
     assert rows["NLLB 3.3B", "dense"]["weights"] / 4 == pytest.approx(3.3e9, rel=0.03)
     # 24 blocks of 4,096 neurons and 60 pairs, one bit each
