@@ -80,6 +80,12 @@ def make_masks(model, pairs=tuple(PAIRS), k: float = 0.6, seed: int = 0) -> ns.N
     return ns.CumulativeThreshold(k).select(ns.record_activations(model, batches, progress=False))
 
 
+def checkpoint_activations(model, use_reentrant: bool) -> None:
+    """Switch gradient checkpointing on, by the name it has from transformers 5.23 on or by the one before."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": use_reentrant})
+
+
 def zero_masked_rows(model, masks: ns.NeuronMasks, pair: str):
     """The plain reference: a copy of `model` whose masked rows of W1 are zero."""
     reference = copy.deepcopy(model)

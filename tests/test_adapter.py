@@ -13,7 +13,7 @@ from neuron_specialization.analysis.shapes import random_masks
 from neuron_specialization.neurons.base_model import unwrap
 from neuron_specialization.neurons.language_pairs import Routes
 
-from .conftest import PAIRS, make_batch, make_m2m100, make_masks, make_t5, zero_masked_rows
+from .conftest import PAIRS, checkpoint_activations, make_batch, make_m2m100, make_masks, make_t5, zero_masked_rows
 
 MODES = ["none", "delta", "low_rank", "full"]
 
@@ -360,7 +360,7 @@ def test_gradient_checkpointing_recomputes_under_the_same_masks(use_reentrant):
     adapted(**batch, language_pairs=PAIRS).loss.backward()
     expected = gradients(adapted)
     adapted.zero_grad()
-    adapted.base_model.model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    checkpoint_activations(adapted.base_model.model, use_reentrant)
     adapted.enable_input_require_grads()
     runs = []
     fc1 = adapted.get_base_model().model.encoder.layers[0].fc1

@@ -10,7 +10,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 import neuron_specialization as ns
 
-from .conftest import PAIRS, make_batch, make_m2m100, make_masks
+from .conftest import PAIRS, checkpoint_activations, make_batch, make_m2m100, make_masks
 from .test_adapter import adapt, gradients
 from .test_routing import DE, START, TOKENS, adapted, tagged
 
@@ -95,7 +95,7 @@ def test_recomputation_runs_under_the_call_that_made_it(step, execution, use_ree
     for checkpointing in (False, True):
         model.zero_grad()
         if checkpointing:
-            model.get_base_model().activation_checkpointing_enable({"use_reentrant": use_reentrant})
+            checkpoint_activations(model.get_base_model(), use_reentrant)
             model.enable_input_require_grads()
         torch.stack(step(model)).sum().backward()
         found.append(gradients(model))
@@ -110,7 +110,7 @@ def test_recomputation_in_another_thread():
     model(**make_batch(), language_pairs=PAIRS).loss.backward()
     expected = gradients(model)
     model.zero_grad()
-    model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model.get_base_model(), False)
     loss = model(**make_batch(), language_pairs=PAIRS).loss
     in_thread(loss.backward)
     for name, gradient in gradients(model).items():

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 import neuron_specialization as ns
 from neuron_specialization.adapter import compact as compact_module
 
-from .conftest import PAIRS, make_batch, make_m2m100, make_masks, make_t5
+from .conftest import PAIRS, checkpoint_activations, make_batch, make_m2m100, make_masks, make_t5
 
 MODELS = {"plain": make_m2m100, "gated": make_t5, "plain without biases": lambda: make_t5("relu")}
 
@@ -352,7 +352,7 @@ def test_demanded_compact_execution_that_is_not_possible_is_an_error():
 def test_gradient_checkpointing(use_reentrant):
     masked, compact = pair_of_models(make_m2m100, "full")
     masked(**make_batch(), language_pairs="en-de").loss.backward()
-    compact.train().get_base_model().activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    checkpoint_activations(compact.train().get_base_model(), use_reentrant)
     compact.enable_input_require_grads()
     compact(**make_batch(), language_pairs="en-de").loss.backward()
     theirs = dict(masked.named_parameters())
