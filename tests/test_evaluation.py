@@ -106,7 +106,7 @@ def test_an_adapted_model_translates_under_its_pairs_and_tokens(toy, toy_data, t
     with adapted.disable_adapter():
         base = ns.translate(adapted, toy_tokenizer, sentences, "Pv-Aa", max_new_tokens=8)
     assert german != base
-    with pytest.raises(ValueError, match="Language token not in the tokenizer: 'zz'"):
+    with pytest.raises(ValueError, match="Not a language token of the tokenizer: 'zz'"):
         ns.translate(adapted, toy_tokenizer, sentences, "Pv-zz")
     with pytest.raises(ValueError, match="Language token not in the tokenizer: 'zz'"):
         ns.translate(adapted, toy_tokenizer, [], "Pv-zz")

@@ -235,7 +235,7 @@ SCORE = ["score.py", "--model_name_or_path", "{workspace}", "--output_dir", "{wo
     [
         (1, [*TRANSLATE, "--model_name_or_path", "{workspace}"], "not a checkpoint directory"),
         (1, [*TRANSLATE, "--adapter", "{workspace}/missing"], "Cannot load the adapter"),
-        (2, [*TRANSLATE, "--pair", "Pv-Zz"], "Language token not in the tokenizer: 'Zz'"),
+        (2, [*TRANSLATE, "--pair", "Pv-Zz"], "language token of the tokenizer: 'Zz'"),
         (2, [*TRANSLATE, "--num_beam", "2"], "the nearest is --num_beams"),
         (1, [*TRANSLATE, "--output", "/proc/cannot/be/made"], "/proc/cannot"),
         (1, [*SCORE, "--language_pairs", "Pv-ja", "--columns", "ja=Aa"], "neuron-specialization[ja]"),

@@ -1,10 +1,16 @@
+import copy
+import re
+
 import pytest
 import torch
 from transformers import AutoTokenizer
 
 import neuron_specialization as ns
+from neuron_specialization.analysis.shapes import numbered_words
 from neuron_specialization.translation.tokenization import encode, resolve_tokens, train_tokenizer
 from neuron_specialization.translation.toy import PIVOT, ToyLanguages
+
+from .test_conventions import CONVENTIONS, TEXT
 
 
 def test_a_trained_tokenizer_is_reloaded_by_auto_tokenizer(toy, toy_tokenizer, tmp_path):
@@ -39,13 +45,66 @@ def test_language_tokens_that_occur_in_the_text_are_refused():
 
 
 def test_unknown_language_tokens_are_refused(toy_tokenizer):
-    with pytest.raises(ValueError, match="Language token not in the tokenizer: 'deu_Latn' for 'de'"):
+    with pytest.raises(ValueError, match="Not a language token of the tokenizer: 'deu_Latn' for 'de'"):
         resolve_tokens(toy_tokenizer, ["Aa-de"], {"de": "deu_Latn"})
-    with pytest.raises(ValueError, match="not in the tokenizer's vocabulary: 'deu_Latn'.*Pv"):
+    with pytest.raises(ValueError, match="Not a language token of the tokenizer: 'deu_Latn' for 'de'.*Pv"):
         ns.language_token_ids(toy_tokenizer, {"de": "deu_Latn"})
     with pytest.raises(ValueError, match="share one token"):
         ns.language_token_ids(toy_tokenizer, {"de": "Aa", "nl": "Aa"})
     assert ns.language_token_ids(toy_tokenizer, {"x": "Pv"}) == {"x": toy_tokenizer.convert_tokens_to_ids("Pv")}
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_only_special_or_added_tokens_are_language_tokens(convention, tmp_path):
+    """A piece of a word is in the vocabulary, and no model takes it for a tag."""
+    tokenizer, tags = CONVENTIONS[convention][0](tmp_path)
+    assert resolve_tokens(tokenizer, ["en-de"], tags) == {code: tags[code] for code in ("en", "de")}
+    assert ns.language_token_ids(tokenizer, tags) == {c: tokenizer.convert_tokens_to_ids(t) for c, t in tags.items()}
+    plain = [token for token in tokenizer.get_vocab() if token.strip("▁").isalpha() and token not in tags.values()]
+    pieces = [token for token in plain if token not in tokenizer.get_added_vocab()]
+    assert len(pieces) > 10
+    for token in [*pieces, tokenizer.eos_token, tokenizer.unk_token]:
+        for check in (
+            lambda token=token: resolve_tokens(tokenizer, ["en-de"], {**tags, "de": token}),
+            lambda token=token: ns.language_token_ids(tokenizer, {"de": token}),
+        ):
+            with pytest.raises(
+                ValueError, match=f"Not a language token.* for 'de'.*{re.escape(tags['fr'])}|100 in all"
+            ):
+                check()
+
+
+def test_tokens_that_were_added_can_be_language_tokens(toy_tokenizer):
+    tokenizer = copy.deepcopy(toy_tokenizer)
+    with pytest.raises(ValueError, match="'<de>' for 'de'"):
+        ns.language_token_ids(tokenizer, {"de": "<de>"})
+    tokenizer.add_tokens(["<de>"])
+    assert ns.language_token_ids(tokenizer, {"de": "<de>"}) == {"de": len(toy_tokenizer)}
+
+
+def test_a_tokenizer_without_any_language_token_says_so():
+    with pytest.raises(ValueError, match="'w5' for 'en'.*it has none"):
+        resolve_tokens(numbered_words(10), ["en-de"], {"en": "w5", "de": "w6"})
+
+
+@pytest.mark.parametrize("convention", [name for name, (*_, tag) in CONVENTIONS.items() if tag == "source"])
+def test_encoding_leaves_the_languages_of_the_tokenizer_alone(convention, tmp_path):
+    tokenizer, tags = CONVENTIONS[convention][0](tmp_path)
+    english, german = ("en", "de") if convention == "m2m100" else (tags["en"], tags["de"])
+    tokenizer.src_lang, tokenizer.tgt_lang = german, english
+    before = tokenizer(TEXT, text_target=TEXT)
+    encode(tokenizer, "fr-de", TEXT, TEXT, tags)
+    with pytest.raises(ValueError):
+        encode(tokenizer, "fr-de", TEXT, [None], tags)
+    assert (tokenizer.src_lang, tokenizer.tgt_lang) == (german, english)
+    after = tokenizer(TEXT, text_target=TEXT)
+    assert (after["input_ids"], after["labels"]) == (before["input_ids"], before["labels"])
+
+
+def test_tokenizers_that_add_no_tags_are_refused(tmp_path):
+    tokenizer, tags = CONVENTIONS["madlad"][0](tmp_path)
+    with pytest.raises(ValueError, match="T5Tokenizer adds no language tags.*source_tag='target'"):
+        encode(tokenizer, "en-de", TEXT, None, tags)
 
 
 def test_toy_languages_depend_on_their_seed_and_relate_as_said():

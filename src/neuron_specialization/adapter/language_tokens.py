@@ -1,5 +1,6 @@
 """Language tokens: how a model knows which language a row of tokens is in, and so which pair a sample is."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,34 +11,72 @@ from transformers import Cache
 from ..neurons.ffn import ENCODER
 from ..neurons.language_pairs import split_pair
 
+# Tags that their tokenizers hold as ordinary entries of the vocabulary: those of MADLAD and of Marian.
+_TAGS_IN_VOCABULARY = re.compile(r"<2\w+>|>>\w+<<")
+_NO_TAGS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
 
 def language_token_ids(tokenizer: Any, tokens: Mapping[str, str]) -> dict[str, int]:
     """Return language code → id of its token.
 
     Args:
         tokenizer: the model's tokenizer.
-        tokens: language code (as in the names of the pairs) → its token in the vocabulary, such as "deu_Latn" (NLLB),
-            ">>deu<<" (Marian) or "<2de>" (MADLAD).
+        tokens: language code (as in the names of the pairs) → its language token, such as "deu_Latn" (NLLB),
+            "__de__" (M2M100), ">>deu<<" (Marian) or "<2de>" (MADLAD).
 
     Raises:
-        ValueError: if a token is not in the vocabulary, or two languages share one.
+        ValueError: if one is no language token (see `check_language_tokens`), or two languages share one.
     """
-    found = {code: token_id(tokenizer, token) for code, token in tokens.items()}
-    absent = [f"{tokens[code]!r} ({code})" for code, i in found.items() if i is None]
-    if absent:
-        known = [token for token in tokenizer.all_special_tokens if token not in tokenizer.special_tokens_map.values()]
-        raise ValueError(
-            f"Language tokens not in the tokenizer's vocabulary: {', '.join(absent)}. "
-            + (f"Among those it knows: {', '.join(known[:12])}." if known else "It seems to have no language tokens.")
-        )
-    ids = {code: i for code, i in found.items() if i is not None}
+    ids = check_language_tokens(tokenizer, tokens)
     if len(set(ids.values())) < len(ids):
         raise ValueError(f"Two languages share one token: {dict(tokens)}. Each language needs a token of its own.")
     return ids
 
 
-def token_id(tokenizer: Any, token: str) -> int | None:
-    """Return a token's id, or None where the tokenizer does not know it (M2M100's tags are not in `get_vocab()`)."""
+def check_language_tokens(tokenizer: Any, tokens: Mapping[str, str]) -> dict[str, int]:
+    """Return language code → id of its token, after checking that each is a language token of the tokenizer.
+
+    Language tokens are special or added tokens other than the usual ones, the tags that M2M100's tokenizer keeps
+    beside its vocabulary, and entries of the vocabulary that look like Marian's and MADLAD's tags. Other entries are
+    pieces of words: "de" is one in many vocabularies, and no model was trained to take it for a tag.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        tokens: language code → language token.
+
+    Raises:
+        ValueError: if one is not; the message lists those that the tokenizer has.
+    """
+    marked = _marked_tokens(tokenizer)
+    ids = {code: _known_id(tokenizer, token) for code, token in tokens.items()}
+    found = {
+        code: i
+        for code, i in ids.items()
+        if i is not None and (tokens[code] in marked or _TAGS_IN_VOCABULARY.fullmatch(tokens[code]))
+    }
+    if len(found) < len(tokens):
+        absent = ", ".join(f"{token!r} for {code!r}" for code, token in tokens.items() if code not in found)
+        known = [*marked, *(token for token in tokenizer.get_vocab() if _TAGS_IN_VOCABULARY.fullmatch(token))]
+        known.sort(key=lambda token: not any(code in token for code in tokens))  # "deu_Latn" first, for "de"
+        some = ", ".join(known[:20]) + (f", ... ({len(known)} in all)" if len(known) > 20 else "")
+        raise ValueError(
+            f"Not a language token of the tokenizer: {absent}. Expected special or added tokens, not pieces of words; "
+            + (f"it has {some}. " if known else "it has none. ")
+            + "Map language codes to tokens, for example language_tokens={'de': 'deu_Latn'}."
+        )
+    return found
+
+
+def _marked_tokens(tokenizer: Any) -> dict[str, None]:
+    """Return the special and added tokens without the usual ones, as the keys of a dict."""
+    of_m2m100 = getattr(tokenizer, "lang_token_to_id", {})
+    marked = dict.fromkeys([*tokenizer.all_special_tokens, *tokenizer.get_added_vocab(), *of_m2m100])
+    for name in _NO_TAGS:
+        marked.pop(getattr(tokenizer, name, None), None)
+    return marked
+
+
+def _known_id(tokenizer: Any, token: str) -> int | None:
     found = tokenizer.convert_tokens_to_ids(token)
     return None if found is None or (found == tokenizer.unk_token_id and token != tokenizer.unk_token) else int(found)
 

@@ -3,12 +3,13 @@
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import NllbTokenizer
 
-from ..adapter.language_tokens import token_id
+from ..adapter.language_tokens import check_language_tokens
 from ..neurons.language_pairs import split_pair
 
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")
@@ -25,16 +26,11 @@ def resolve_tokens(
         tokens: language code → token; codes that it leaves out must be tokens themselves.
 
     Raises:
-        ValueError: if a token is not in the tokenizer's vocabulary.
+        ValueError: if one is no language token of the tokenizer; pieces of words are none.
     """
     codes = dict.fromkeys(code for pair in language_pairs for code in split_pair(pair))
     resolved = {code: (tokens or {}).get(code, code) for code in codes}
-    absent = [f"{token!r} for {code!r}" for code, token in resolved.items() if token_id(tokenizer, token) is None]
-    if absent:
-        raise ValueError(
-            f"Language token not in the tokenizer: {', '.join(absent)}. Map language codes to the tokenizer's tokens, "
-            "for example language_tokens={'de': 'deu_Latn'}."
-        )
+    check_language_tokens(tokenizer, resolved)
     return resolved
 
 
@@ -61,19 +57,44 @@ def encode(
 
     Returns:
         "input_ids", and "labels" where there are targets: lists of lists of token ids.
+
+    Raises:
+        ValueError: if the tokenizer adds no tags and `source_tag` is "source".
     """
     source, target = split_pair(pair)
     options = {"truncation": max_length is not None, "max_length": max_length, "return_attention_mask": False}
     if source_tag == "target":
         sources = [f"{tokens[target]} {sentence}" for sentence in sources]
-    else:
-        # M2M100 calls its languages otherwise than their tokens: "de" is "__de__"
-        names = {token: name for name, token in getattr(tokenizer, "lang_code_to_token", {}).items()}
-        tokenizer.src_lang, tokenizer.tgt_lang = (names.get(tokens[code], tokens[code]) for code in (source, target))
+        return _tokenize(tokenizer, sources, targets, options)
+    # M2M100 calls its languages otherwise than their tokens: "de" is "__de__"
+    names = {token: name for name, token in getattr(tokenizer, "lang_code_to_token", {}).items()}
+    with _languages(tokenizer, *(names.get(tokens[code], tokens[code]) for code in (source, target))):
+        return _tokenize(tokenizer, sources, targets, options)
+
+
+def _tokenize(
+    tokenizer: Any, sources: Sequence[str], targets: Sequence[str] | None, options: dict[str, Any]
+) -> dict[str, list]:
     encoded = {"input_ids": tokenizer(list(sources), **options)["input_ids"]}
     if targets is not None:
         encoded["labels"] = tokenizer(text_target=list(targets), **options)["input_ids"]
     return encoded
+
+
+@contextmanager
+def _languages(tokenizer: Any, source: str, target: str) -> Iterator[None]:
+    """Set the languages whose tags a tokenizer adds, and put back what its owner had set."""
+    if not hasattr(tokenizer, "src_lang"):
+        raise ValueError(
+            f"A {type(tokenizer).__name__} adds no language tags (it has no src_lang). If the model expects the "
+            "target's tag in front of the source, as Marian and MADLAD do, pass source_tag='target'."
+        )
+    before = tokenizer.src_lang, tokenizer.tgt_lang
+    try:
+        tokenizer.src_lang, tokenizer.tgt_lang = source, target
+        yield
+    finally:
+        tokenizer.src_lang, tokenizer.tgt_lang = before
 
 
 def train_tokenizer(

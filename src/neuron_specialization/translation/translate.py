@@ -152,7 +152,7 @@ def pair_tokens(
     """Return the language tokens of a pair: those that the model's adapter knows, else those given.
 
     Raises:
-        ValueError: if a token is not in the tokenizer.
+        ValueError: if one is no language token of the tokenizer.
     """
     return resolve_tokens(tokenizer, [pair], known_language_tokens(model, tokenizer) or language_tokens)
 
