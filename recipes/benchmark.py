@@ -20,7 +20,7 @@ from neuron_specialization.translation.results import table, write_results
 
 @dataclass
 class BenchmarkArguments:
-    """What runs through it, under random masks."""
+    """Batches, masks and rounds."""
 
     output_dir: str = field(metadata={"help": "Where results.json goes."})
     batch_size: int = field(default=32, metadata={"help": "Sentences per batch."})

@@ -104,7 +104,7 @@ def main() -> None:
     found = translate_tokens(reloaded.to(device), tokenizer, sources, args.pair, **options)
     rows.append(row("checkpoint", padded.parameters(), weight_bytes(directory), tokenizer, found, expected))
     if not args.trim_vocabulary and found != expected:
-        print("The checkpoint translates some sentences of the sample otherwise: expected of near ties only.")
+        print("The checkpoint translates some sentences differently; that is expected only of near ties.")
     if args.quantization:
         directory = Path(args.output_dir) / "ctranslate2"
         save_ctranslate2(small, tokenizer, directory, args.quantization)

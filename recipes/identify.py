@@ -22,7 +22,7 @@ UNUSED = ("train_file", "test_file", "pivot", "drop_faulty")
 
 @dataclass
 class IdentifyArguments:
-    """What counts as specialized."""
+    """How neurons are selected."""
 
     output_dir: str = field(metadata={"help": "Adapter directory to write."})
     k: float = field(default=0.95, metadata={"help": "Share of all activations that the kept neurons make up."})

@@ -24,7 +24,7 @@ COMPARED = {"full": "dense", "delta": "LoRA r=16"}
 
 @dataclass
 class MemoryArguments:
-    """What is trained on, under random masks."""
+    """Batch, masks and language pairs."""
 
     output_dir: str = field(metadata={"help": "Where memory.json goes."})
     batch_size: int = field(default=64, metadata={"help": "Sentences per update."})

@@ -20,10 +20,10 @@ UNUSED = ("pivot",)
 
 @dataclass
 class PretrainArguments:
-    """The model: a checkpoint to go on from, or the shape of a new one."""
+    """The model: a checkpoint to continue from, or the shape of a new one."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Checkpoint to start from; none: a new model."}
+        default=None, metadata={"help": "Checkpoint to start from; by default a new model."}
     )
     vocab_size: int = field(default=8000, metadata={"help": "Entries of a new model's shared BPE."})
     layers: int = field(default=6, metadata={"help": "Layers of a new model's encoder, and of its decoder."})

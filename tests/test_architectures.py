@@ -195,7 +195,7 @@ def test_an_expert_without_tokens_stays_dense_with_a_warning():
     assert masks.row("en-de", silent).all()
 
 
-def test_time_major_models_are_recognised_even_where_shapes_cannot_tell():
+def test_time_major_models_are_recognized_even_where_shapes_cannot_tell():
     """As many sentences as tokens: [length, batch] and [batch, length] look the same."""
     adapted = adapted_of("fsmt", init_weights=False)
     batch = {k: v[:4, :4].contiguous() for k, v in make_batch("fsmt").items()}

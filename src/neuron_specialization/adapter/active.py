@@ -1,4 +1,4 @@
-"""What the active adapter of a model says: its config, and the language tokens it knows."""
+"""The active adapter of a model: its config, and the language tokens it knows."""
 
 from typing import Any
 

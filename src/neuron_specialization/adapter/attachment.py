@@ -33,7 +33,7 @@ class _Entry:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        """That of the method: Trainer and generate look which arguments it takes."""
+        """The method's own signature: Trainer and generate inspect which arguments it takes."""
         return inspect.signature(self.own or getattr(type(self.module), self.method).__get__(self.module))
 
     def _whole(self, *args: Any, **kwargs: Any) -> Any:
@@ -95,7 +95,7 @@ class _Entry:
             if isinstance(function, CarriesCall):
                 module._gradient_checkpointing_func = function.checkpoint
         if vars(self.module).get(self.method) is not self:
-            return  # something was put around it since, which goes on calling it
+            return  # it has been wrapped since, and the wrapper goes on calling it
         delattr(self.module, self.method)
         if self.own is not None:
             setattr(self.module, self.method, self.own)

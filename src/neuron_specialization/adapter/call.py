@@ -1,7 +1,7 @@
 """One object per call of a model: which mask rows its samples use.
 
 A call is made when a model's `forward` or `generate` begins, and is gone when it ends, however it ends. Calls nest,
-and each thread has its own; a masked layer looks at the innermost one. Nothing about a call is kept on the model, so
+and each thread has its own; a masked layer uses the innermost one. Nothing about a call is kept on the model, so
 there is nothing to reset after errors, in copies, or in pickles.
 """
 
@@ -43,7 +43,7 @@ class Call:
     Attributes:
         router: the router of the model that is called.
         pairs: the pairs passed to the call or selected when it began: names, or int64 pair ids; None where its tokens
-            tell.
+            decide.
         tokens: its tokens.
         rows: adapter name → its rows in the encoder and in the decoder, or the error for layers that ask for them.
         adapter_names: PEFT's `adapter_names`, one per sample.

@@ -31,7 +31,7 @@ class NeuronSpecializationConfig(PeftConfig):
             and masked per pair; the base stays intact. "low_rank": ΔW1 = B·A. "full": every base parameter (the
             paper's continued training); the adapter directory then holds them all.
         r: rank of "low_rank".
-        mask_bias: silence masked neurons wholly. By default one emits the constant act(b1), as in the paper.
+        mask_bias: masked neurons emit 0. By default they emit the constant act(b1), as in the paper.
         execution: "masked" computes all neurons and then masks; "compact" computes those kept (and a few, to fill up
             the width), and is an error where that is not possible; "auto" takes compact where it is possible (one pair
             in the batch, plain weights, nothing else attached to the block, no activation dropout in training) and
@@ -41,7 +41,7 @@ class NeuronSpecializationConfig(PeftConfig):
         default_pair: pair to fall back to; "base" runs the untouched base.
         target_modules: modules to mask instead of every FFN block: a list of names or suffixes, or a regular
             expression. May name any linear layer.
-        exclude_modules: modules that `target_modules` would match, but shall be left alone.
+        exclude_modules: modules to leave out although `target_modules` matches them.
         modules_to_save: other modules to train and to save whole.
         trainable_token_indices: embedding rows to train and to save.
         init_weights: False fills masks and deltas at random, to make their effect visible in tests.
@@ -97,7 +97,7 @@ class NeuronSpecializationConfig(PeftConfig):
         """Return which rows each pair uses.
 
         Raises:
-            ValueError: if the stored rows, pairs and routes do not fit each other.
+            ValueError: if the stored rows, pairs and routes do not match.
         """
         return Routes.from_metadata(vars(self))
 
@@ -141,7 +141,7 @@ class NeuronSpecializationConfig(PeftConfig):
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}.")
         check_source_tag(self.source_tag)
         if not isinstance(self.r, int) or self.r < 1:
-            raise ValueError(f"r is the rank of trainable='low_rank', a whole number from 1 on; got {self.r!r}.")
+            raise ValueError(f"r, the rank of trainable='low_rank', must be a positive integer; got {self.r!r}.")
         texts = {code: token for code, token in (self.language_token_ids or {}).items() if not isinstance(token, int)}
         if texts:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Keep rows of W1 that no language pair selects where they are, whatever the optimizer does.
+"""Keep rows of W1 that no language pair selects unchanged, whatever the optimizer does.
 
 In `trainable="full"` their gradient is zero, but weight decay would shrink them and momentum from before would move
 them. Each optimizer step therefore saves and restores them. Optimizers that step on copies of the weights (master
@@ -21,7 +21,7 @@ _registered = False
 
 
 def protect(layer: Any) -> None:
-    """Hold the unselected rows of a masked layer's base weight still under every optimizer of this process."""
+    """Protect the unselected rows of a masked layer's base weight from every optimizer of this process."""
     global _registered
     _protected.add(layer)
     if not _registered:
@@ -31,7 +31,7 @@ def protect(layer: Any) -> None:
 
 
 def release(layer: Any) -> None:
-    """Let go of a layer: its adapter is gone, and every row may train."""
+    """Stop protecting a layer: its adapter is gone, and every row may train."""
     _protected.discard(layer)
     _held.pop(layer, None)
 
@@ -47,7 +47,7 @@ def _save(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any])
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     rows: list[Rows] = []
     for layers in _by_weight().values():
-        # a weight that several layers share is theirs together: a row rests where none of them selects it
+        # a weight may be shared by several layers: a row is frozen where none of them selects it
         index = layers[0].unselected_rows()
         for layer in layers[1:]:
             index = index[torch.isin(index, layer.unselected_rows())]

@@ -26,7 +26,7 @@ from .routing import CallRouter
 RANDOM_INIT_STD = 0.1
 _NO_SAMPLES = (
     "in one batch need inputs of shape [batch, length, d_model], but this layer got {}, from which samples cannot be "
-    "told apart (an expert sees tokens in an order of its own). Run one per batch."
+    "told apart (an expert gets tokens in another order). Run one per batch."
 )
 
 
@@ -125,7 +125,7 @@ class NeuronSpecializationLayer(BaseTunerLayer):
         return None if row is None or row == BASE_ROW else (active[0], row)
 
     def silences_masked(self) -> bool:
-        """Whether the active adapter makes masked neurons emit nothing at all."""
+        """Whether masked neurons emit 0 under the active adapter."""
         return any(self.mask_bias[name] for name in self.active_adapters if name in self.mask_bias)
 
     def unselected_rows(self) -> torch.Tensor:
@@ -177,7 +177,7 @@ class Linear(nn.Module, NeuronSpecializationLayer):
         return self._forward_masked(x, active)
 
     def _note_masked_execution(self, active: list[str]) -> None:
-        """Say once per model that compact execution was not possible; raise where it was demanded."""
+        """Warn once per model that compact execution was not possible; raise where it was requested."""
         if torch.compiler.is_compiling():
             return
         obstacle = self.compact.obstacle() if self.compact is not None else None
@@ -222,7 +222,7 @@ class Linear(nn.Module, NeuronSpecializationLayer):
         return out
 
     def _project(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:
-        """Return x (W1 + Σ ΔW1)ᵀ + b1: in weight space, unless the weight is not plainly at hand."""
+        """Return x (W1 + Σ ΔW1)ᵀ + b1: in weight space where the weight is a plain tensor."""
         deltas = [delta for delta in map(self.delta, adapters) if delta is not None]
         if not deltas:
             return self.base_layer(x)

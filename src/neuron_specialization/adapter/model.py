@@ -41,7 +41,7 @@ class NeuronSpecializationModel(BaseTuner):
             storage.CheckedLoad(model, adapter_name).install()
 
     def set_language_pair(self, pair: str | None) -> None:
-        """Choose the pair that runs wherever a call does not say one; None takes the choice back."""
+        """Select the pair for calls that pass none; None clears the selection."""
         routing.set_language_pair(self.model, pair)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:

@@ -19,7 +19,7 @@ NATIVE_OR_OWN: Any = getattr(PeftType, PEFT_TYPE, NeuronSpecializationPeftType.N
 
 
 def register(config_class: type, tuner_class: type) -> None:
-    """Make PEFT know the method; doing it again changes nothing."""
+    """Register the method with PEFT; registering it again changes nothing."""
     PEFT_TYPE_TO_CONFIG_MAPPING[NATIVE_OR_OWN] = config_class
     PEFT_TYPE_TO_TUNER_MAPPING[NATIVE_OR_OWN] = tuner_class
     PEFT_TYPE_TO_PREFIX_MAPPING[NATIVE_OR_OWN] = PREFIX

@@ -28,7 +28,7 @@ class CallRouter:
     Attributes:
         resolvers: adapter name → its pairs.
         time_major: whether the model's layers compute on [length, batch, d_model].
-        selected: the pair set on the model until further notice.
+        selected: the pair set on the model, or None.
         warned: whether a warning said that compact execution is not possible.
     """
 
@@ -38,7 +38,7 @@ class CallRouter:
     warned: bool = False
 
     def select(self, pair: str | None) -> None:
-        """Set the pair that holds for calls that pass none; None takes it back."""
+        """Set the pair for calls that pass none; None clears it."""
         if pair is not None:
             self.check(pair)
         self.selected = pair
@@ -62,7 +62,7 @@ class CallRouter:
         A thread that opened no block is taken for a worker of the one that did.
 
         Raises:
-            RuntimeError: if it cannot be told whose worker it is.
+            RuntimeError: if several threads opened different ones.
         """
         latest = {block.thread: block.pair for block in _with_blocks if block.router is self}
         if threading.get_ident() in latest:
@@ -86,7 +86,7 @@ class CallRouter:
         device: torch.device | None = None,
         generates: bool = False,
     ) -> Call:
-        """Make a call: find every adapter's rows. What cannot be found is an error when a layer asks for it.
+        """Make a call: find every adapter's rows. Rows that cannot be found raise an error when a layer asks for them.
 
         Compiled code sees the result as tensors only, so another pair is no reason to compile again.
 
@@ -214,7 +214,7 @@ def is_routed(model: nn.Module) -> bool:
 
 
 def set_language_pair(model: nn.Module, pair: str | None) -> None:
-    """Choose the pair that `model` runs wherever a call does not pass one; None takes the choice back.
+    """Select the pair that `model` runs in calls that pass none; None clears the selection.
 
     Calls under way keep theirs. Inside a `with language_pair(...)` block the block's pair holds.
 

@@ -1,4 +1,4 @@
-"""What is read is checked first, and what is written is written whole."""
+"""Check adapter files before loading them, and write adapter directories atomically."""
 
 from os import PathLike
 from pathlib import Path
@@ -23,16 +23,16 @@ from .layer import NeuronSpecializationLayer
 
 
 def save_adapter(model: PeftModel, directory: str | PathLike[str], **kwargs: Any) -> None:
-    """Save a model's adapters as `save_pretrained` does, swapping in the whole directory at the end.
+    """Save a model's adapters as `save_pretrained` does, replacing the whole directory at the end.
 
-    What stood in `directory` is replaced; if saving fails it is left as it was.
+    An existing `directory` is replaced; if saving fails, it is left unchanged.
     """
     with atomic_directory(directory) as fresh:
         model.save_pretrained(str(fresh), **kwargs)
 
 
 def base_parameter_names(model: nn.Module) -> list[str]:
-    """Return the names of every parameter but the adapters' own, tied ones once."""
+    """Return the names of all parameters except the adapters' own, tied ones once."""
     return [name for name, _ in model.named_parameters() if PREFIX not in name]
 
 

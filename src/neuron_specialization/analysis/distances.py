@@ -1,4 +1,4 @@
-"""How far languages are from each other: URIEL's vectors, families and scripts, as tables in this package.
+"""Distances between languages: URIEL's vectors, families and scripts, as tables in this package.
 
 `language_distances.csv` holds cosine distances between the vectors of URIEL (Littell et al., 2017, "URIEL and
 lang2vec", CC BY-SA 4.0), computed from the files of the package lang2vec 1.1.2: "genetic" from the path in the family

@@ -49,7 +49,7 @@ def random_masks(model: nn.Module, routes: Routes, kept: float) -> NeuronMasks:
 
 
 def random_batch(model: Any, size: int, length: int) -> dict[str, torch.Tensor]:
-    """Return sentences of so many random tokens, on the model's device, that are their own translations."""
+    """Return sentences of `length` random tokens, on the model's device, that are their own translations."""
     tokens = torch.randint(4, model.config.vocab_size, (size, length), device=model.device)
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
 

@@ -1,1 +1,1 @@
-"""What leaves the package: models without any of its code in them."""
+"""Export: models that need none of this package's code."""

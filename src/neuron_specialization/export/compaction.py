@@ -1,4 +1,4 @@
-"""One language pair as a smaller plain model: masked neurons are cut out, and nothing it computes changes."""
+"""One language pair as a smaller plain model: masked neurons are removed, and its outputs stay the same."""
 
 import copy
 from os import PathLike
@@ -77,7 +77,7 @@ def save_compact(model: Any, directory: str | PathLike[str], tokenizer: Any = No
 
 
 def pad_stacks(model: Any) -> Any:
-    """Give all layers of a stack the width of its widest one, in place, and say so in the config."""
+    """Give all layers of a stack the width of its widest one, in place, and set it in the config."""
     blocks = find_ffn_blocks(model)
     widths = {stack: max(block.d_ff for block in blocks if block.stack == stack) for stack in STACKS}
     _set_widths(model.config, widths)

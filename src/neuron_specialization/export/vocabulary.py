@@ -131,7 +131,7 @@ def _rewrite(written: dict[str, Any], used: set[str], wanted_tags: set[str], tag
         model["vocab"] = [entry for entry in model["vocab"] if entry[0] in kept]
         model["unk_id"] = ids.get(unknown)
     written["added_tokens"] = added
-    written["post_processor"] = None  # made anew, with the new ids, when a language is set
+    written["post_processor"] = None  # rebuilt with the new ids when a language is set
     return set(ids)
 
 
@@ -171,7 +171,7 @@ def _old_ids(tokenizer: Any, trimmed: Any) -> torch.Tensor:
     unknown = sorted(set(new) - set(old))
     if unknown:
         raise ValueError(f"The trimmed tokenizer has tokens that the model does not know: {', '.join(unknown[:5])}.")
-    # a row that no token reaches, such as a second <unk>, may hold anything
+    # the content of a row that no token has, such as a second <unk>, does not matter
     ids = torch.full((max(new.values()) + 1,), old[tokenizer.unk_token])
     for token, i in new.items():
         ids[i] = old[token]
@@ -183,7 +183,7 @@ def _check(tokenizer: Any, trimmed: Any, ids: torch.Tensor, text: Sequence[str])
         if before != after:
             raise ValueError(
                 f"The trimmed tokenizer would cut {sentence!r} into {after} instead of {before}. Leave the sentence "
-                "out of the text if it is an odd one, such as one that names another language's tag."
+                "out if it is unusual, for example if it contains another language's tag."
             )
     whole, again = (t(text[:1], truncation=False)["input_ids"][0] for t in (tokenizer, trimmed))
     if ids[again].tolist() != whole and getattr(tokenizer, "src_lang", None) == getattr(trimmed, "src_lang", None):

@@ -1,4 +1,4 @@
-"""The transformers model inside its wrappers, and what its architecture says of it."""
+"""The transformers model inside its wrappers, and properties of its architecture."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def unwrap(model: nn.Module) -> Any:
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether `model` says it has an encoder and a decoder."""
+    """Whether `model` is declared as an encoder-decoder model."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 

@@ -1,4 +1,4 @@
-"""Controls: masks that share everything with those of a method but one thing, so that its effect can be told apart.
+"""Controls: masks that differ from those of a method in one respect, to isolate the effect of that one.
 
 What is left out: the identity of the neurons (RandomOverlap), that a pair gets its own masks (WrongPair), that pairs
 differ at all (Pooled), or that they differ beyond the direction (Pooled with a pivot). `RandomMatched` in `selection`

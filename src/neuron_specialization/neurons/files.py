@@ -13,7 +13,7 @@ from pathlib import Path
 def atomic_directory(directory: str | PathLike[str]) -> Iterator[Path]:
     """Write a whole directory or nothing: yield an empty sibling, then put it in the place of `directory`.
 
-    Whatever stood there before is replaced. If the body raises, `directory` is left as it was.
+    An existing directory is replaced. If the body raises, it is left unchanged.
     """
     target = Path(directory).absolute()
     if target.is_file():

@@ -1,4 +1,4 @@
-"""Which token positions of a batch count: those that are no padding."""
+"""Which token positions of a batch count: those that are not padding."""
 
 from collections.abc import Mapping
 from typing import Any

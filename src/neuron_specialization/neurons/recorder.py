@@ -108,7 +108,7 @@ class Recorder:
         )
 
     def _mark_padding(self, stack: str, module: nn.Module, args: tuple) -> tuple:
-        """Make padding rows NaN before experts see them: NaN is not above zero, so they count for no expert.
+        """Make padding rows NaN before the experts read them: NaN is not above zero, so no expert counts them.
 
         Experts get tokens in an order of their own, so positions cannot be told apart there. The rows are cleared
         behind the experts, and no real position attends to padding.

@@ -30,8 +30,8 @@ class DataArguments:
     language_tokens: list[str] = field(default_factory=list, metadata={"help": "code=token, such as de=deu_Latn."})
     source_tag: str = field(default="source", metadata={"help": "What the source side's tag names: source or target."})
     pivot: str | None = field(default=None, metadata={"help": "Language of the one-to-many and many-to-one averages."})
-    max_length: int = field(default=128, metadata={"help": "Training text is truncated to so many tokens."})
-    max_sentences: int | None = field(default=None, metadata={"help": "Use at most so many sentence pairs each."})
+    max_length: int = field(default=128, metadata={"help": "Training text is truncated to this many tokens."})
+    max_sentences: int | None = field(default=None, metadata={"help": "Maximum of sentence pairs per direction."})
     preprocessing_num_workers: int = field(default=1, metadata={"help": "Processes that tokenize the training data."})
     drop_faulty: bool = field(default=False, metadata={"help": "Drop what the data check finds, not only report it."})
 

@@ -1,4 +1,4 @@
-"""Load and make checkpoints, with errors that come before any work is lost."""
+"""Load and create checkpoints; errors are raised early."""
 
 from pathlib import Path
 from typing import Any

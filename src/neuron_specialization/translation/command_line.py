@@ -22,9 +22,9 @@ _LOCAL_RANK = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "M
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a recipe. An error that was foreseen ends it with that error's message on stderr and exit code 1.
+    """Run a recipe. An expected error ends it with that error's message on stderr and exit code 1.
 
-    Foreseen are the errors that this package or the recipe raises itself, and those of the operating system about a
+    Expected are the errors that this package or the recipe raises itself, and those of the operating system about a
     file. Any other exception keeps its traceback. Of several processes that fail, one prints.
     """
     try:
@@ -43,7 +43,7 @@ def _speaks() -> bool:
         return get_int_from_env(_LOCAL_RANK, 0) == 0
     try:
         return distributed_c10d._get_default_store().add("neuron_specialization/failed", 1) == 1
-    except RuntimeError:  # the store went with the main process, which had something to say itself
+    except RuntimeError:  # the store ended with the main process, which printed an error of its own
         return False
 
 

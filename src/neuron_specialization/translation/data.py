@@ -31,7 +31,7 @@ def load_parallel(
         language_pairs: directions to load, such as ["en-de", "de-en"].
         split: rows to take where the file has a column "split", or the split of a dataset on the Hub.
         columns: language code → name of its column, where they differ.
-        max_sentences: take at most so many sentence pairs per direction, from the top.
+        max_sentences: take at most this many sentence pairs per direction, from the top.
 
     Returns:
         pair → Dataset with columns "source" and "target". Rows where either side is missing (null) are left out.

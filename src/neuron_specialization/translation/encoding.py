@@ -48,7 +48,7 @@ def encode_parallel(
         tokenizer: the model's tokenizer.
         tokens: language code → its language token.
         source_tag: what the tag on the source side names.
-        max_length: truncate both sides to so many tokens; for training only, references are never truncated.
+        max_length: truncate both sides to this many tokens; for training only, references are never truncated.
         num_workers: processes that tokenize.
 
     Returns:

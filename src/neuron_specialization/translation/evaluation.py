@@ -70,7 +70,7 @@ def evaluate(
         language_tokens: language code → language token (see `translate`).
         source_tag: what the tag on the source side names (see `translate`).
         batch_size: sentences per batch.
-        **generate_kwargs: passed to `model.generate`; five beams unless said otherwise.
+        **generate_kwargs: passed to `model.generate`; five beams by default.
 
     Returns:
         "directions": pair → scores with signatures, "averages" (see `averages`), and "translations": pair → texts.

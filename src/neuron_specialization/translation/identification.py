@@ -44,7 +44,7 @@ def record_corpus_parts(
         corpus: pair → Dataset with columns "source" and "target".
         language_tokens: language code → language token, where codes are not tokens themselves.
         source_tag: what the tag on the source side names.
-        max_length: truncate both sides to so many tokens.
+        max_length: truncate both sides to this many tokens.
         batch_size: sentence pairs per batch.
         count_padding: count padding positions too.
         parts: number of disjoint parts.

@@ -28,7 +28,7 @@ def write_results(directory: str | Path, results: Mapping[str, Any], name: str =
     """Write results with the versions and the device that made them, replacing the file at once.
 
     Args:
-        directory: made if need be.
+        directory: created if missing.
         results: anything JSON can hold.
         name: file name.
 

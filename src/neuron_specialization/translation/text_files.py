@@ -82,11 +82,11 @@ def translate_lines(
 class LineWriter:
     """A text file that is complete or absent: lines go to FILE.partial, which becomes FILE after the last one.
 
-    FILE.partial.json says what the lines were made of, so that only the same work goes on with them. Every process
+    FILE.partial.json records what the lines were made from, so that only the same work continues them. Every process
     makes one of these; the main process writes.
 
     Args:
-        path: file to write, in a directory that is made if need be; or "-" for standard output, which cannot resume.
+        path: file to write; its directory is created if missing. "-" is standard output, which cannot resume.
         made_of: what the lines depend on, name → value.
 
     Attributes:
@@ -136,14 +136,14 @@ class LineWriter:
             before = json.loads(self._about.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             raise ValueError(
-                f"{self._partial} exists, but not what it was made of. Delete it to start anew."
+                f"{self._partial} exists, but not what it was made of. Delete it to start over."
             ) from None
         now = json.loads(json.dumps(made_of))
         for name in before | now:
             if before.get(name) != now.get(name):
                 raise ValueError(
                     f"{self._partial} was begun with {name}={before.get(name)!r}, and this run has "
-                    f"{now.get(name)!r}. Run the same again to finish it, or delete it to start anew."
+                    f"{now.get(name)!r}. Run the same again to finish it, or delete it to start over."
                 )
 
 

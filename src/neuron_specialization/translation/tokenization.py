@@ -53,7 +53,7 @@ def encode(
         targets: target sentences, or None.
         tokens: language code → language token.
         source_tag: what the tag on the source side names.
-        max_length: truncate to so many tokens, tags included.
+        max_length: truncate to this many tokens, tags included.
 
     Returns:
         "input_ids", and "labels" where there are targets: lists of lists of token ids.

@@ -1,4 +1,4 @@
-"""Training on transformers' Seq2SeqTrainer: it brings the loop, this adds what multilingual specialization needs."""
+"""Training: transformers' Seq2SeqTrainer, and what multilingual specialization needs in addition."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ class SpecializationTrainingArguments(Seq2SeqTrainingArguments):
 
     temperature: float = field(default=5.0, metadata={"help": "Sampling temperature T over directions."})
     patience: int | None = field(
-        default=None, metadata={"help": "Stop after so many evaluations without a better validation loss."}
+        default=None, metadata={"help": "Stop after this many evaluations without a better validation loss."}
     )
     learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate."})
     lr_scheduler_type: str = field(default="inverse_sqrt", metadata={"help": "Learning rate schedule."})
@@ -60,7 +60,7 @@ class SpecializationTrainer(Seq2SeqTrainer):
 
     Args:
         model: the model to train, with adapters (then each sample runs under its pair's masks) or without.
-        args: training arguments; `max_steps` must be set, because sampling with a temperature knows no epochs.
+        args: training arguments; `max_steps` must be set, because temperature sampling has no epochs.
         tokenizer: the model's tokenizer, saved with every checkpoint.
         train_dataset: what `encode_parallel` returns.
         eval_dataset: likewise; both list the directions in the order of `language_pairs`.
@@ -77,9 +77,7 @@ class SpecializationTrainer(Seq2SeqTrainer):
         language_pairs: list[str],
     ) -> None:
         if args.max_steps <= 0:
-            raise ValueError(
-                "Set max_steps: directions are sampled with a temperature, so there is no epoch to count."
-            )
+            raise ValueError("Set max_steps: with temperature sampling there are no epochs.")
         if not len(train_dataset):
             raise ValueError("The training data is empty.")
         switch_off_layerdrop(model)
@@ -169,7 +167,7 @@ def fit(
         args: how to train.
         language_tokens: language code → language token, where codes are not tokens themselves.
         source_tag: what the tag on the source side names.
-        max_length: truncate training text to so many tokens.
+        max_length: truncate training text to this many tokens.
         preprocessing_num_workers: processes that tokenize.
 
     Returns:
@@ -213,11 +211,11 @@ def fit(
 
 
 def save_whole(trainer: Seq2SeqTrainer, directory: Path) -> None:
-    """Save a trainer's model and tokenizer, gathering shards, and swap in the whole directory at the end."""
+    """Save a trainer's model and tokenizer, gathering shards, and replace the whole directory at the end."""
     process = this_process()
     partial = directory.with_name(f".{directory.name}-partial")
     if process.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)  # what a run that was cut off left there
+        shutil.rmtree(partial, ignore_errors=True)  # left there by an interrupted run
     process.wait_for_everyone()
     trainer.save_model(str(partial))
     process.wait_for_everyone()
@@ -238,9 +236,9 @@ class _MarkComplete(TrainerCallback):
 
 
 def last_complete_checkpoint(output_dir: str) -> str | None:
-    """Return the newest checkpoint in `output_dir` that was written to the end, or None.
+    """Return the newest complete checkpoint in `output_dir`, or None.
 
-    The highest number alone may be that of a checkpoint whose writing was cut off.
+    The checkpoint with the highest number may be incomplete.
     """
     marked = Path(output_dir).glob(f"checkpoint-*/{COMPLETE_MARKER}")
     steps = {json.loads(marker.read_text())["global_step"]: marker.parent for marker in marked}

@@ -33,7 +33,7 @@ def translate(
     Args:
         model: a seq2seq model, with adapters (then run under the masks of `pair`) or without.
         tokenizer: its tokenizer.
-        sentences: source sentences; a generator will do.
+        sentences: source sentences; any iterable of strings.
         pair: direction, such as "en-de".
         language_tokens: language code → language token. Where the adapter knows its tokens, those hold; codes that
             neither names must be tokens of the tokenizer themselves.
