@@ -1,0 +1,158 @@
+"""Choose FFN neurons to prune, by what they did on validation text, and mask them for every language pair.
+
+Each criterion scores neurons; the highest scores are pruned first. Pruned neurons are silenced (`mask_bias=True` in
+the adapter's config), so that a compact export leaves them out and computes the same.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+
+from ..neurons.language_pairs import DEFAULT_PAIR, Routes
+from ..neurons.masks import NeuronMasks
+from .mass_activation import MassActivation
+
+CRITERIA = (
+    "dead",
+    "most_activated",
+    "least_activated",
+    "most_positive",
+    "most_negative",
+    "specialized",
+    "general",
+    "random",
+)
+Scores = dict[str, torch.Tensor]
+
+
+def pruning_scores(mass: MassActivation, criterion: str, seed: int = 0) -> Scores:
+    """Score neurons by what a recording says of them, summed over its sets of text.
+
+    - "dead": neurons that are never the arg-max of their layer, those active at the fewest positions first. They alone
+      can be pruned, however high the rate.
+    - "most_activated", "least_activated": by the number of positions with a value above zero.
+    - "most_positive", "most_negative": by positive and negative mass. After a ReLU nothing is negative.
+    - "specialized", "general": by low and high entropy of the activation rates over the sets (LAPE's measure);
+      neurons that were never active are pruned last.
+    - "random": a seeded draw.
+
+    Args:
+        mass: recorded on validation text at site "neurons" or "pre_activation".
+        criterion: one of CRITERIA.
+        seed: of "random"; ties are broken by the lower index elsewhere.
+
+    Returns:
+        block → float64 [d_ff]; -inf for neurons that the criterion leaves alone.
+
+    Raises:
+        ValueError: if the criterion is unknown, the recording is of the residual stream or, for "specialized" and
+            "general", holds a single set, or if there is nothing negative to sort by.
+    """
+    if criterion not in CRITERIA:
+        raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}.")
+    if mass.site == "residual":
+        raise ValueError("Neurons of FFN blocks are pruned; this recording is of the residual stream.")
+    if criterion in ("specialized", "general") and len(mass.names) < 2:
+        raise ValueError(f"{criterion!r} compares sets of text, such as languages; the recording holds {mass.names}.")
+    if criterion == "most_negative" and not any(bool(values.any()) for values in mass.negative.values()):
+        raise ValueError("Nothing is negative at this site of the model (after a ReLU, say); record pre_activation.")
+    generator = torch.Generator().manual_seed(seed)
+    return {layer: _score(mass, criterion, layer, generator) for layer in mass.credit}
+
+
+def _score(mass: MassActivation, criterion: str, layer: str, generator: torch.Generator) -> torch.Tensor:
+    active = mass.active[layer].sum(0).double()
+    if criterion == "dead":
+        return torch.where(mass.wins[layer].sum(0) > 0, -torch.inf, -active)
+    if criterion in ("most_activated", "least_activated"):
+        return active if criterion == "most_activated" else -active
+    if criterion in ("most_positive", "most_negative"):
+        return (mass.positive if criterion == "most_positive" else mass.negative)[layer].sum(0)
+    if criterion == "random":
+        return torch.rand(len(active), generator=generator, dtype=torch.float64)
+    rates = mass.active[layer].double() / mass.positions[mass.stacks[layer]].clamp_min(1).unsqueeze(1)
+    shares = rates / rates.sum(0).clamp_min(torch.finfo(torch.float64).tiny)
+    entropy = torch.special.entr(shares).sum(0)
+    score = entropy if criterion == "general" else -entropy
+    return torch.where(active > 0, score, score.min() - 1)
+
+
+def prune(
+    scores: Scores,
+    rate: float,
+    stacks: Mapping[str, str],
+    scope: Literal["layer", "global"] = "layer",
+    fingerprint: Mapping[str, Any] | None = None,
+) -> NeuronMasks:
+    """Return masks of a single pair, "default", without the neurons that score highest.
+
+    Args:
+        scores: block → float64 [d_ff].
+        rate: share of neurons to prune, in [0, 1); rounded down. Fewer are pruned where fewer have a score.
+        stacks: block → "encoder" or "decoder".
+        scope: take the share from each block, or from all of them together (one neuron per block stays).
+        fingerprint: of the model, as in the recording.
+
+    Raises:
+        ValueError: if the rate is not in [0, 1), or the scope is unknown.
+    """
+    if not 0 <= rate < 1:
+        raise ValueError(f"The pruning rate is a share in [0, 1), got {rate!r}.")
+    if scope not in ("layer", "global"):
+        raise ValueError(f"scope must be 'layer' or 'global', got {scope!r}.")
+    if scope == "layer":
+        pruned = {name: _highest(score, int(rate * len(score) + 1e-9)) for name, score in scores.items()}
+    else:
+        together = torch.cat([_keep_one(score) for score in scores.values()])
+        chosen = _highest(together, int(rate * len(together) + 1e-9))
+        parts = chosen.split([len(score) for score in scores.values()])
+        pruned = dict(zip(scores, parts, strict=True))
+    rows = {name: ~chosen.unsqueeze(0) for name, chosen in pruned.items()}
+    selector = {"name": "prune", "rate": rate, "scope": scope}
+    return NeuronMasks(
+        rows, {name: stacks[name] for name in rows}, Routes.per_pair([DEFAULT_PAIR]), selector, dict(fingerprint or {})
+    )
+
+
+def mass_matched(masks: NeuronMasks, mass: MassActivation, seed: int = 0, nearest: int = 10) -> NeuronMasks:
+    """Return masks that prune, for each neuron pruned in `masks`, a random other one of about the same positive mass.
+
+    The control that tells whether it matters which neurons go, or only how much mass goes with them.
+
+    Args:
+        masks: what `prune` returned.
+        mass: the recording it was chosen by.
+        seed: of the draw.
+        nearest: each substitute is drawn from so many unpruned neurons of the block next to the pruned one in mass.
+            Where none is left, the neuron itself is pruned.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows = {}
+    for name, kept in masks.rows.items():
+        total = mass.positive[name].sum(0)
+        free = kept[0].clone()
+        substitutes = torch.zeros_like(free)
+        for neuron in (~kept[0]).nonzero().flatten().tolist():
+            candidates = free.nonzero().flatten()
+            if len(candidates):
+                near = candidates[(total[candidates] - total[neuron]).abs().argsort(stable=True)[:nearest]]
+                neuron = int(near[torch.randint(len(near), (1,), generator=generator)])
+                free[neuron] = False
+            substitutes[neuron] = True
+        rows[name] = ~substitutes.unsqueeze(0)
+    selector = {"name": "mass_matched", "seed": seed, "like": masks.selector}
+    return NeuronMasks(rows, dict(masks.stacks), masks.routes, selector, dict(masks.fingerprint))
+
+
+def _highest(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Return which entries have the highest scores, bool [n]: so many, or all that have a score."""
+    order = scores.argsort(descending=True, stable=True)[:count]
+    chosen = torch.zeros(len(scores), dtype=torch.bool)
+    chosen[order] = True
+    return chosen & scores.isfinite()
+
+
+def _keep_one(score: torch.Tensor) -> torch.Tensor:
+    """Return the scores with the lowest one taken out, so that no block is pruned wholly."""
+    return score.clone().index_fill_(0, score.argmin(keepdim=True), -torch.inf)
