@@ -29,9 +29,10 @@ def attribute(owner, name):
 
 
 def resolves(name: str, module) -> bool:
-    """Whether a name in a docstring of `module` exists there, in the package, or in a library."""
+    """Whether a name in a docstring of `module` exists there, in its package, in ours, or in a library."""
     parts = name.removeprefix("ns.").split(".")
-    for owner in (module, ns, *map(importlib.import_module, LIBRARIES if len(parts) == 1 else ())):
+    package = importlib.import_module(module.__package__)
+    for owner in (module, package, ns, *map(importlib.import_module, LIBRARIES if len(parts) == 1 else ())):
         try:
             reduce(attribute, parts, owner)
             return True
