@@ -20,9 +20,12 @@ from ..neurons.adapter_file import unpack_rows
 from ..neurons.ffn import DECODER, FfnBlock
 from ..neurons.recorder import CountingHook
 
-WIDTH_MULTIPLE = 16  # in float32, one 64-byte line; matrix products of other widths measured 6 % slower on a CPU
+# What pays, measured on a CPU at d_model 1,024. Not measured on a GPU yet; if one says otherwise, figures per kind of
+# device belong here. `make benchmark-gpu` measures.
+WIDTH_MULTIPLE = 16  # in float32, one 64-byte line; matrix products of other widths were 6 % slower
+FEW_TOKENS = 256  # below, gathering weights for one use costs more than it saves
+
 LOOKED_UP = 64  # rows of masks whose neurons a block remembers: 0.5 MB per block at 1,000 neurons each
-FEW_TOKENS = 256  # below, gathering weights for one use costs more than it saves (on a CPU, d_model 1,024)
 
 RECORDING = "activations being recorded"
 
