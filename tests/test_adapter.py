@@ -325,7 +325,7 @@ def test_masks_made_for_another_model_are_refused_and_nothing_is_replaced():
         ({"trainable": "lora"}, "trainable must be one of 'none', 'delta', 'low_rank', 'full'"),
         ({"execution": "fast"}, "execution must be one of"),
         ({"source_tag": "both"}, "source_tag says"),
-        ({"r": 0}, "r is the rank"),
+        ({"r": 0}, "r, the rank of trainable='low_rank', must be a positive integer"),
         ({"language_pairs": ["en_de"]}, "Expected a language pair such as 'en-de'"),
         ({"language_pairs": ["en-de", "en-de"]}, "repeated: en-de"),
         ({"default_pair": "en-de"}, "no language pair 'en-de'"),

@@ -307,3 +307,33 @@ def test_masks_bring_their_language_tokens_base_and_pairs_into_the_config(base_d
     other = ns.record_activations(base, batches, progress=False, language_token_ids={"en": 5})
     with pytest.raises(ValueError, match="know languages by different tokens"):
         counts + other
+
+
+def test_saving_in_the_other_format_replaces_the_old_weights(base_directory, tmp_path):
+    for safe in (True, False, True):
+        adapted = trained(base_directory, "delta", init_weights=not safe)
+        adapted.save_pretrained(str(tmp_path / "adapter"), safe_serialization=safe)
+        loaded = AutoPeftModelForSeq2SeqLM.from_pretrained(str(tmp_path / "adapter"))
+        expected = adapted(**make_batch(), language_pairs=PAIRS).logits
+        torch.testing.assert_close(loaded(**make_batch(), language_pairs=PAIRS).logits, expected)
+
+
+def test_what_transformers_saves_twice_into_one_directory_is_the_second(base_directory, tmp_path):
+    for seed in (0, 1):
+        model = AutoModelForSeq2SeqLM.from_pretrained(base_directory)
+        masks = make_masks(model, seed=seed)
+        model.add_adapter(ns.NeuronSpecializationConfig(masks=masks, trainable="none"))
+        model.eval().save_pretrained(tmp_path / "adapter")
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(base_directory)
+    loaded.load_adapter(str(tmp_path / "adapter"))
+    call = {**make_batch(), "language_pairs": PAIRS}
+    assert loaded(**call).logits.equal(model(**call).logits)
+
+
+def test_masks_alone_do_not_overwrite_the_base(base_directory, tmp_path):
+    base = AutoModelForSeq2SeqLM.from_pretrained(base_directory)
+    make_masks(base).save_pretrained(tmp_path / "adapter")
+    head = {"base_model.model.lm_head.weight": torch.ones(60, 16)}
+    damage(tmp_path / "adapter", lambda tensors: tensors.update(head), fix_digest=True)
+    with pytest.raises(ValueError, match="unknown .*lm_head.weight.*Nothing was loaded"):
+        PeftModel.from_pretrained(base, str(tmp_path / "adapter"))

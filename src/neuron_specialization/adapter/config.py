@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, fields
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
@@ -48,7 +49,8 @@ class NeuronSpecializationConfig(PeftConfig):
 
     The remaining fields describe the stored masks and are filled in by the package: `format_version`, `encoder_rows`
     and `decoder_rows` (names), `routes` (`[encoder row, decoder row]` of each pair), `d_ff` and `stacks` per block,
-    `selector`, `fingerprint` of the base, `weights_digest`.
+    `selector`, `fingerprint` of the base, `weights_digest`, and `other_tensors`, names of stored tensors that are not
+    the method's own: whole modules, token rows, resized embeddings.
     """
 
     masks: NeuronMasks | str | PathLike[str] | None = field(default=None, repr=False)
@@ -74,10 +76,15 @@ class NeuronSpecializationConfig(PeftConfig):
     selector: dict[str, Any] | None = None
     fingerprint: dict[str, str | int] | None = None
     weights_digest: str | None = None
+    other_tensors: list[str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = NATIVE_OR_OWN
+        # the file that holds this adapter's weights, for injection to check; None where it is a new adapter
+        self.weights_file: Path | None = None
+        # transformers saves the config first, when the weights beside it are still those of an older save
+        self.weights_follow = False
         self._check_choices()
         check_format_version(self.format_version, adapter_file.CONFIG_NAME)
         if isinstance(self.target_modules, list):
@@ -110,12 +117,16 @@ class NeuronSpecializationConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json. PEFT calls this last, so the digest of the weights beside it is known by now."""
-        weights = adapter_file.weights_file(save_directory)
-        in_memory, self.weights_digest = self.weights_digest, adapter_file.file_digest(weights) if weights else None
+        weights = None if self.weights_follow else adapter_file.newest_weights_file(save_directory)
+        in_memory = self.weights_digest, self.other_tensors
+        if weights is not None:
+            self.weights_digest = adapter_file.file_digest(weights)
+            others = [key for key in adapter_file.read_weights(weights) if adapter_file.PREFIX not in key]
+            self.other_tensors = others if others and self.trainable != "full" else None
         try:
             super().save_pretrained(save_directory, **kwargs)
         finally:
-            self.weights_digest = in_memory
+            self.weights_digest, self.other_tensors = in_memory
 
     @classmethod
     def from_pretrained(
@@ -123,13 +134,20 @@ class NeuronSpecializationConfig(PeftConfig):
     ) -> "NeuronSpecializationConfig":
         """Read adapter_config.json, and check that the weights beside it are the ones it was written for."""
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        if isinstance(config, cls) and config.weights_digest is not None:
-            download, _, _ = cls._split_kwargs(kwargs)
-            location = f"{pretrained_model_name_or_path}/{subfolder}" if subfolder else pretrained_model_name_or_path
-            if adapter_file.weights_file(location) is None:
-                location, download = pretrained_model_name_or_path, {**download, "subfolder": subfolder}
-            adapter_file.verify_digest(config.weights_digest, location, **download)
-            config.weights_digest = None
+        if not isinstance(config, cls):
+            return config
+        download, _, _ = cls._split_kwargs(kwargs)
+        location = Path(pretrained_model_name_or_path, subfolder or "")
+        if location.is_dir():
+            expected = location / adapter_file.WEIGHTS_NAME if config.d_ff else None  # a config may be saved by itself
+            config.weights_file = adapter_file.weights_file(location) or expected
+        elif config.weights_digest is not None:
+            config.weights_file = adapter_file.fetch(
+                pretrained_model_name_or_path, adapter_file.WEIGHTS_NAME, subfolder=subfolder, **download
+            )
+        if config.weights_file is not None:
+            adapter_file.verify_digest(config.weights_digest, config.weights_file, pretrained_model_name_or_path)
+        config.weights_digest = None
         return config
 
     def _check_choices(self) -> None:

@@ -22,6 +22,7 @@ from .config import NeuronSpecializationConfig
 from .layer import Linear, NeuronSpecializationLayer
 from .merging import check_merge
 from .pair_resolver import resolver_of
+from .rollback import rolled_back_on_error
 
 
 class NeuronSpecializationModel(BaseTuner):
@@ -35,10 +36,18 @@ class NeuronSpecializationModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
-        # PEFT's own models come with a dict; a single config means that transformers injects, and may load next
-        if isinstance(peft_config, PeftConfig) and isinstance(model, PreTrainedModel):
-            storage.CheckedLoad(model, adapter_name).install()
+        # PEFT's own models come with a dict; a single config means that transformers injects
+        by_transformers = isinstance(peft_config, PeftConfig) and isinstance(model, PreTrainedModel)
+        first = "peft_config" not in vars(model)
+        try:
+            with rolled_back_on_error(model):
+                super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        except Exception:
+            if by_transformers and first:
+                vars(model).pop("_hf_peft_config_loaded", None)  # set before injection
+            raise
+        if by_transformers:
+            vars(self.peft_config[adapter_name])["weights_follow"] = True
 
     def set_language_pair(self, pair: str | None) -> None:
         """Select the pair for calls that pass none; None clears the selection."""
@@ -47,15 +56,24 @@ class NeuronSpecializationModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Check that the masks fit the model, then replace its masked projections."""
         config: Any = self.peft_config[adapter_name]
+        given = dict(vars(config))
+        try:
+            with rolled_back_on_error(self):
+                self._inject(model, adapter_name, config, *args, **kwargs)
+        except Exception:
+            vars(config).update(given)
+            raise
+
+    def _inject(self, model: nn.Module, adapter_name: str, config: Any, *args: Any, **kwargs: Any) -> None:
         self._check_other_adapters(adapter_name)
         self._blocks = _find_blocks(config, model)
+        self._places = _places(model)
         router = attachment.attach(model)
         router.resolvers[adapter_name] = resolver_of(config)
-        try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
-        except Exception:
-            self._forget(adapter_name)
-            raise
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if config.weights_file is not None:
+            storage.check_file(model, config, adapter_name, config.weights_file)
+            config.weights_file = None
         layers = [
             n for n, m in model.named_modules() if isinstance(m, self.tuner_layer_cls) and adapter_name in m.mask_bias
         ]
@@ -94,6 +112,16 @@ class NeuronSpecializationModel(BaseTuner):
             raise TypeError(
                 f"{current_key} is a {type(linear).__name__}; neurons are masked at the output of linear layers only. "
                 "Name linear layers in target_modules, or leave it out to mask every FFN block."
+            )
+        if len(self._places[linear]) > 1:
+            raise ValueError(
+                f"{' and '.join(self._places[linear])} are one module, which cannot hold the masks of several places. "
+                "Load the model with its projections untied."
+            )
+        if peft_config.trainable == "low_rank" and peft_config.r > max(linear.in_features, linear.out_features):
+            raise ValueError(
+                f"r={peft_config.r} is larger than both widths of {current_key} ({linear.in_features} and "
+                f"{linear.out_features}); a low rank is a fraction of them."
             )
         block = self._blocks.get(current_key)
         stack = block.stack if block else DECODER
@@ -169,13 +197,6 @@ class NeuronSpecializationModel(BaseTuner):
         attachment.detach(self.model)
         return model
 
-    def _forget(self, adapter_name: str) -> None:
-        """Undo the routes of an injection that failed."""
-        router = attachment.attach(self.model)
-        router.resolvers.pop(adapter_name, None)
-        if not router.resolvers:
-            attachment.detach(self.model)
-
     @classmethod
     def _get_adapter_state_dict(
         cls,
@@ -234,6 +255,14 @@ def _find_blocks(config: NeuronSpecializationConfig, model: nn.Module) -> dict[s
                 "were identified on, or identify masks on this one."
             )
     return blocks
+
+
+def _places(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Return module → every name it has in the model."""
+    places: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        places.setdefault(module, []).append(name)
+    return places
 
 
 def _initial_mask(config: NeuronSpecializationConfig, name: str, stack: str, width: int) -> torch.Tensor:

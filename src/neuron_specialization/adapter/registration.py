@@ -1,10 +1,12 @@
 """Register the method with PEFT from outside. Only this module touches PEFT's enum and mappings."""
 
+from collections.abc import Callable
 from enum import Enum
 from typing import Any
 
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from transformers.integrations.peft import PeftAdapterMixin
 
 from ..neurons.adapter_file import PEFT_TYPE, PREFIX
 
@@ -15,11 +17,20 @@ class NeuronSpecializationPeftType(str, Enum):  # noqa: UP042 - as PEFT defines 
     NEURON_SPECIALIZATION = PEFT_TYPE
 
 
+_LOAD_ADAPTER = PeftAdapterMixin.load_adapter
 NATIVE_OR_OWN: Any = getattr(PeftType, PEFT_TYPE, NeuronSpecializationPeftType.NEURON_SPECIALIZATION)
 
 
-def register(config_class: type, tuner_class: type) -> None:
-    """Register the method with PEFT; registering it again changes nothing."""
+def register(config_class: type, tuner_class: type, checked: Callable[[Callable], Callable]) -> None:
+    """Register the method with PEFT; registering it again changes nothing.
+
+    Args:
+        config_class: the method's config.
+        tuner_class: its tuner.
+        checked: wraps transformers' `load_adapter`, which offers a method no hook: it would load what fits of a file
+            and leave an adapter that is refused injected.
+    """
     PEFT_TYPE_TO_CONFIG_MAPPING[NATIVE_OR_OWN] = config_class
     PEFT_TYPE_TO_TUNER_MAPPING[NATIVE_OR_OWN] = tuner_class
     PEFT_TYPE_TO_PREFIX_MAPPING[NATIVE_OR_OWN] = PREFIX
+    PeftAdapterMixin.load_adapter = checked(_LOAD_ADAPTER)  # type: ignore[method-assign]

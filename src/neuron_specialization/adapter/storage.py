@@ -1,5 +1,7 @@
 """Check adapter files before loading them, and write adapter directories atomically."""
 
+import functools
+from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,15 @@ from torch import nn
 from ..neurons.adapter_file import (
     KEY_PREFIX,
     MASK,
+    PEFT_TYPE,
     PREFIX,
     check_packed_rows,
     read_weights,
     verify_digest,
 )
 from ..neurons.files import atomic_directory
-from .attachment import attach, detach
 from .layer import NeuronSpecializationLayer
+from .rollback import rolled_back_on_error
 
 
 def save_adapter(model: PeftModel, directory: str | PathLike[str], **kwargs: Any) -> None:
@@ -50,7 +53,7 @@ def check_tensors(model: nn.Module, config: Any, adapter_name: str, tensors: dic
     """
     expected = _expected(model, config, adapter_name)
     missing = sorted(set(expected) - set(tensors))
-    extra = sorted(set(tensors) - set(expected) - _allowed(model, tensors))
+    extra = sorted(set(tensors) - set(expected) - _embeddings(model, config))
     if missing or extra:
         raise ValueError(
             "The adapter's file does not fit its config: "
@@ -67,77 +70,72 @@ def check_tensors(model: nn.Module, config: Any, adapter_name: str, tensors: dic
             raise ValueError(f"{key}: expected {dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}.")
 
 
-class CheckedLoad:
-    """Stands in for a transformers model's `_load_pretrained_model`, once: checks an adapter's file before loading it.
+def check_file(model: nn.Module, config: Any, adapter_name: str, path: Path) -> None:
+    """Check a weights file against the adapter that was just injected for it; see `check_tensors`."""
+    check_tensors(model, config, adapter_name, _as_model_keys(model, adapter_name, read_weights(path)))
 
-    transformers' `load_adapter` offers no hook of its own, and loads whatever fits. It has injected the adapter by the
-    time this is called; where the file is refused, the adapter is taken out again.
+
+class CheckedLoad:
+    """Stands in for a model's `_load_pretrained_model` while transformers loads an adapter, and checks it first.
+
+    transformers injects an adapter and then loads whatever fits, without a hook for the adapter's method.
     """
 
-    def __init__(self, model: Any, adapter_name: str) -> None:
+    def __init__(self, model: Any) -> None:
         self.model = model
-        self.adapter_name = adapter_name
-
-    def install(self) -> None:
-        """Put this in front of the model's own method."""
-        self.model._load_pretrained_model = self
+        self.before = set(getattr(model, "peft_config", {}))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self.model
         vars(model).pop("_load_pretrained_model", None)
-        config = model.peft_config.get(self.adapter_name)
-        try:
-            tensors = self._tensors(config, **kwargs)
-            if config is not None and any(PREFIX in key for key in tensors or [PREFIX]):
-                check_tensors(model, config, self.adapter_name, self._as_model_keys(tensors))
-        except Exception:
-            remove_injected(model, self.adapter_name)
-            raise
+        new = {name: config for name, config in model.peft_config.items() if name not in self.before}
+        ours = {name: config for name, config in new.items() if config.peft_type == PEFT_TYPE}
+        for name, config in ours.items():
+            tensors = _tensors_to_load(config, **kwargs)
+            check_tensors(model, config, name, _as_model_keys(model, name, tensors))
         loaded = model._load_pretrained_model(*args, **kwargs)
-        if config is not None and config.trainable == "full":
+        if any(config.trainable == "full" for config in ours.values()):
             model.tie_weights()  # loading replaced one of the tied parameters
         return loaded
 
-    def _tensors(
-        self, config: Any, state_dict: Any = None, checkpoint_files: Any = None, **kwargs: Any
-    ) -> dict[str, torch.Tensor]:
-        if state_dict is not None:
-            return state_dict
-        path = Path(checkpoint_files[0])
-        if config is not None and config.weights_digest is not None:
-            verify_digest(config.weights_digest, path.parent)
-            config.weights_digest = None
-        return read_weights(path)
 
-    def _as_model_keys(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return the tensors under the names they get in the model."""
-        named = {key.removeprefix(KEY_PREFIX): tensor for key, tensor in tensors.items()}
-        own = {key.rsplit(".", 1)[0]: key for key in self.model.state_dict() if PREFIX in key}
-        for name, module in self.model.named_modules():
-            if isinstance(module, AuxiliaryTrainingWrapper):
-                translated = module.adapter_state_dict_load_map(self.adapter_name).items()
-                own |= {f"{name}.{stored}": f"{name}.{loaded}" for stored, loaded in translated}
-        return {own.get(key, key): tensor for key, tensor in named.items()}
+def checked_load_adapter(load_adapter: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap transformers' `load_adapter`: adapters of this method are checked, and a refused one is not left behind."""
+
+    @functools.wraps(load_adapter)
+    def load(model: Any, *args: Any, **kwargs: Any) -> Any:
+        with rolled_back_on_error(model):
+            model._load_pretrained_model = CheckedLoad(model)
+            try:
+                return load_adapter(model, *args, **kwargs)
+            finally:
+                vars(model).pop("_load_pretrained_model", None)
+
+    return load
 
 
-def remove_injected(model: Any, adapter_name: str) -> None:
-    """Take an adapter out of a model that transformers injected it into, layers and routes too."""
-    router = attach(model)
-    router.resolvers.pop(adapter_name, None)
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, NeuronSpecializationLayer):
-            if layer._all_available_adapter_names() == [adapter_name]:
-                layer.release()
-                parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, layer.base_layer)
-            elif adapter_name in layer.mask_bias:
-                layer.delete_adapter(adapter_name)
-    model.peft_config.pop(adapter_name, None)
-    if not router.resolvers:
-        detach(model)
-    if not model.peft_config:
-        del model.peft_config
-        model._hf_peft_config_loaded = False
+def _tensors_to_load(
+    config: Any, state_dict: Any = None, checkpoint_files: Any = None, **kwargs: Any
+) -> dict[str, torch.Tensor]:
+    """Return what `_load_pretrained_model` was asked to load, after checking a file's digest."""
+    if state_dict is not None:
+        return state_dict
+    path = Path(checkpoint_files[0])
+    verify_digest(config.weights_digest, path, path.parent)
+    config.weights_digest = None
+    return read_weights(path)
+
+
+def _as_model_keys(model: nn.Module, adapter_name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a file's tensors under the names they get in the model."""
+    named = {key.removeprefix(KEY_PREFIX): tensor for key, tensor in tensors.items()}
+    suffix = f".{adapter_name}"
+    own = {key.removesuffix(suffix): key for key in model.state_dict() if PREFIX in key and key.endswith(suffix)}
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            translated = module.adapter_state_dict_load_map(adapter_name).items()
+            own |= {f"{name}.{stored}": f"{name}.{loaded}" for stored, loaded in translated}
+    return {own.get(key, key): tensor for key, tensor in named.items()}
 
 
 def _expected(model: nn.Module, config: Any, adapter_name: str) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -153,6 +151,11 @@ def _expected(model: nn.Module, config: Any, adapter_name: str) -> dict[str, tup
             if adapter_name in getattr(layer, attribute):
                 parameter = getattr(layer, attribute)[adapter_name]
                 expected[f"{prefix}{attribute}.{adapter_name}"] = parameter.dtype, tuple(parameter.shape)
+    state = model.state_dict()
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            keys = (f"{name}.{key}" for key in module.adapter_state_dict_load_map(adapter_name).values())
+            expected |= {key: (state[key].dtype, tuple(state[key].shape)) for key in keys if key in state}
     if config.trainable == "full":
         parameters = dict(model.named_parameters())
         for name in base_parameter_names(model):
@@ -160,13 +163,10 @@ def _expected(model: nn.Module, config: Any, adapter_name: str) -> dict[str, tup
     return expected
 
 
-def _allowed(model: nn.Module, tensors: dict[str, torch.Tensor]) -> set[str]:
-    """Return the keys that PEFT itself adds: modules_to_save, trained tokens, resized embeddings."""
-    prefixes = [f"{name}." for name, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
-    for get in ("get_input_embeddings", "get_output_embeddings"):
-        embedding = getattr(model, get)() if hasattr(model, get) else None
-        prefixes += [f"{name}." for name, m in model.named_modules() if embedding is not None and m is embedding]
-    return {key for key in set(tensors) & set(model.state_dict()) if key.startswith(tuple(prefixes))}
+def _embeddings(model: nn.Module, config: Any) -> set[str]:
+    """Return the keys of embeddings that PEFT saved along, as the config says: the vocabulary was resized."""
+    listed = {key.removeprefix(KEY_PREFIX) for key in config.other_tensors or []}
+    return {key for key in model.state_dict() if key.removeprefix(KEY_PREFIX) in listed}
 
 
 def _shorten(keys: list[str]) -> str:

@@ -64,6 +64,19 @@ def weights_file(directory: str | PathLike[str]) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
+def newest_weights_file(directory: str | PathLike[str]) -> Path | None:
+    """Return the weights file that was just written into a local adapter directory, or None.
+
+    Saving in the other format leaves the file of an older save behind, which would be read in its place: it is
+    removed.
+    """
+    found = [path for name in (WEIGHTS_NAME, PICKLED_WEIGHTS_NAME) if (path := Path(directory) / name).is_file()]
+    if len(found) == 2:
+        stale, _ = sorted(found, key=lambda path: path.stat().st_mtime_ns)
+        stale.unlink()
+    return weights_file(directory)
+
+
 def file_digest(path: Path) -> str:
     """Return the SHA-256 of a file."""
     digest = hashlib.sha256()
@@ -74,24 +87,30 @@ def file_digest(path: Path) -> str:
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a weights file, on the CPU."""
-    if path.suffix == ".bin":
-        return torch.load(path, map_location="cpu", weights_only=True)
-    return load_file(path)
-
-
-def verify_digest(digest: str | None, location: str | PathLike[str], **hub: Any) -> None:
-    """Check that an adapter's weights are the ones its config was written for.
+    """Return the tensors of a weights file, on the CPU; their values are read when they are used.
 
     Raises:
-        ValueError: if they are missing or differ: the save was interrupted, or files of two saves were mixed.
+        ValueError: if it is damaged.
+    """
+    try:
+        if path.suffix == ".bin":
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return load_file(path)
+    except Exception as error:
+        raise ValueError(f"{path} is damaged: it cannot be read ({type(error).__name__}: {error}).") from error
+
+
+def verify_digest(digest: str | None, path: Path, location: str | PathLike[str]) -> None:
+    """Check that the weights file of the adapter at `location` is the one that its config was written for.
+
+    Raises:
+        ValueError: if it is missing or differs: the save was interrupted, or files of two saves were mixed.
     """
     if digest is None:
         return
-    path = weights_file(location) if Path(location).is_dir() else fetch(location, WEIGHTS_NAME, **hub)
-    if path is None or file_digest(path) != digest:
+    if not path.is_file() or file_digest(path) != digest:
         raise ValueError(
-            f"The weights in {location} {'are missing' if path is None else 'are not those'} that its {CONFIG_NAME} "
+            f"The weights in {location} {'are not those' if path.is_file() else 'are missing'} that its {CONFIG_NAME} "
             "was written for: the save was interrupted, or files of two saves were mixed. Save the adapter again."
         )
 

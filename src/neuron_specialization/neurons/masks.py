@@ -168,8 +168,8 @@ class NeuronMasks:
             ValueError: if it is not such an adapter, or its masks do not fit its config.
         """
         config = read_config(location, **hub)
-        adapter_file.verify_digest(config.get("weights_digest"), location, **hub)
         path = adapter_file.fetch(location, adapter_file.WEIGHTS_NAME, **hub)
+        adapter_file.verify_digest(config.get("weights_digest"), path, location)
         routes = Routes.from_metadata(config)
         rows = {}
         with safe_open(path, framework="pt") as file:
