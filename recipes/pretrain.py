@@ -11,7 +11,7 @@ from transformers import set_seed
 from neuron_specialization.translation.arguments import DataArguments
 from neuron_specialization.translation.checkpoints import load_checkpoint, new_model
 from neuron_specialization.translation.command_line import parse, run
-from neuron_specialization.translation.results import table, write_results
+from neuron_specialization.translation.results import report_training, table
 from neuron_specialization.translation.tokenization import train_tokenizer
 from neuron_specialization.translation.training import SpecializationTrainingArguments, fit
 
@@ -58,11 +58,7 @@ def main() -> None:
         source_tag=data.source_tag,
         max_length=data.max_length,
     )
-    if training.process_index == 0:
-        settings = {"arguments": [vars(pretrain), vars(data), training.to_dict()]}
-        results = {**metrics, "data": checked, **settings}
-        print(table([{k: metrics[k] for k in ("updates", "best_validation_loss", "train_runtime")}]))
-        print(f"wrote {metrics['saved']} and {write_results(training.output_dir, results)}")
+    report_training(training.output_dir, metrics, checked, pretrain, data, training)
 
 
 if __name__ == "__main__":

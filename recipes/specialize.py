@@ -14,7 +14,7 @@ import neuron_specialization as ns
 from neuron_specialization.translation.arguments import DataArguments, ModelArguments
 from neuron_specialization.translation.checkpoints import load_checkpoint
 from neuron_specialization.translation.command_line import parse, run
-from neuron_specialization.translation.results import table, write_results
+from neuron_specialization.translation.results import report_training, table
 from neuron_specialization.translation.tokenization import resolve_tokens
 from neuron_specialization.translation.training import SpecializationTrainingArguments, fit
 
@@ -64,11 +64,7 @@ def main() -> None:
         max_length=data.max_length,
         preprocessing_num_workers=data.preprocessing_num_workers,
     )
-    if training.process_index == 0:
-        settings = {"arguments": [vars(args), vars(where), vars(data), training.to_dict()]}
-        results = {**metrics, "data": checked, **settings}
-        print(table([{k: metrics[k] for k in ("updates", "best_validation_loss", "train_runtime")}]))
-        print(f"wrote {metrics['saved']} and {write_results(training.output_dir, results)}")
+    report_training(training.output_dir, metrics, checked, args, where, data, training)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from safetensors.torch import load_file
 import neuron_specialization as ns
 from neuron_specialization.translation.checkpoints import load_checkpoint
 from neuron_specialization.translation.identification import record_corpus
+from neuron_specialization.translation.runs import last_complete_checkpoint
 
 from .test_recipes import ACCELERATE, CPU, PORT, ROOT, launch_options
 
@@ -22,26 +22,44 @@ FSDP2 = ["--config_file", str(ROOT / "recipes" / "accelerate" / "fsdp2.yaml"), "
 DDP, ONE = launch_options(2), launch_options(1)
 
 
-def start(launch, checkpoint, data, masks, mode, output, *options, validation="none") -> None:
+MODES = ["delta", "low_rank", "full", "dense"]
+
+
+def start(launch, checkpoint, data, masks, modes, output, *options, validation="none", cut_off_after=None) -> None:
+    """Train in every mode in turn, by one `accelerate launch`."""
     processes = "1" if launch is ONE else "2"
-    arguments = [processes, str(checkpoint), str(data), str(validation), str(masks), mode, "--output_dir", str(output)]
+    arguments = [
+        processes,
+        str(checkpoint),
+        str(data),
+        str(validation),
+        str(masks),
+        modes,
+        "--output_dir",
+        str(output),
+    ]
     arguments += ["--per_device_train_batch_size", "4", "--disable_tqdm", "true", "--dataloader_pin_memory", "false"]
     command = [ACCELERATE, "launch", *launch, SCRIPT, *arguments, *options]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **CPU}, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
+    environment = {**os.environ, **CPU, **({} if cut_off_after is None else {"CUT_OFF_AFTER": str(cut_off_after)})}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert (done.returncode == 0) == (cut_off_after is None), done.stderr[-4000:]
 
 
-def train(launch, toy_checkpoint, toy_files, masks, mode, output, accumulation) -> dict[str, torch.Tensor]:
+def train(launch, toy_checkpoint, toy_files, masks, output, accumulation) -> Path:
     options = [
         *("--max_steps", "3", "--gradient_accumulation_steps", str(accumulation), "--learning_rate", "0.1"),
         *("--temperature", "1", "--lr_scheduler_type", "constant", "--save_steps", "3", "--weight_decay", "0.1"),
         *("--seed", "0", "--optim", "sgd", "--max_grad_norm", "1"),
     ]
-    start(launch, toy_checkpoint, toy_files / "train.jsonl", masks, mode, output, *options)
+    start(launch, toy_checkpoint, toy_files / "train.jsonl", masks, ",".join(MODES), output, *options)
+    return output
+
+
+def trained(output, mode) -> dict[str, torch.Tensor]:
     kind = "model" if mode == "dense" else "adapter"
-    files = sorted(p.name for p in output.iterdir())
+    files = sorted(p.name for p in (output / mode).iterdir())
     assert kind in files and not any("partial" in name for name in files)
-    return load_file(output / kind / ("model.safetensors" if mode == "dense" else "adapter_model.safetensors"))
+    return load_file(output / mode / kind / f"{'model' if mode == 'dense' else 'adapter_model'}.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -55,33 +73,33 @@ def masks(toy_checkpoint, toy_files, toy_data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one_process(toy_checkpoint, toy_files, masks, tmp_path_factory):
-    """Weights after training in one process, which accumulates what two processes see at once."""
-    output = tmp_path_factory.mktemp("one")
-    return {
-        mode: train(ONE, toy_checkpoint, toy_files, masks, mode, output / mode, 2)
-        for mode in ("delta", "full", "dense")
-    }
+    """What one process trains, which accumulates what two processes see at once."""
+    return train(ONE, toy_checkpoint, toy_files, masks, tmp_path_factory.mktemp("one"), 2)
 
 
-@pytest.mark.parametrize("mode", ["delta", "full", "dense"])
-@pytest.mark.parametrize("launch", [DDP, FSDP2], ids=["ddp", "fsdp2"])
-def test_two_processes_train_to_the_weights_of_one(
-    launch, mode, one_process, toy_checkpoint, toy_files, masks, tmp_path
-):
-    """In float32, to 1e-5: gradients are summed in another order. SGD, because Adam turns rounding into signs."""
-    found = train(launch, toy_checkpoint, toy_files, masks, mode, tmp_path / "run", 1)
-    expected = one_process[mode]
+@pytest.fixture(scope="module", params=[DDP, FSDP2], ids=["ddp", "fsdp2"])
+def two_processes(request, toy_checkpoint, toy_files, masks, tmp_path_factory):
+    return train(request.param, toy_checkpoint, toy_files, masks, tmp_path_factory.mktemp("two"), 1)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_two_processes_train_to_the_weights_of_one(mode, one_process, two_processes, toy_checkpoint, masks):
+    """In float64: the loss without logits of two processes is that of one process, from logits.
+
+    By SGD, because Adam turns rounding into signs.
+    """
+    found, expected = trained(two_processes, mode), trained(one_process, mode)
     assert found.keys() == expected.keys()
-    start = dict(load_checkpoint(str(toy_checkpoint))[0].named_parameters())
+    start = dict(load_checkpoint(str(toy_checkpoint))[0].double().named_parameters())
     moved = 0.0
     for name, tensor in expected.items():
         torch.testing.assert_close(
-            found[name], tensor, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+            found[name], tensor, rtol=1e-9, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}"
         )
         base = name.removeprefix("base_model.model.").replace(".base_layer", "")
         moved = max(moved, (tensor - start[base]).abs().max().item() if base in start else tensor.float().abs().max())
     assert moved > 1e-3
-    first, second = (json.loads((tmp_path / f"run-written-by-{rank}.json").read_text()) for rank in (0, 1))
+    first, second = (json.loads((two_processes / f"{mode}-written-by-{rank}.json").read_text()) for rank in (0, 1))
     assert any(path.endswith("trainer_state.json") for path in first)
     assert not set(first) & set(second), "each file is written once"
     if mode == "full":
@@ -91,22 +109,26 @@ def test_two_processes_train_to_the_weights_of_one(
             assert kept.equal(start[f"{name}.weight"][~mask.any(0)]), "rows that no pair selects never move"
     if mode != "dense":
         model, tokenizer = load_checkpoint(str(toy_checkpoint))
-        adapted = PeftModel.from_pretrained(model, str(tmp_path / "run" / "adapter"))
+        adapted = PeftModel.from_pretrained(model.double(), str(two_processes / mode / "adapter"))
         assert len(ns.translate(adapted, tokenizer, ["ba bu"], "Pv-Aa", max_new_tokens=4)) == 1
-    state = json.loads((tmp_path / "run" / "checkpoint-3" / "trainer_state.json").read_text())
-    assert state["global_step"] == 3 and (tmp_path / "run" / "checkpoint-3" / "complete.json").is_file()
+    checkpoint = two_processes / mode / "checkpoint-3"
+    assert json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] == 3
+    assert last_complete_checkpoint(str(checkpoint.parent)) == str(checkpoint)
 
 
 def test_a_sharded_run_is_evaluated_and_resumed(toy_checkpoint, toy_files, masks, tmp_path):
-    for steps in ("2", "4"):
-        options = ["--max_steps", steps, "--eval_steps", "2", "--learning_rate", "0.001"]
+    for cut_off_after in (3, None):
+        options = ["--max_steps", "4", "--eval_steps", "2", "--learning_rate", "0.001"]
         start(
-            *(FSDP2, toy_checkpoint, toy_files / "train.jsonl", masks, "full", tmp_path / "run", *options),
+            *(FSDP2, toy_checkpoint, toy_files / "train.jsonl", masks, "full", tmp_path, *options),
             validation=toy_files / "validation.jsonl",
+            cut_off_after=cut_off_after,
         )
-    log = json.loads((tmp_path / "run" / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+    log = json.loads((tmp_path / "full" / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
     losses = {entry["step"]: entry["eval_loss"] for entry in log if "eval_loss" in entry}
     assert list(losses) == [2, 4] and losses[4] < losses[2]
+    before = json.loads((tmp_path / "full" / "run.json").read_text())["initial_losses"]
+    assert losses[2] < before["masked_validation_loss"] != before["base_validation_loss"]
 
 
 def test_the_shipped_configurations_are_what_accelerate_reads():
@@ -114,6 +136,8 @@ def test_the_shipped_configurations_are_what_accelerate_reads():
 
     names = {path.stem for path in (ROOT / "recipes" / "accelerate").glob("*.yaml")}
     assert names == {"one_gpu", "several_gpus", "fsdp2", "several_machines"}
-    for name in names:
-        assert load_config_from_file(str(ROOT / "recipes" / "accelerate" / f"{name}.yaml")).num_processes >= 1
-    assert sys.version_info >= (3, 10)
+    read = {name: load_config_from_file(str(ROOT / "recipes" / "accelerate" / f"{name}.yaml")) for name in names}
+    kinds = {"one_gpu": "NO", "several_gpus": "MULTI_GPU", "several_machines": "MULTI_GPU", "fsdp2": "FSDP"}
+    assert {name: config.distributed_type for name, config in read.items()} == kinds
+    assert read["one_gpu"].num_processes == 1 and read["several_gpus"].num_processes > 1
+    assert read["several_machines"].num_machines > 1 and read["fsdp2"].fsdp_config["fsdp_version"] == 2

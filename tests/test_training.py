@@ -1,7 +1,6 @@
 """Training: the loss scale, rows that must not move, checkpoints, resuming."""
 
 import copy
-import math
 import pickle
 
 import pytest
@@ -13,14 +12,9 @@ import neuron_specialization as ns
 from neuron_specialization.translation.checkpoints import load_checkpoint
 from neuron_specialization.translation.encoding import encode_parallel
 from neuron_specialization.translation.identification import record_corpus
+from neuron_specialization.translation.runs import last_complete_checkpoint
 from neuron_specialization.translation.tokenization import resolve_tokens
-from neuron_specialization.translation.training import (
-    COMPLETE_MARKER,
-    SpecializationTrainer,
-    SpecializationTrainingArguments,
-    fit,
-    last_complete_checkpoint,
-)
+from neuron_specialization.translation.training import SpecializationTrainer, SpecializationTrainingArguments, fit
 
 from .conftest import PAIRS, make_batch, make_m2m100, make_masks
 
@@ -201,7 +195,7 @@ class StopAfter(TrainerCallback):
 
 @pytest.mark.parametrize("mode", ["delta", "full"])
 def test_a_resumed_run_ends_like_an_uninterrupted_one(
-    toy_data, toy_tokenizer, toy_checkpoint, tmp_path, mode, monkeypatch
+    toy_data, toy_tokenizer, toy_checkpoint, tmp_path, mode, monkeypatch, capsys
 ):
     ends = []
     for interrupted in (False, True):
@@ -224,19 +218,13 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(
             (directory / "checkpoint-5").mkdir()  # a later one whose writing was cut off
             assert last_complete_checkpoint(str(directory)).endswith("checkpoint-4")
             adapted = adapted_toy(load_checkpoint(str(toy_checkpoint))[0], tokenizer, toy_data, mode)
+        capsys.readouterr()
         result = fit(adapted, tokenizer, toy_data["train"], None, arguments(directory, **args))
         assert result["updates"] == 6
+        assert ("resuming from step 4\n" in capsys.readouterr().out) == interrupted
         ends.append(weights(adapted))
     for name, weight in ends[0].items():
         torch.testing.assert_close(ends[1][name], weight, rtol=0, atol=0, msg=name)
-
-
-def test_a_finished_run_is_not_trained_again(toy_data, toy_tokenizer, toy_model, tmp_path):
-    fit(toy_model, toy_tokenizer, toy_data["train"], None, arguments(tmp_path, save_steps=3))
-    assert (tmp_path / "checkpoint-3" / COMPLETE_MARKER).is_file()
-    before = weights(toy_model)
-    fit(toy_model, toy_tokenizer, toy_data["train"], None, arguments(tmp_path, save_steps=3))
-    assert all(before[name].equal(weight) for name, weight in weights(toy_model).items())
 
 
 def test_the_best_model_by_validation_loss_is_kept(toy_data, toy_tokenizer, toy_model, tmp_path):
@@ -246,14 +234,13 @@ def test_the_best_model_by_validation_loss_is_kept(toy_data, toy_tokenizer, toy_
     result = fit(toy_model, toy_tokenizer, toy_data["train"], toy_data["validation"], args)
     losses = [entry["eval_loss"] for entry in result["log"] if "eval_loss" in entry]
     assert result["best_validation_loss"] == min(losses)
-    assert result["updates"] < 12 or losses[-1] > min(losses), "this run should get worse in the end"
+    assert losses[-1] > min(losses), "this run should get worse in the end, and be put back"
     tokens = resolve_tokens(toy_tokenizer, toy_data["validation"])
     encoded = encode_parallel(toy_data["validation"], toy_tokenizer, tokens)
     trainer = SpecializationTrainer(
         toy_model, arguments(tmp_path / "again"), toy_tokenizer, encoded, encoded, list(toy_data["validation"])
     )
     assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-4)
-    assert math.isfinite(min(losses))
 
 
 def test_bad_settings_are_refused_before_training(toy_data, toy_tokenizer, toy_model, tmp_path):

@@ -1,6 +1,7 @@
 """Train a few updates as one of several processes, for tests/test_distributed.py; started by accelerate launch."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -9,8 +10,11 @@ from accelerate.utils import DistributedType, parse_flag_from_env
 from datasets import disable_progress_bars
 from peft import get_peft_model
 from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+from transformers.trainer import DEFAULT_CALLBACKS
 
 import neuron_specialization as ns
+from neuron_specialization.translation import loss
 from neuron_specialization.translation.checkpoints import load_checkpoint
 from neuron_specialization.translation.command_line import parse
 from neuron_specialization.translation.data import load_parallel
@@ -30,26 +34,56 @@ def note_what_is_written(event: str, args: tuple) -> None:
 PAIRS = ["Pv-Aa", "Aa-Pv", "Pv-Ba", "Ba-Pv"]
 
 
+def linear_cross_entropy_calls() -> list:
+    """A list that gets an entry at each call of torch's chunked loss."""
+    calls, original = [], torch.nn.functional.linear_cross_entropy
+
+    def counted(*args, **kwargs):
+        calls.append(None)
+        return original(*args, **kwargs)
+
+    torch.nn.functional.linear_cross_entropy = counted
+    return calls
+
+
+class CutOff(TrainerCallback):
+    """End as a crash would, before the update after so many."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == int(os.environ["CUT_OFF_AFTER"]):
+            raise KeyboardInterrupt
+
+
 def main() -> None:
     sys.addaudithook(note_what_is_written)
-    processes, checkpoint, data, validation, masks, mode, *rest = sys.argv[1:]
-    (args,) = parse(SpecializationTrainingArguments, argv=rest)
+    processes, checkpoint, data, validation, masks, modes, *rest = sys.argv[1:]
     disable_progress_bars()
-    torch.manual_seed(0)
-    model, tokenizer = load_checkpoint(checkpoint)
-    if mode != "dense":
-        config = ns.NeuronSpecializationConfig(masks=masks, trainable=mode, task_type="SEQ_2_SEQ_LM")
-        model = get_peft_model(model, config)
-    assert args.world_size == int(processes), f"expected {processes} processes, runs as one of {args.world_size}"
+    if "CUT_OFF_AFTER" in os.environ:
+        DEFAULT_CALLBACKS.append(CutOff)
+    chunked = linear_cross_entropy_calls()
+    if processes != "1":
+        loss.CHUNK_LOGITS = 0  # what one process computes from logits, several compute in chunks
     sharded = parse_flag_from_env("ACCELERATE_USE_FSDP")
-    if sharded:  # accelerate shards on accelerators only, though torch does the same with gloo on a CPU
-        this_process().distributed_type = DistributedType.MULTI_GPU
     held_out = None if validation == "none" else load_parallel(validation, PAIRS)
-    fit(model, tokenizer, load_parallel(data, PAIRS), held_out, args)
-    if sharded:
-        assert any(isinstance(parameter, DTensor) for parameter in model.parameters()), "nothing was sharded"
-    mine = sorted(path for path in written if Path(path).is_relative_to(args.output_dir))
-    Path(f"{args.output_dir}-written-by-{args.process_index}.json").write_text(json.dumps(mine))
+    for mode in modes.split(","):
+        (args,) = parse(SpecializationTrainingArguments, argv=rest)
+        args.output_dir = f"{args.output_dir}/{mode}"
+        assert args.world_size == int(processes), f"expected {processes} processes, runs as one of {args.world_size}"
+        if sharded:  # accelerate shards on accelerators only, though torch does the same with gloo on a CPU
+            this_process().distributed_type = DistributedType.MULTI_GPU
+        torch.manual_seed(0)
+        model, tokenizer = load_checkpoint(checkpoint)
+        model = model.double()
+        if mode != "dense":
+            config = ns.NeuronSpecializationConfig(masks=masks, trainable=mode, task_type="SEQ_2_SEQ_LM")
+            model = get_peft_model(model, config, autocast_adapter_dtype=False).double()
+        fit(model, tokenizer, load_parallel(data, PAIRS), held_out, args)
+        if sharded:
+            assert any(isinstance(parameter, DTensor) for parameter in model.parameters()), "nothing was sharded"
+        mine = sorted(path for path in written if Path(path).is_relative_to(args.output_dir))
+        Path(f"{args.output_dir}-written-by-{args.process_index}.json").write_text(json.dumps(mine))
+        assert bool(chunked) == (processes != "1")
+        chunked.clear()
 
 
 if __name__ == "__main__":

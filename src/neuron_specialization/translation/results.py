@@ -18,6 +18,10 @@ _VERSIONED = (
     "ctranslate2",
 )  # fmt: skip
 
+_TRAINING_COLUMNS = (
+    "updates", "base_validation_loss", "masked_validation_loss", "best_validation_loss", "train_runtime",
+)  # fmt: skip
+
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return rows (column → value) as a Markdown table."""
@@ -41,6 +45,27 @@ def write_results(directory: str | Path, results: Mapping[str, Any], name: str =
     partial.write_text(json.dumps({**results, "environment": environment()}, indent=2, ensure_ascii=False) + "\n")
     os.replace(partial, path)
     return path
+
+
+def report_training(
+    directory: str | Path, metrics: Mapping[str, Any], data: Sequence[Mapping[str, Any]], *arguments: Any
+) -> None:
+    """Print what a training run measured and write it to `results.json`; only the main process does.
+
+    Args:
+        directory: the run's output directory. If the run had finished before, the file that stands there is kept.
+        metrics: what `fit` returns.
+        data: rows of the data check's table.
+        *arguments: the dataclasses that the command line was parsed into.
+    """
+    if not this_process().is_main_process:
+        return
+    print(table([{name: metrics[name] for name in _TRAINING_COLUMNS if metrics.get(name) is not None}]))
+    path = Path(directory) / "results.json"
+    if not (metrics["finished_before"] and path.is_file()):
+        settings = [each.to_dict() if hasattr(each, "to_dict") else vars(each) for each in arguments]
+        write_results(directory, {**metrics, "data": list(data), "arguments": settings})
+    print(f"{'kept' if metrics['finished_before'] else 'wrote'} {metrics['saved']} and {path}")
 
 
 def environment() -> dict[str, str | int | None]:

@@ -1,15 +1,16 @@
 """Training: transformers' Seq2SeqTrainer, and what multilingual specialization needs in addition."""
 
-import json
 import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from torch.nn import functional as F
+from peft import PeftModel
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
     EarlyStoppingCallback,
@@ -29,11 +30,11 @@ from ..neurons.files import replace_directory
 from .arrow import numpy_column
 from .batching import DirectionBatchSampler, TranslationCollator
 from .encoding import encode_parallel
+from .loss import IGNORED, LinearHead, find_linear_head, logits_cross_entropy
 from .processes import this_process
+from .runs import MarkComplete, Run, discard_run, load_trained, run_dependencies
 from .sharding import shard
 from .tokenization import resolve_tokens
-
-COMPLETE_MARKER = "complete.json"
 
 
 @dataclass
@@ -53,6 +54,9 @@ class SpecializationTrainingArguments(Seq2SeqTrainingArguments):
     ddp_broadcast_buffers: bool = field(default=False, metadata={"help": "Off: masks never change."})
     ddp_find_unused_parameters: bool = field(default=False, metadata={"help": "Off: every layer trains every step."})
     save_total_limit: int = field(default=2, metadata={"help": "Checkpoints to keep, the best among them."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Discard the run that output_dir holds, and start anew."}
+    )
 
 
 class SpecializationTrainer(Seq2SeqTrainer):
@@ -81,7 +85,10 @@ class SpecializationTrainer(Seq2SeqTrainer):
         if not len(train_dataset):
             raise ValueError("The training data is empty.")
         switch_off_layerdrop(model)
-        callbacks: list[TrainerCallback] = [_MarkComplete()]
+        self._head: LinearHead | None = None  # the one that computes the loss of the current call
+        self._plain_head: LinearHead | None = None
+        self._looked_for_head = self._loss_only = False
+        callbacks: list[TrainerCallback] = [MarkComplete()]
         if args.patience is not None:
             callbacks.append(EarlyStoppingCallback(args.patience))
         super().__init__(
@@ -125,20 +132,70 @@ class SpecializationTrainer(Seq2SeqTrainer):
             state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
         super()._save(output_dir, state_dict)
 
+    def validation_loss(self) -> float:
+        """Return the validation loss of the model as it stands, without a trace in the log or the random state."""
+        with torch.random.fork_rng(devices=[]):  # a data loader draws a seed
+            loop = self.evaluation_loop(self.get_eval_dataloader(), "Validation", prediction_loss_only=True)
+        found = loop.metrics or {}
+        self.callback_handler.on_predict(self.args, self.state, self.control, found)  # closes the progress bar
+        return found["eval_loss"]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        state: Any = self.state
+        epoch, state.epoch = state.epoch, None  # the sampler spans the run, so it would end at 1
+        super().log(logs, start_time)
+        state.epoch = epoch
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        tied = getattr(self.model, "all_tied_weights_keys", {})  # saved once, under another name
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """As the Trainer's, but without logits where the head is a plain linear layer and nobody asks for them."""
+        self._head = None
+        if self._loss_only or not return_outputs:
+            if not self._looked_for_head:
+                self._plain_head, self._looked_for_head = find_linear_head(model, inputs), True
+            self._head = self._plain_head
+        with self._head.computes_loss(inputs["labels"], self._smoothing) if self._head else nullcontext():
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+        **gen_kwargs: Any,
+    ) -> Any:
+        self._loss_only = prediction_loss_only
+        try:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
+        finally:
+            self._loss_only = False
+
+    @property
+    def _smoothing(self) -> float:
+        """Labels are smoothed while training; the validation loss is not, so that it compares across settings."""
+        return self.args.label_smoothing_factor if self.model is not None and self.model.training else 0.0
+
     def _token_loss(
         self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Sum the cross-entropy over target tokens and divide by those of the whole accumulated, gathered batch.
-
-        Labels are smoothed while training; the validation loss is not, so that it compares across settings.
-        """
-        training = self.model is not None and self.model.training
-        smoothing = self.args.label_smoothing_factor if training else 0.0
-        loss = F.cross_entropy(
-            outputs["logits"].flatten(0, 1).float(), labels.flatten(), reduction="sum", label_smoothing=smoothing
-        )
-        tokens = labels.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch
-        return loss / tokens
+        """Sum the cross-entropy over target tokens and divide by those of the whole accumulated, gathered batch."""
+        if self._head is not None:
+            loss = outputs["logits"].sum()
+        else:
+            logits = outputs["logits"].flatten(0, 1)
+            loss = logits_cross_entropy(logits, labels.flatten(), self._smoothing)
+        return loss / (labels.ne(IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 def fit(
@@ -157,7 +214,13 @@ def fit(
 
     The result is saved with its tokenizer as `adapter` (for a model with adapters) or `model` in the output directory.
 
-    With validation data, the model is evaluated every `eval_steps` and left at its best validation loss.
+    With validation data, the model is evaluated before the first update (a model with adapters also without them) and
+    every `eval_steps`, and left at its best validation loss.
+
+    What the run depends on stands in `run.json` beside the checkpoints: the arguments, except for those of
+    `runs.FREE_ARGUMENTS`, the data, the masks and the weights that training starts from (so seed what is drawn at
+    random). A run that differs in one of them is not resumed. A finished run is not trained again: what it saved is
+    loaded into `model`, and no file changes.
 
     Args:
         model: a seq2seq model, with adapters or without.
@@ -171,7 +234,13 @@ def fit(
         preprocessing_num_workers: processes that tokenize.
 
     Returns:
-        The Trainer's metrics, with "updates", "best_validation_loss", the log of losses, and where it was "saved".
+        The Trainer's metrics, with "updates", "base_validation_loss" and (under masks) "masked_validation_loss" before
+        the first update, "best_validation_loss", the log of losses, where it was "saved", and whether the run had
+        "finished_before".
+
+    Raises:
+        ValueError: if the data, the masks or the settings do not fit together, or the output directory holds a run
+            that depends on something else and `overwrite_output_dir` is off.
     """
     pairs = list(train)
     tokens = resolve_tokens(tokenizer, pairs, language_tokens)
@@ -179,35 +248,65 @@ def fit(
         raise ValueError(
             f"Training data has the pairs {pairs}, validation data {list(validation)}; expected the same."
         )
-    with args.main_process_first(desc="tokenizing"):
-        encoded = [
-            None
-            if data is None
-            else encode_parallel(
-                data,
-                tokenizer,
-                tokens,
-                source_tag=source_tag,
-                max_length=max_length,
-                num_workers=preprocessing_num_workers,
-            )
-            for data in (train, validation)
-        ]
+    if args.overwrite_output_dir:
+        discard_run(str(args.output_dir), model)
     if validation is not None:
         args.eval_strategy = args.save_strategy = IntervalStrategy.STEPS
         args.eval_steps = args.save_steps = int(args.eval_steps or args.save_steps)
         args.load_best_model_at_end, args.metric_for_best_model, args.greater_is_better = True, "eval_loss", False
-    trainer = SpecializationTrainer(model, args, tokenizer, encoded[0], encoded[1], pairs)
-    result = trainer.train(resume_from_checkpoint=last_complete_checkpoint(str(args.output_dir)))
-    directory = Path(str(args.output_dir)) / ("adapter" if is_routed(model) else "model")
+    text = {"training data": train} if validation is None else {"training data": train, "validation data": validation}
+    options: dict[str, Any] = {"source_tag": source_tag, "max_length": max_length}
+    with args.main_process_first(desc="tokenizing"):
+        data = {
+            name: encode_parallel(part, tokenizer, tokens, **options, num_workers=preprocessing_num_workers)
+            for name, part in text.items()
+        }
+    settings = {"language_pairs": pairs, "language_tokens": tokens, **options}
+    run = Run(str(args.output_dir), run_dependencies(model, args, data, settings))
+    if run.result is not None:
+        this_process().print(f"{run.directory} holds this run, finished after {run.result['updates']} updates.")
+        load_trained(model, run.result["saved"])
+        return {**run.result, "finished_before": True}
+    trainer = SpecializationTrainer(model, args, tokenizer, data["training data"], data.get("validation data"), pairs)
+    if validation is not None:
+        trainer.add_callback(_MeasureAtStart(trainer, run))
+    run.write()
+    if run.checkpoint is not None:
+        this_process().print(f"resuming from step {run.checkpoint.rpartition('-')[2]}", flush=True)
+    trained = trainer.train(resume_from_checkpoint=run.checkpoint)
+    directory = run.directory / ("adapter" if is_routed(model) else "model")
     save_whole(trainer, directory)
-    return {
+    run.result = {
         "saved": str(directory),
-        **result.metrics,
+        **trained.metrics,
         "updates": trainer.state.global_step,
+        **run.initial_losses,
         "best_validation_loss": trainer.state.best_metric,
         "log": trainer.state.log_history,
     }
+    run.write()
+    return {**run.result, "finished_before": False}
+
+
+class _MeasureAtStart(TrainerCallback):
+    """Measure the validation loss before the first update: of the base, and of the base under the masks."""
+
+    def __init__(self, trainer: SpecializationTrainer, run: Run) -> None:
+        self.trainer, self.run = trainer, run
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step == 0 and not self.run.initial_losses:
+            model: Any = self.trainer.model
+            losses = self.run.initial_losses
+            with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
+                losses["base_validation_loss"] = self.trainer.validation_loss()
+            if is_routed(model):
+                losses["masked_validation_loss"] = self.trainer.validation_loss()
+            self.run.write()
+            if state.is_world_process_zero:
+                print(", ".join(f"{name.replace('_', ' ')} {loss:.4f}" for name, loss in losses.items()), flush=True)
 
 
 def save_whole(trainer: Seq2SeqTrainer, directory: Path) -> None:
@@ -222,27 +321,6 @@ def save_whole(trainer: Seq2SeqTrainer, directory: Path) -> None:
     if process.is_main_process:
         replace_directory(partial, directory)
     process.wait_for_everyone()
-
-
-class _MarkComplete(TrainerCallback):
-    """Mark a checkpoint once every process has written its part; resuming trusts only marked ones."""
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.barrier()
-        checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero and checkpoint.is_dir():
-            (checkpoint / COMPLETE_MARKER).write_text(json.dumps({"global_step": state.global_step}) + "\n")
-
-
-def last_complete_checkpoint(output_dir: str) -> str | None:
-    """Return the newest complete checkpoint in `output_dir`, or None.
-
-    The checkpoint with the highest number may be incomplete.
-    """
-    marked = Path(output_dir).glob(f"checkpoint-*/{COMPLETE_MARKER}")
-    steps = {json.loads(marker.read_text())["global_step"]: marker.parent for marker in marked}
-    return str(steps[max(steps)]) if steps else None
 
 
 def pair_ids(model: Any, language_pairs: list[str]) -> torch.Tensor | None:
