@@ -1,11 +1,18 @@
-"""The two things a newcomer does first: the demo, and the README's quickstart on what it made."""
+"""What a newcomer does first: the demo, and the README's examples on what it made."""
 
 import json
 import re
 
 import pytest
 
+import neuron_specialization as ns
+
+from .test_conventions import TEXT, m2m_model, nllb
 from .test_recipes import ROOT, run
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+NLLB = "facebook/nllb-200-distilled-600M"
 
 
 @pytest.fixture(scope="module")
@@ -25,15 +32,40 @@ def test_the_demo_compares_three_models_and_families(demo):
     directory, output = demo
     results = json.loads((directory / "build" / "demo" / "results.json").read_text())
     for name in ("baseline", "fine_tune", "specialized"):
-        assert results[name]["averages"]["all"]["chrf++"] >= 0 and len(results[name]["directions"]) == 12
-        assert name in output
+        scores = results[name]["averages"]["all"]
+        assert len(results[name]["directions"]) == 12
+        assert f"| {name}" in output and f"{scores['chrf++']:.2f}" in output
+    assert results["specialized"]["averages"] != results["baseline"]["averages"], "training changed the model"
     for stack in ("encoder", "decoder"):
         assert 0 < results["iou"][stack]["within"] <= 1 and 0 < results["iou"][stack]["across"] <= 1
 
 
-def test_the_quickstart_runs_as_printed(demo, monkeypatch, capsys):
-    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
+def test_the_examples_run_as_printed(demo, monkeypatch, capsys):
     monkeypatch.chdir(demo[0])
-    exec(compile(code, "README.md", "exec"), {})
-    assert "trainable params" in capsys.readouterr().out
+    names: dict = {}
+    blocks = [block for block in BLOCKS if "build/demo" in block]
+    assert len(blocks) == 4
+    for block in blocks:
+        exec(compile(block.replace("max_steps=40", "max_steps=2"), "README.md", "exec"), names)
+    printed = capsys.readouterr().out.splitlines()
+    assert any("trainable params" in line for line in printed)
     assert (demo[0] / "build" / "demo" / "quickstart" / "adapter_model.safetensors").is_file()
+    translated, generated, converted = (json.loads(line.replace("'", '"')) for line in printed[-3:])
+    assert translated == generated and all(translated) and len(converted) == 2
+    as_in_code = ns.translate(names["model"], names["tokenizer"], names["sentences"], "Pv-Aa", num_beams=5)
+    assert translated == as_in_code
+
+
+def test_the_nllb_example_runs_with_its_tokenizer(demo, monkeypatch, capsys, tmp_path):
+    tokenizer, _ = nllb(tmp_path)
+    m2m_model(tokenizer).save_pretrained(tmp_path / "checkpoint")
+    tokenizer.save_pretrained(tmp_path / "checkpoint")
+    monkeypatch.chdir(tmp_path)
+    lines = ["en\tde", *(f"{text}\t{text}" for text in TEXT)]
+    (tmp_path / "parallel.tsv").write_text("\n".join(lines))
+    imports = "\n".join(line for line in BLOCKS[0].splitlines() if "import" in line)
+    (block,) = [block for block in BLOCKS if NLLB in block]
+    names: dict = {}
+    exec(compile(f"{imports}\n{block.replace(NLLB, str(tmp_path / 'checkpoint'))}", "README.md", "exec"), names)
+    assert set(names["config"].language_token_ids) == {"en", "de"}
+    assert capsys.readouterr().out.startswith("['")
