@@ -8,7 +8,7 @@ import torch
 from transformers import M2M100ForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
 import neuron_specialization as ns
-from neuron_specialization.adapter import compact
+from neuron_specialization.adapter import compact_policy
 from neuron_specialization.translation.checkpoints import new_m2m100, new_model
 from neuron_specialization.translation.data import load_parallel
 from neuron_specialization.translation.tokenization import train_tokenizer
@@ -29,7 +29,7 @@ def datasets_cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def small_batches_run_compact_like_large_ones(monkeypatch):
-    monkeypatch.setattr(compact, "FEW_TOKENS", 0)
+    monkeypatch.setattr(compact_policy, "FEW_TOKENS", 0)
 
 
 def make_m2m100(**changes) -> M2M100ForConditionalGeneration:

@@ -1,6 +1,7 @@
 """Compact execution: outputs and gradients are those of the masked path, and it knows when it may not run."""
 
 import copy
+import pickle
 import warnings
 import weakref
 
@@ -11,6 +12,8 @@ from peft import LoraConfig, get_peft_model
 
 import neuron_specialization as ns
 from neuron_specialization.adapter import compact as compact_module
+from neuron_specialization.adapter import compact_policy
+from neuron_specialization.adapter.layer import NeuronSpecializationLayer
 
 from .conftest import PAIRS, checkpoint_activations, make_batch, make_m2m100, make_masks, make_t5
 
@@ -127,7 +130,7 @@ def changes():
 
     def unnoticed(model, layer):
         layer.weight.data.mul_(1.5)
-        layer.compact.down.weight.data.add_(0.5)
+        layer.compact_block.down.weight.data.add_(0.5)
 
     def replaced(model, layer):
         layer.weight.data = layer.weight.data * 2
@@ -135,7 +138,7 @@ def changes():
 
     def down(model, layer):
         with torch.no_grad():
-            layer.compact.down.weight.mul_(-1)
+            layer.compact_block.down.weight.mul_(-1)
 
     def bias(model, layer):
         with torch.no_grad():
@@ -187,13 +190,13 @@ def test_cached_weights_follow_every_change(change):
 def test_weights_are_gathered_once_per_generation(monkeypatch):
     _, compact = (model.eval() for model in pair_of_models(make_m2m100, "delta"))
     gathered = []
-    original = compact_module.Narrow._take
+    original = compact_module.CompactWeights._take
 
     def count(self, values, dim=0):
         gathered.extend([values] if values.ndim == 2 else [])
         return original(self, values, dim)
 
-    monkeypatch.setattr(compact_module.Narrow, "_take", count)
+    monkeypatch.setattr(compact_module.CompactWeights, "_take", count)
     for calls in (1, 2):
         compact.generate(input_ids=make_batch()["input_ids"], language_pairs="en-de", num_beams=2, max_new_tokens=8)
         assert len(gathered) == 2 * 4 * calls, "W1 and W2 once for each of four blocks"
@@ -203,10 +206,14 @@ def test_nothing_gathered_outlives_its_call(monkeypatch):
     """Else a model would hold the kept part of its FFNs twice for as long as it waits for the next call."""
     _, compact = (model.eval() for model in pair_of_models(make_m2m100, "none"))
     alive = weakref.WeakSet()
-    original = compact_module.Narrow.__init__
-    monkeypatch.setattr(
-        compact_module.Narrow, "__init__", lambda self, *args: (original(self, *args), alive.add(self))[0]
-    )
+    original = compact_module.CompactWeights._gather_up
+
+    def gather(self):
+        weight, bias = original(self)
+        alive.add(weight)
+        return weight, bias
+
+    monkeypatch.setattr(compact_module.CompactWeights, "_gather_up", gather)
     seen = []
     compact.get_base_model().lm_head.register_forward_hook(lambda *args: seen.append(len(alive)))
     with torch.no_grad():
@@ -219,7 +226,7 @@ def test_nothing_gathered_outlives_its_call(monkeypatch):
 def test_blocks_remember_the_last_rows_only(monkeypatch):
     monkeypatch.setattr(compact_module, "LOOKED_UP", 1)
     _, compact = pair_of_models(make_m2m100, "none")
-    blocks = [module.compact for module in compact.modules() if getattr(module, "compact", None)]
+    blocks = [module.compact_block for module in compact.modules() if isinstance(module, NeuronSpecializationLayer)]
     with torch.no_grad():
         for pair in PAIRS:
             compact(**make_batch(), language_pairs=pair)
@@ -230,7 +237,7 @@ def test_blocks_remember_the_last_rows_only(monkeypatch):
 
 def test_gathering_for_few_tokens_is_left_where_it_cannot_pay(monkeypatch):
     """A forward of few tokens runs masked; decoder steps use what they gathered again and again."""
-    monkeypatch.setattr(compact_module, "FEW_TOKENS", 256)
+    monkeypatch.setattr(compact_policy, "FEW_TOKENS", 256)
     model = make_m2m100()
     adapted = get_peft_model(
         model, ns.NeuronSpecializationConfig(masks=make_masks(model), trainable="none", task_type="SEQ_2_SEQ_LM")
@@ -383,8 +390,80 @@ def test_a_compiled_projection_runs_masked():
     torch.testing.assert_close(found, masked(**make_batch(), language_pairs="en-de").logits)
 
 
-def test_unloading_leaves_the_projections_as_they_were():
-    model = make_m2m100()
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_projections_show_what_they_are_and_are_put_back(make):
+    model = make()
+    keys, before, blocks = list(model.state_dict()), str(model), ns.find_ffn_blocks(model)
     adapted = get_peft_model(model, ns.NeuronSpecializationConfig(masks=make_masks(model), task_type="SEQ_2_SEQ_LM"))
+    shown = [module for module in adapted.modules() if isinstance(module, compact_module.CompactLinear)]
+    assert "CompactLinear(" in str(adapted) and len(shown) == sum(b.gate is not None for b in blocks) + len(blocks)
+    own = [key.replace(".base_layer", "") for key in model.state_dict() if "neuron_specialization" not in key]
+    assert own == keys, "saved keys stay those of the base"
+    for copied in (copy.deepcopy(adapted), pickle.loads(pickle.dumps(adapted))):
+        assert str(copied) == str(adapted)
     unloaded = adapted.unload()
-    assert all("forward" not in vars(module) for module in unloaded.modules())
+    assert str(unloaded) == before and list(unloaded.state_dict()) == keys
+    assert not any({"forward", "compact_block"} & vars(module).keys() for module in unloaded.modules())
+
+
+def test_refused_merges_leave_compact_execution_as_it_was():
+    masked, compact = (model.eval() for model in pair_of_models(make_m2m100, "delta", init_weights=False))
+    with pytest.raises(ValueError, match="none was chosen"):
+        compact.merge_and_unload()
+    found, expected = (model(**make_batch(), language_pairs="en-de").logits for model in (compact, masked))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_the_decision_is_made_once_per_block_and_pass(make, monkeypatch):
+    asked = []
+    original = compact_policy.why_masked
+    monkeypatch.setattr(compact_policy, "why_masked", lambda *args: asked.append(1) or original(*args))
+    for model in pair_of_models(make, "none"):
+        asked.clear()
+        model(**make_batch(pad=model.config.pad_token_id), language_pairs="en-de")
+        assert len(asked) == 4
+
+
+def test_a_pass_that_is_cut_off_hands_nothing_on():
+    """Between the projections of a gated block, by an error that the caller goes on after."""
+    model = pair_of_models(make_t5, "none")[1].eval()
+    batch = make_batch(pad=0)
+    expected = model(**batch, language_pairs="en-de").logits
+    ffn = model.get_base_model().encoder.block[0].layer[1].DenseReluDense
+    whole, cut = ffn.forward, []
+
+    def forward(x):
+        if not cut:
+            cut.append(ffn.wi_0(x[:1]))
+        return whole(x)
+
+    ffn.forward = forward
+    assert model(**batch, language_pairs="en-de").logits.equal(expected) and cut
+
+
+@pytest.mark.parametrize("activation", [torch.sigmoid, torch.cos], ids=["sigmoid", "cos"])
+@pytest.mark.parametrize("mask_bias", [False, True])
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_activations_that_are_not_zero_at_zero(make, mask_bias, activation):
+    def with_activation():
+        model = make()
+        for module in model.modules():
+            for name in ("act", "activation_fn"):
+                if hasattr(module, name):
+                    delattr(module, name)
+                    setattr(module, name, activation)
+        return model
+
+    masked, compact = (model.eval() for model in pair_of_models(with_activation, "delta", mask_bias=mask_bias))
+    batch = {**make_batch(pad=masked.config.pad_token_id), "language_pairs": "en-de"}
+    expected = masked(**batch).logits
+    if make is make_t5:
+        with pytest.raises(ValueError, match="not zero at zero"):
+            compact(**batch)
+        with pytest.raises(ValueError, match="not zero at zero"):
+            ns.compact(masked, "en-de")
+    else:
+        torch.testing.assert_close(compact(**batch).logits, expected)
+        batch.pop("language_pairs")
+        torch.testing.assert_close(ns.compact(masked, "en-de")(**batch).logits, expected)

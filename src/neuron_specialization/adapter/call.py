@@ -48,6 +48,8 @@ class Call:
         rows: adapter name → its rows in the encoder and in the decoder, or the error for layers that ask for them.
         adapter_names: PEFT's `adapter_names`, one per sample.
         generates: whether this is a `generate`, whose inner forward passes belong to it.
+        alone: whether one layer is called by itself, outside of its model.
+        handed_on: how each FFN block runs in the pass that is under way, by the block's id.
         compact_weights: what blocks gathered for the decoder steps of a `generate`.
     """
 
@@ -57,6 +59,8 @@ class Call:
     rows: Mapping[str, tuple[MaskRows, MaskRows] | ValueError]
     adapter_names: list[str] | None = None
     generates: bool = False
+    alone: bool = False
+    handed_on: dict[int, Any] = field(default_factory=dict)
     compact_weights: dict[tuple, Any] = field(default_factory=dict)
 
     def rows_in(self, adapter: str, stack: str, device: torch.device | None = None) -> MaskRows:

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from ..neurons.adapter_file import DELTA, DELTA_A, DELTA_B, MASK, unpack_rows
 from . import frozen_rows
 from .call import Call, innermost_call
-from .compact import RECORDING, CompactBlock
+from .compact import CompactBlock, CompactWeights
+from .compact_policy import active_adapters, compact_row
 from .config import NeuronSpecializationConfig
 from .merging import is_plain_linear, merged_weights
 from .pair_resolver import BASE_ROW
@@ -46,7 +47,7 @@ class NeuronSpecializationLayer(BaseTunerLayer):
         self.neuron_specialization_delta_b = nn.ParameterDict()
         self.mask_bias: dict[str, bool] = {}
         self.execution: dict[str, str] = {}
-        self.compact: CompactBlock | None = None
+        self.compact_block: CompactBlock | None = None
         self.trains_base = False
         self.merged_adapters = []
         self._unmerged: tuple[torch.Tensor, torch.Tensor | None] | None = None
@@ -80,8 +81,8 @@ class NeuronSpecializationLayer(BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter, and its routes with the first of its layers."""
         super().delete_adapter(adapter_name)
-        if self.compact is not None:
-            self.compact.looked_up.clear()
+        if self.compact_block is not None:
+            self.compact_block.looked_up.clear()
         self.router.resolvers.pop(adapter_name, None)
         if self.trains_base:  # such an adapter is the only one
             self.trains_base = False
@@ -100,29 +101,15 @@ class NeuronSpecializationLayer(BaseTunerLayer):
             return (b if rows is None else b.index_select(0, rows)) @ a
         return None
 
-    def call(self) -> Call:
+    def call(self, device: torch.device | None = None) -> Call:
         """Return the call of the model that is running; outside of any, a layer is called by itself."""
-        return innermost_call(self.router) or self.router.begin_alone(self.weight.device)
+        return innermost_call(self.router) or self.router.begin_alone(device)
 
     def release(self) -> None:
         """Undo what reaches beyond this layer, before it goes."""
         frozen_rows.release(self)
-        if self.compact is not None:
-            self.compact.release()
-
-    def single_row(self, any_execution: bool = False) -> tuple[str, int] | None:
-        """Return the only active adapter and its row of the batch; None where there are several, or the base's row, or
-        where the adapter is to run masked (unless `any_execution`)."""
-        active = [name for name in self.active_adapters if name in self.mask_bias]
-        call = self.call()
-        if len(active) != 1 or call.adapter_names is not None:
-            return None
-        if self.execution[active[0]] == "masked" and not any_execution:
-            return None
-        if self.disable_adapters or self.merged:
-            return None
-        row = call.rows_in(active[0], self.stack).single
-        return None if row is None or row == BASE_ROW else (active[0], row)
+        if self.compact_block is not None:
+            self.compact_block.release()
 
     def silences_masked(self) -> bool:
         """Whether masked neurons emit 0 under the active adapter."""
@@ -162,36 +149,25 @@ class Linear(nn.Module, NeuronSpecializationLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        call = self.call()
+        call = self.call(x.device)
         if call.adapter_names is not None:
             return self._forward_per_sample_adapters(x, call.adapter_names)
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
         if self.trains_base and self.training:
             frozen_rows.put_back(self)
-        narrow = self.compact.narrow(x) if self.compact is not None else None
-        if narrow is not None:
-            return F.linear(x, *narrow.up)
-        active = [name for name in self.active_adapters if name in self.mask_bias]
-        self._note_masked_execution(active)
-        return self._forward_masked(x, active)
+        weights = self._compact_weights(x, call)
+        if weights is not None:
+            return F.linear(x, *weights.up())
+        return self._forward_masked(x, active_adapters(self))
 
-    def _note_masked_execution(self, active: list[str]) -> None:
-        """Warn once per model that compact execution was not possible; raise where it was requested."""
-        if torch.compiler.is_compiling():
-            return
-        obstacle = self.compact.obstacle() if self.compact is not None else None
-        if obstacle == RECORDING:
-            return  # it is about all neurons, whatever the execution
-        if any(self.execution[name] == "compact" for name in active):
-            raise ValueError(
-                "execution='compact' is not possible here: "
-                f"{obstacle or 'it needs one language pair in the batch, and an FFN block'}. Use execution='auto' to "
-                "run masked in such cases."
-            )
-        if obstacle is not None and not self.router.warned and any(self.execution[name] == "auto" for name in active):
-            self.router.warned = True
-            warnings.warn(f"FFN blocks run masked, not compact, because of {obstacle}.", stacklevel=2)
+    def _compact_weights(self, x: torch.Tensor, call: Call) -> CompactWeights | None:
+        """Return the weights to run with where the block runs compact."""
+        if self.compact_block is not None:
+            return self.compact_block.decide(self, x, call)
+        if not torch.compiler.is_compiling():
+            compact_row(self, call, x)  # raises where compact execution is requested
+        return None
 
     def _forward_masked(
         self, x: torch.Tensor, adapters: list[str], samples: torch.Tensor | None = None, batch: int | None = None
@@ -206,7 +182,7 @@ class Linear(nn.Module, NeuronSpecializationLayer):
         """
         out = self._project(x, adapters)
         for adapter in adapters:
-            rows = self.call().rows_in(adapter, self.stack, x.device)
+            rows = self.call(x.device).rows_in(adapter, self.stack, x.device)
             if len(rows.index) > 1 and x.ndim < 3:
                 raise ValueError(f"Several language pairs {_NO_SAMPLES.format(list(x.shape))}")
             index = self._per_sample(rows.index, batch or x.shape[self._batch_dim])
@@ -238,7 +214,7 @@ class Linear(nn.Module, NeuronSpecializationLayer):
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        if self.compact is not None and x.ndim < 3:  # an FFN block without samples is an expert
+        if self.compact_block is not None and x.ndim < 3:  # an FFN block without samples is an expert
             if len(set(names)) > 1:
                 raise ValueError(f"Several adapters {_NO_SAMPLES.format(list(x.shape))}")
             names = names[:1]

@@ -139,7 +139,7 @@ class NeuronSpecializationModel(BaseTuner):
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
         if fresh and block is not None:
-            layer.compact = CompactBlock(layer, block, self.model)
+            layer.compact_block = CompactBlock(layer, block, self.model)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)

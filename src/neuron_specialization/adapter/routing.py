@@ -7,7 +7,7 @@ call that this one goes on from > language tokens in the batch > the adapter's o
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -128,7 +128,7 @@ class CallRouter:
                 "model's own gradient checkpointing, model.gradient_checkpointing_enable() (in Trainer: "
                 "gradient_checkpointing=True), which carries the pairs of each call; torch's and FSDP's do not."
             )
-        return self.begin(device=device)
+        return replace(self.begin(device=device), alone=True)
 
     def single_route(self, adapter: str) -> tuple[int, int]:
         """Return the (encoder row, decoder row) of the pair set on the model, or of the adapter's only pair.

@@ -9,6 +9,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..adapter.attachment import detach
+from ..adapter.compact_policy import single_row, why_not_compact
 from ..adapter.layer import NeuronSpecializationLayer
 from ..adapter.routing import router_of
 from ..neurons.base_model import build_on_meta, make_trainable, unwrap
@@ -103,16 +104,20 @@ def _cut(base: nn.Module, name: str, layer: Any) -> None:
     owner = base.get_submodule(parent)
     if layer.merged or layer.disable_adapters:
         raise ValueError("The adapter is merged or disabled; unmerge it (unmerge_adapter) or enable it first.")
-    block = layer.compact
-    row = layer.single_row(any_execution=True)
-    why = "it is no FFN block" if block is None else "several adapters are active" if row is None else block.obstacle()
-    if why is not None:
+    block = layer.compact_block
+    row = single_row(layer, layer.call())
+    if block is None or row is None:
+        why = "it is no FFN block" if block is None else "several adapters are active"
+    else:
+        found = why_not_compact(block)
+        why = "" if found is None else found.reason
+    if row is None or why:
         raise ValueError(f"{name} cannot be cut to one pair: {why}. Merge the pair instead (merge_and_unload).")
-    narrow = block.kept(*row)
+    weights = block.kept(*row)
     block.release()
-    setattr(owner, child, _linear(*narrow.up))
+    setattr(owner, child, _linear(*weights.up()))
     for owner, place, part in block.places:
-        setattr(owner, place, _linear(*(narrow.down if part is block.down else narrow.other)))
+        setattr(owner, place, _linear(*(weights.down() if part is block.down else weights.other())))
 
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
@@ -147,10 +152,10 @@ def _set_widths(config: Any, widths: dict[str, int]) -> None:
             )
 
 
-def _widths_of(model: Any, narrow: dict[str, int]) -> dict[str, int]:
+def _widths_of(model: Any, least: dict[str, int]) -> dict[str, int]:
     """Return the width of each block in the model that the config now describes, built without weights."""
     described = build_on_meta(model)
     widths = {block.name: block.d_ff for block in find_ffn_blocks(described)}
-    if widths.keys() != narrow.keys() or any(widths[name] < narrow[name] for name in narrow):
+    if widths.keys() != least.keys() or any(widths[name] < least[name] for name in least):
         raise ValueError("The model that the config describes has other FFN blocks; use the compact model in memory.")
     return widths
