@@ -1,7 +1,5 @@
 """One pair as a smaller plain model: a transformers checkpoint and, with --quantization, a CTranslate2 model.
 
-With --trim_vocabulary, both know only the tokens of the pair's own text.
-
 accelerate launch --quiet recipes/export.py \
     --model_name_or_path path/to/checkpoint --adapter build/specialized/adapter --pair en-de \
     --test_file data/test.parquet --language_tokens en=eng_Latn de=deu_Latn --output_dir build/en-de \
@@ -14,13 +12,8 @@ from pathlib import Path
 
 import neuron_specialization as ns
 from neuron_specialization.adapter.active import active_config
+from neuron_specialization.export import ctranslate2
 from neuron_specialization.export.compaction import save_compact
-from neuron_specialization.export.ctranslate2 import (
-    check_convertible,
-    load_ctranslate2,
-    save_ctranslate2,
-    translate_ctranslate2,
-)
 from neuron_specialization.export.vocabulary import check_trimmable, trim_vocabulary, unknown_rate
 from neuron_specialization.neurons.adapter_file import PREFIX
 from neuron_specialization.neurons.language_pairs import split_pair
@@ -31,23 +24,11 @@ from neuron_specialization.translation.data import load_parallel
 from neuron_specialization.translation.evaluation import check_scorers, score
 from neuron_specialization.translation.processes import this_process
 from neuron_specialization.translation.results import table, write_results
+from neuron_specialization.translation.text_files import weights_of
 from neuron_specialization.translation.tokenization import encode
-from neuron_specialization.translation.translate import (
-    pair_tokens,
-    text_of,
-    translate_tokens,
-)
+from neuron_specialization.translation.translate import pair_tokens, text_of, translate_tokens
 
-UNUSED = (
-    "language_pairs",
-    "train_file",
-    "validation_file",
-    "source_tag",
-    "pivot",
-    "max_length",
-    "max_sentences",
-    "drop_faulty",
-)
+UNUSED = "language_pairs train_file validation_file source_tag pivot max_length max_sentences drop_faulty".split()
 
 
 @dataclass
@@ -57,7 +38,7 @@ class ExportArguments:
     pair: str = field(metadata={"help": "Direction to keep, such as en-de."})
     output_dir: str = field(metadata={"help": "Where the models and results.json go."})
     trim_vocabulary: str | None = field(
-        default=None, metadata={"help": "Keep only the tokens of this parallel text, such as the training data."}
+        default=None, metadata={"help": "Keep only the tokens of this parallel text of the pair."}
     )
     quantization: str | None = field(default=None, metadata={"help": "Also write a CTranslate2 model: int8, ..."})
     num_beams: int = field(default=5, metadata={"help": "Beams of the verification."})
@@ -79,7 +60,7 @@ def main() -> None:
     device = this_process().device
     small = ns.compact(model, args.pair)
     if args.quantization:
-        check_convertible(small, args.quantization)
+        ctranslate2.check_convertible(small, args.quantization)
     if args.trim_vocabulary:
         check_trimmable(tokenizer)
     tokens = pair_tokens(model, tokenizer, args.pair, data.tokens)
@@ -102,42 +83,34 @@ def main() -> None:
     padded = save_compact(small, directory, tokenizer)
     reloaded, tokenizer = load_checkpoint(str(directory))
     found = translate_tokens(reloaded.to(device), tokenizer, sources, args.pair, **options)
-    rows.append(row("checkpoint", padded.parameters(), weight_bytes(directory), tokenizer, found, expected))
+    rows.append(row("checkpoint", padded.parameters(), directory, tokenizer, found, expected))
     if not args.trim_vocabulary and found != expected:
         print("The checkpoint translates some sentences differently; that is expected only of near ties.")
     if args.quantization:
         directory = Path(args.output_dir) / "ctranslate2"
-        save_ctranslate2(small, tokenizer, directory, args.quantization)
+        ctranslate2.save_ctranslate2(small, tokenizer, directory, args.quantization)
         longest = getattr(small.config, "max_position_embeddings", 256) - 1
-        found = translate_ctranslate2(
-            load_ctranslate2(directory),
+        found = ctranslate2.translate_ctranslate2(
+            ctranslate2.load_ctranslate2(directory),
             tokenizer,
             encode(tokenizer, args.pair, sources, None, tokens, source_tag)["input_ids"],
             tokens[target] if source_tag == "source" else None,
             num_beams=args.num_beams,
             max_length=min(longest, small.generation_config.max_length or longest),
         )
-        name, size = f"CTranslate2 {args.quantization}", weight_bytes(directory)
-        rows.append(row(name, small.parameters(), size, tokenizer, found, expected))
+        name = f"CTranslate2 {args.quantization}"
+        rows.append(row(name, small.parameters(), directory, tokenizer, found, expected))
     for entry in rows:
         entry["BLEU"] = score(entry.pop("translations"), references, target)["bleu"]
     print(table(rows))
-    settings = {
-        "pair": args.pair,
-        "vocabulary": vocabulary,
-        "sentences": len(sources),
-        "arguments": [vars(args), vars(where), vars(data)],
-    }
-    print(f"wrote {write_results(args.output_dir, {'exports': rows, **settings})}")
+    arguments = [vars(args), vars(where), vars(data)]
+    results = {"exports": rows, "vocabulary": vocabulary, "sentences": len(sources), "arguments": arguments}
+    print(f"wrote {write_results(args.output_dir, {'pair': args.pair, **results})}")
 
 
-def weight_bytes(directory: Path) -> int:
-    """Return the size of the weights in a directory."""
-    return sum(path.stat().st_size for path in directory.glob("*") if path.suffix in (".safetensors", ".bin"))
-
-
-def row(name: str, parameters, size: int, tokenizer, found: list, expected: list) -> dict:
+def row(name: str, parameters, where: Path | int, tokenizer, found: list, expected: list) -> dict:
     """Return one row of the report: sizes, and the share of translations whose tokens are the adapter's."""
+    size = where if isinstance(where, int) else sum(size for size, _ in weights_of(where).values())
     same = sum(a == b for a, b in zip(found, expected, strict=True)) / len(expected)
     sizes = {"parameters": sum(parameter.numel() for parameter in parameters), "MB": size / 1e6}
     return {"export": name, **sizes, "identical": same, "translations": text_of(tokenizer, found)}

@@ -179,3 +179,9 @@ def test_evaluation_shows_one_bar(toy_data, toy_model, toy_tokenizer, capsys):
     evaluate(toy_model, toy_tokenizer, data, num_beams=1, max_new_tokens=2, batch_size=2)
     said = capsys.readouterr().err
     assert f"{9 * len(data)}/{9 * len(data)}" in said and said.count("\n") == 1
+
+
+def test_recording_shows_one_bar(toy_data, toy_model, toy_tokenizer, capsys):
+    record_corpus(toy_model, toy_tokenizer, toy_data["validation"])
+    said = capsys.readouterr().err
+    assert len(toy_data["validation"]) > 2 and said.count(" 0%|") == 1

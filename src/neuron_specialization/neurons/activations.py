@@ -5,7 +5,7 @@ sign of the activated gate is counted, since the product with the other branch i
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any
@@ -176,14 +176,19 @@ def record_activations(
     blocks = find_ffn_blocks(base)
     recorder = Recorder(base, blocks, len(pairs), count_padding)
     device = next(base.parameters()).device
-    with recorder.attached(), observed(model) as run:
+    sizes = [len(part) if isinstance(part, Sized) else None for part in batches.values()]
+    total = None if None in sizes else sum(size or 0 for size in sizes)
+    bar = tqdm(desc="recording", total=total, unit=" batches", disable=not progress, leave=False)
+    with recorder.attached(), observed(model) as run, bar:
         for index, pair in enumerate(pairs):
+            bar.set_postfix_str(pair, refresh=False)
             seen = 0
-            for batch in tqdm(batches[pair], desc=f"recording {pair}", disable=not progress, leave=False):
+            for batch in batches[pair]:
                 moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
                 recorder.start_batch(index, moved)
                 run(moved)
                 recorder.check_batch()
+                bar.update()
                 seen += 1
             if not seen and not is_distributed():  # other processes may hold this pair's batches
                 raise ValueError(f"{pair} has no batch to record. Every pair needs at least one sentence pair.")

@@ -152,7 +152,7 @@ def digest(lines: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def weights_of(location: str | None) -> dict[str, list[int]]:
+def weights_of(location: str | Path | None) -> dict[str, list[int]]:
     """Return the weight files of a local checkpoint or adapter: name → size and time of the last change."""
     files = [] if location is None else sorted(Path(location).glob("*"))
     stats = {file.name: file.stat() for file in files if file.suffix in (".safetensors", ".bin")}
