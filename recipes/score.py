@@ -14,6 +14,7 @@ from neuron_specialization.translation.arguments import DataArguments, ModelArgu
 from neuron_specialization.translation.checkpoints import load_adapted
 from neuron_specialization.translation.command_line import parse, run
 from neuron_specialization.translation.evaluation import check_scorers, evaluate, score_rows
+from neuron_specialization.translation.long_sentences import LongSentences
 from neuron_specialization.translation.processes import this_process
 from neuron_specialization.translation.results import table, write_results
 from neuron_specialization.translation.text_files import one_line
@@ -28,6 +29,10 @@ class ScoreArguments:
     output_dir: str = field(metadata={"help": "Where results.json and the translations go."})
     num_beams: int = field(default=5, metadata={"help": "Beams."})
     batch_size: int = field(default=64, metadata={"help": "Sentences per batch; changes speed only."})
+    long_sentences: LongSentences = field(
+        default="error",
+        metadata={"help": "What becomes of sentences with more tokens than the model has positions."},
+    )
 
 
 def main() -> None:
@@ -45,6 +50,7 @@ def main() -> None:
         source_tag=data.source_tag,
         batch_size=args.batch_size,
         num_beams=args.num_beams,
+        long_sentences=args.long_sentences,
     )
     seconds = time.perf_counter() - started
     if not this_process().is_main_process:

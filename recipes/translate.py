@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from neuron_specialization.translation.arguments import ModelArguments, as_mapping
 from neuron_specialization.translation.checkpoints import load_adapted
 from neuron_specialization.translation.command_line import parse, run
+from neuron_specialization.translation.long_sentences import LongSentences
 from neuron_specialization.translation.processes import this_process
 from neuron_specialization.translation.text_files import LineWriter, digest, read_lines, translate_lines, weights_of
 
@@ -29,6 +30,10 @@ class TranslateArguments:
     )
     num_beams: int = field(default=5, metadata={"help": "Number of beams."})
     batch_size: int = field(default=32, metadata={"help": "Sentences per batch; changes speed only."})
+    long_sentences: LongSentences = field(
+        default="error",
+        metadata={"help": "What becomes of sentences with more tokens than the model has positions."},
+    )
 
 
 def main() -> None:
@@ -49,6 +54,7 @@ def main() -> None:
         source_tag=args.source_tag,
         batch_size=args.batch_size,
         num_beams=args.num_beams,
+        long_sentences=args.long_sentences,
     )
     for some in translations:
         output.write(some)

@@ -18,6 +18,7 @@ from neuron_specialization.translation.evaluation import (
     score_rows,
 )
 from neuron_specialization.translation.identification import record_corpus, record_corpus_parts
+from neuron_specialization.translation.long_sentences import _halves, join_pieces
 from neuron_specialization.translation.translate import translate_tokens
 
 from .test_conventions import TEXT, m2m_model, nllb
@@ -114,9 +115,55 @@ def test_an_adapted_model_translates_under_its_pairs_and_tokens(toy, toy_data, t
         ns.translate(adapted, toy_tokenizer, "one", "Pv-Aa")
 
 
-def test_sentences_longer_than_the_model_are_refused(toy_model, toy_tokenizer):
-    with pytest.raises(ValueError, match="positions for 64"):
-        ns.translate(toy_model, toy_tokenizer, ["bababu " * 60], "Pv-Aa")
+def test_sentences_longer_than_the_model_are_named_truncated_or_split(toy_model, toy_tokenizer):
+    sentences = ["ba bu", "bababu " * 20 + "bu " + "babu " * 60, "bu"]
+    with pytest.raises(
+        ValueError, match="^Sentence 12, counting .* tokens, but the model has positions for 64: 'bababu "
+    ):
+        ns.translate(toy_model, toy_tokenizer, sentences, "Pv-Aa", numbers=[11, 12, 14])
+    with pytest.raises(ValueError, match="one of error, truncate, split, got 'cut'"):
+        ns.translate(toy_model, toy_tokenizer, sentences, "Pv-Aa", long_sentences="cut")
+
+    def pieces(how: str) -> list[str]:
+        """Return the pieces that the encoder saw of the long sentence, which lines up with its neighbors."""
+        rows = []
+        hook = toy_model.get_encoder().register_forward_pre_hook(
+            lambda module, args, kwargs: rows.extend(kwargs["input_ids"].tolist()), with_kwargs=True
+        )
+        options = {"batch_size": 1, "max_new_tokens": 4}
+        (long,) = ns.translate(toy_model, toy_tokenizer, sentences[1:2], "Pv-Aa", long_sentences=how, **options)
+        hook.remove()
+        assert all(len(row) <= 64 and row[0] == toy_tokenizer.convert_tokens_to_ids("Pv") for row in rows)
+        first, middle, last = ns.translate(toy_model, toy_tokenizer, sentences, "Pv-Aa", long_sentences=how, **options)
+        assert middle == long
+        assert [first, last] == ns.translate(toy_model, toy_tokenizer, sentences[::2], "Pv-Aa", **options)
+        texts = toy_tokenizer.batch_decode(rows, skip_special_tokens=True)
+        parts = ns.translate(toy_model, toy_tokenizer, texts, "Pv-Aa", **options)
+        assert sorted(" ".join(parts).split()) == sorted(long.split())
+        return texts
+
+    assert len(pieces("truncate")) == 1
+    split = pieces("split")
+    assert len(split) > 2 and sum(text.count("bu") for text in split) == sentences[1].count("bu"), "nothing is lost"
+
+
+@pytest.mark.parametrize(
+    ("text", "halves"),
+    [
+        ("One, two, three. Four five", ("One, two, three.", "Four five")),
+        ("one, two three four five six", ("one,", "two three four five six")),
+        ("one two three four", ("one two", "three four")),
+        ("第一句。第二句，还有更多", ("第一句。", "第二句，还有更多")),
+        ("abcdef", ("abc", "def")),
+        ("Ends with a stop.", ("Ends with", "a stop.")),
+    ],
+)
+def test_text_is_split_where_it_hurts_least(text, halves):
+    assert _halves(text) == halves
+
+
+def test_pieces_are_joined_as_the_language_writes():
+    assert join_pieces(["a", "b"], "deu_Latn") == "a b" and join_pieces(["一", "二"], "zho_Hans") == "一二"
 
 
 def test_evaluate_compares_with_whole_references(toy_data, toy_model, toy_tokenizer):

@@ -87,15 +87,17 @@ def evaluate(
         done = 0
         for pair, rows in data.items():
             bar.set_postfix_str(pair)
-            with process.split_between_processes(list(rows["source"])) as share:
+            sources = list(rows["source"])
+            with process.split_between_processes(list(range(len(rows)))) as share:
                 mine = translate(
                     model,
                     tokenizer,
-                    share,
+                    [sources[i] for i in share],
                     pair,
                     language_tokens=language_tokens,
                     source_tag=source_tag,
                     batch_size=batch_size,
+                    numbers=[i + 1 for i in share],
                     progress=bar,
                     **generate_kwargs,
                 )

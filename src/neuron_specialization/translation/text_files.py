@@ -72,8 +72,10 @@ def translate_lines(
     ) as bar:
         for start in range(done, len(lines), chunk):
             here = lines[start : start + chunk]
-            with process.split_between_processes([line for line in here if line.strip()]) as share:
-                mine = translate(model, tokenizer, share, pair, batch_size=batch_size, progress=bar, **options)
+            with process.split_between_processes([i for i, line in enumerate(here) if line.strip()]) as share:
+                text, numbers = [here[i] for i in share], [start + i + 1 for i in share]
+                shared = {"batch_size": batch_size, "numbers": numbers, "progress": bar}
+                mine = translate(model, tokenizer, text, pair, **shared, **options)
             translations = iter(gather_object(mine))
             bar.update(start + len(here) - bar.n)  # what other processes translated, and empty lines
             yield [one_line(next(translations)) if line.strip() else "" for line in here]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from itertools import chain, islice
 from os import PathLike
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..adapter.routing import is_routed
 from ..neurons.base_model import unwrap
 from ..neurons.language_pairs import split_pair
 from .batching import label_shift
+from .long_sentences import LongSentences, encode_within, join_pieces
 from .tokenization import encode, resolve_tokens
 
 
@@ -25,6 +27,8 @@ def translate(
     language_tokens: Mapping[str, str] | None = None,
     source_tag: str = "source",
     batch_size: int = 32,
+    long_sentences: LongSentences = "error",
+    numbers: Sequence[int] | None = None,
     progress: bool | tqdm = True,
     **generate_kwargs: Any,
 ) -> list[str]:
@@ -39,6 +43,9 @@ def translate(
             neither names must be tokens of the tokenizer themselves.
         source_tag: what the tag on the source side names, "source" or "target"; an adapter's own holds.
         batch_size: sentences per batch.
+        long_sentences: what becomes of sentences with more tokens than the model has positions: "error", "truncate",
+            or "split", which translates them in pieces and joins the translations.
+        numbers: what that error calls each sentence, such as the numbers of their lines; by default 1, 2, 3, ...
         progress: show a progress bar on stderr if there are four batches or more; or the bar to advance by sentences.
         **generate_kwargs: passed to `model.generate`, for example `num_beams=5`.
 
@@ -47,17 +54,20 @@ def translate(
 
     Raises:
         ValueError: if the pair is unknown to the adapter, or a language token to the tokenizer, or `sentences` holds
-            something other than strings.
+            something other than strings, or one is too long.
     """
     rows = _translate_ids(
         *(model, tokenizer, sentences, pair),
         language_tokens=language_tokens,
         source_tag=source_tag,
         batch_size=batch_size,
+        long_sentences=long_sentences,
+        numbers=numbers,
         progress=progress,
         **generate_kwargs,
     )
-    return tokenizer.batch_decode(rows, skip_special_tokens=True) if rows else []
+    target = split_pair(pair)[1] if rows else ""
+    return [join_pieces(tokenizer.batch_decode(pieces, skip_special_tokens=True), target) for pieces in rows]
 
 
 def translate_tokens(
@@ -65,7 +75,7 @@ def translate_tokens(
 ) -> list[list[str]]:
     """Translate as `translate` does, with its options, but return tokens, the special ones left out."""
     rows = _translate_ids(model, tokenizer, sentences, pair, **options)
-    return [tokenizer.convert_ids_to_tokens(row, skip_special_tokens=True) for row in rows]
+    return [tokenizer.convert_ids_to_tokens(sum(pieces, []), skip_special_tokens=True) for pieces in rows]
 
 
 def text_of(tokenizer: Any, translations: Sequence[list[str]]) -> list[str]:
@@ -83,17 +93,25 @@ def _translate_ids(
     language_tokens: Mapping[str, str] | None = None,
     source_tag: str = "source",
     batch_size: int = 32,
+    long_sentences: LongSentences = "error",
+    numbers: Sequence[int] | None = None,
     progress: bool | tqdm = True,
     **generate_kwargs: Any,
-) -> list[list[int]]:
+) -> list[list[list[int]]]:
+    """Return token ids for each piece of each sentence; sentences that fit the model's positions have one piece."""
     sentences = _as_list(sentences)
     config = active_config(model)
     tokens = pair_tokens(model, tokenizer, pair, language_tokens)
     if not sentences:  # but an unknown language is an error all the same, in every process that shares the work
         return []
     source_tag = config.source_tag if config is not None else source_tag
-    encoded = encode(tokenizer, pair, sentences, None, tokens, source_tag)["input_ids"]
-    _check_lengths(unwrap(model), encoded)
+
+    def encode_texts(texts: Sequence[str], max_length: int | None) -> list[list[int]]:
+        return encode(tokenizer, pair, texts, None, tokens, source_tag, max_length)["input_ids"]
+
+    positions = getattr(unwrap(model).config, "max_position_embeddings", None)
+    pieces = encode_within(positions, sentences, encode_texts, long_sentences, numbers)
+    encoded = list(chain.from_iterable(pieces))
     kwargs = dict(generate_kwargs)
     if source_tag == "source" and "decoder_input_ids" not in kwargs:
         kwargs = {**_target_tag(unwrap(model), tokenizer, pair, tokens), **kwargs}
@@ -101,7 +119,7 @@ def _translate_ids(
         kwargs["language_pairs"] = [pair]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]), reverse=True)
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    translations: list[list[int]] = [[] for _ in sentences]
+    translations: list[list[int]] = [[] for _ in encoded]
     training = model.training
     model.eval()
     try:
@@ -113,7 +131,8 @@ def _translate_ids(
                 bar.update(len(batch))
     finally:
         model.train(training)
-    return translations
+    rest = iter(translations)
+    return [list(islice(rest, len(parts))) for parts in pieces]
 
 
 def _bar(progress: bool | tqdm, pair: str, sentences: Sequence[str], hidden: bool) -> Any:
@@ -170,13 +189,3 @@ def _generate(model: Any, tokenizer: Any, rows: list[list[int]], kwargs: Mapping
             input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], **limit, **kwargs
         )
     return output.tolist()
-
-
-def _check_lengths(base: Any, encoded: list[list[int]]) -> None:
-    longest = max(map(len, encoded))
-    limit = getattr(base.config, "max_position_embeddings", None)
-    if limit is not None and longest > limit:
-        raise ValueError(
-            f"A sentence has {longest} tokens, but the model has positions for {limit}. Split long texts into "
-            "sentences."
-        )
