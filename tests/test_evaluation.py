@@ -121,7 +121,7 @@ def test_sentences_longer_than_the_model_are_named_truncated_or_split(toy_model,
         ValueError, match="^Sentence 12, counting .* tokens, but the model has positions for 64: 'bababu "
     ):
         ns.translate(toy_model, toy_tokenizer, sentences, "Pv-Aa", numbers=[11, 12, 14])
-    with pytest.raises(ValueError, match="one of error, truncate, split, got 'cut'"):
+    with pytest.raises(ValueError, match="error, truncate or split, got 'cut'"):
         ns.translate(toy_model, toy_tokenizer, sentences, "Pv-Aa", long_sentences="cut")
 
     def pieces(how: str) -> list[str]:
