@@ -28,10 +28,7 @@ from neuron_specialization.translation.text_files import weights_of
 from neuron_specialization.translation.tokenization import encode
 from neuron_specialization.translation.translate import pair_tokens, text_of, translate_tokens
 
-UNUSED = (
-    "language_pairs train_file validation_file source_tag pivot max_length max_sentences drop_faulty"
-    " preprocessing_num_workers"
-).split()
+UNUSED = "language_pairs train_file validation_file source_tag pivot max_length max_sentences drop_faulty".split()
 
 
 @dataclass

@@ -17,7 +17,7 @@ from neuron_specialization.translation.identification import record_corpus_parts
 from neuron_specialization.translation.processes import this_process
 from neuron_specialization.translation.results import table, write_results
 
-UNUSED = ("train_file", "test_file", "pivot", "drop_faulty", "preprocessing_num_workers")
+UNUSED = ("train_file", "test_file", "pivot", "drop_faulty")
 
 
 @dataclass

@@ -57,7 +57,6 @@ def main() -> None:
         language_tokens=data.tokens,
         source_tag=data.source_tag,
         max_length=data.max_length,
-        preprocessing_num_workers=data.preprocessing_num_workers,
     )
     report_training(training.output_dir, metrics, checked, pretrain, data, training)
 

@@ -62,7 +62,6 @@ def main() -> None:
         language_tokens=tokens,
         source_tag=data.source_tag,
         max_length=data.max_length,
-        preprocessing_num_workers=data.preprocessing_num_workers,
     )
     report_training(training.output_dir, metrics, checked, args, where, data, training)
 

@@ -32,7 +32,6 @@ class DataArguments:
     pivot: str | None = field(default=None, metadata={"help": "Language of the one-to-many and many-to-one averages."})
     max_length: int = field(default=128, metadata={"help": "Training text is truncated to this many tokens."})
     max_sentences: int | None = field(default=None, metadata={"help": "Maximum of sentence pairs per direction."})
-    preprocessing_num_workers: int = field(default=1, metadata={"help": "Processes that tokenize the training data."})
     drop_faulty: bool = field(default=False, metadata={"help": "Drop what the data check finds, not only report it."})
 
     def load(self, split: str, **changes: Any) -> dict[str, Dataset]:

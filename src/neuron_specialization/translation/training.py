@@ -53,6 +53,7 @@ class SpecializationTrainingArguments(Seq2SeqTrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: batches carry their pairs."})
     ddp_broadcast_buffers: bool = field(default=False, metadata={"help": "Off: masks never change."})
     ddp_find_unused_parameters: bool = field(default=False, metadata={"help": "Off: every layer trains every step."})
+    preprocessing_num_workers: int = field(default=1, metadata={"help": "Processes that tokenize."})
     save_total_limit: int = field(default=2, metadata={"help": "Checkpoints to keep, the best among them."})
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Discard the run that output_dir holds, and start anew."}
@@ -208,7 +209,6 @@ def fit(
     language_tokens: Mapping[str, str] | None = None,
     source_tag: str = "source",
     max_length: int = 128,
-    preprocessing_num_workers: int = 1,
 ) -> dict[str, Any]:
     """Train `model` on every direction of `train`, resuming from the newest complete checkpoint if there is one.
 
@@ -231,7 +231,6 @@ def fit(
         language_tokens: language code → language token, where codes are not tokens themselves.
         source_tag: what the tag on the source side names.
         max_length: truncate training text to this many tokens.
-        preprocessing_num_workers: processes that tokenize.
 
     Returns:
         The Trainer's metrics, with "updates", "base_validation_loss" and (under masks) "masked_validation_loss" before
@@ -258,7 +257,7 @@ def fit(
     options: dict[str, Any] = {"source_tag": source_tag, "max_length": max_length}
     with args.main_process_first(desc="tokenizing"):
         data = {
-            name: encode_parallel(part, tokenizer, tokens, **options, num_workers=preprocessing_num_workers)
+            name: encode_parallel(part, tokenizer, tokens, **options, num_workers=args.preprocessing_num_workers)
             for name, part in text.items()
         }
     settings = {"language_pairs": pairs, "language_tokens": tokens, **options}
