@@ -28,7 +28,8 @@ FREE_ARGUMENTS = (
     "logging_", "log_", "disable_tqdm", "report_to", "run_name", "project", "trackio_", "hub_", "push_to_hub",
     "include_", "skip_memory_metrics", "debug", "save_", "enable_jit_checkpoint", "eval_accumulation_steps",
     "use_cpu", "local_rank", "ddp_", "fsdp", "accelerator_config", "parallelism_config", "gradient_accumulation_steps",
-    "dataloader_", "preprocessing_", "activation_checkpointing", "gradient_checkpointing", "torch_compile", "torch_empty_cache_steps",
+    "dataloader_", "preprocessing_", "activation_checkpointing", "gradient_checkpointing", "torch_compile",
+    "torch_empty_cache_steps",
     "generation_", "predict_with_generate", "sortish_sampler", "length_column_name", "prediction_loss_only",
 )  # fmt: skip
 _FREE_ADAPTER_SETTINGS = (
