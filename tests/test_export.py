@@ -1,5 +1,6 @@
 """A pair as a smaller plain model, in memory and as a checkpoint."""
 
+import copy
 import subprocess
 import sys
 
@@ -28,7 +29,7 @@ from neuron_specialization.translation.translate import text_of, translate_token
 
 from . import architectures
 from .conftest import PAIRS, make_batch, make_m2m100, make_masks, make_t5
-from .test_conventions import TEXT, m2m100, m2m_model, madlad, mbart25, mbart50, mbart_model, nllb, t5
+from .test_conventions import CONVENTIONS, TEXT, m2m100, m2m_model, madlad, mbart25, mbart50, mbart_model, nllb, t5
 
 MODELS = {"plain": make_m2m100, "gated": make_t5, "t5": lambda: make_t5("relu")}
 INPUTS = {key: make_batch()[key] for key in ("input_ids", "attention_mask")} | {"max_new_tokens": 8, "num_beams": 3}
@@ -173,6 +174,26 @@ def test_the_t5_family_scales_its_output_in_ctranslate2_as_in_transformers(famil
     assert found == expected and model.config.tie_word_embeddings
 
 
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_every_convention_translates_in_ctranslate2_as_in_transformers(convention, tmp_path):
+    """mBART-25's decoder starts with the target's tag, mBART-50's with the end token and then the tag."""
+    pytest.importorskip("ctranslate2")
+    make_tokenizer, make_model, source_tag = CONVENTIONS[convention]
+    tokenizer, tokens = make_tokenizer(tmp_path)
+    torch.manual_seed(0)
+    model = make_model(tokenizer)
+    before = copy.deepcopy(vars(model.config))
+    options = {"language_tokens": tokens, "source_tag": source_tag, "num_beams": 3, "max_length": 14}
+    expected = translate_tokens(model, tokenizer, TEXT, "en-de", **options)
+    save_ctranslate2(model, tokenizer, tmp_path / "float32")
+    if convention.startswith("mbart"):
+        assert vars(model.config) == before
+    translator = load_ctranslate2(tmp_path / "float32", threads=1)
+    encoded = encode(tokenizer, "en-de", TEXT, None, tokens, source_tag)["input_ids"]
+    target = tokens["de"] if source_tag == "source" else None
+    assert translate_ctranslate2(translator, tokenizer, encoded, target, num_beams=3, max_length=13) == expected
+
+
 def test_modules_trained_beside_the_masks_are_exported():
     model = make_m2m100()
     config = ns.NeuronSpecializationConfig(
@@ -239,6 +260,22 @@ def test_every_merge_of_a_token_stays(tmp_path):
     assert [[cut.ids[i] for i in ids] for ids in trimmed.generation_config.bad_words_ids] == [[4, 5]]
 
 
+@pytest.mark.parametrize("affixes", [{"end_of_word_suffix": "</w>"}, {"continuing_subword_prefix": "##"}])
+def test_characters_with_marks_of_their_place_in_the_word_stay(affixes):
+    """Words of BPE tokenizers such as FSMT's end in "d</w>", which is a character as "d" is."""
+    suffix, prefix = affixes.get("end_of_word_suffix", ""), affixes.get("continuing_subword_prefix", "")
+    characters = [*"abcd", *(f"{prefix}{c}{suffix}" for c in "abcd")]
+    merges = [("a", f"{prefix}b{suffix}"), ("c", f"{prefix}d{suffix}")]
+    words = ["<s>", "<pad>", "</s>", "<unk>", *characters, f"ab{suffix}", f"cd{suffix}"]
+    model = BPE({word: i for i, word in enumerate(words)}, merges, unk_token="<unk>", **affixes)
+    names = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), **names)
+    assert tokenizer.tokenize("cd") == [f"cd{suffix}"]
+    _, smaller, _ = trim_vocabulary(make_m2m100(), tokenizer, ["ab"], ["<s>"])
+    assert smaller.tokenize("ab") == [f"ab{suffix}"]
+    assert smaller.tokenize("cd") == ["c", f"{prefix}d{suffix}"] and f"cd{suffix}" not in smaller.get_vocab()
+
+
 def test_tokenizers_that_cannot_be_trimmed_are_refused(tmp_path):
     tokenizer, _ = m2m100(tmp_path)
     with pytest.raises(ValueError, match="Only BPE and Unigram tokenizers.*M2M100Tokenizer"):
@@ -257,7 +294,7 @@ def test_unknown_characters_stay_unknown_in_a_trimmed_t5(tmp_path):
 
 def test_sentences_that_name_another_language_are_refused(tmp_path):
     tokenizer, tokens = nllb(tmp_path)
-    with pytest.raises(ValueError, match="would cut 'fra_Latn is a tag' .* Leave the sentence out of the text"):
+    with pytest.raises(ValueError, match="would cut 'fra_Latn is a tag' .* Leave the sentence out"):
         trim_vocabulary(m2m_model(tokenizer), tokenizer, [*TEXT[:2], "fra_Latn is a tag"], ["eng_Latn", "deu_Latn"])
 
 

@@ -34,8 +34,8 @@ def save_ctranslate2(
         """CTranslate2's own converter reads from the disk, where layers of one stack cannot differ in width."""
 
         def _load(self) -> Any:
-            with _output_scaling_where_expected(model.config):
-                return loader(model, tokenizer)
+            with _facts_where_expected(model.config, tokenizer):
+                return loader(model, _WholeVocabulary(tokenizer, len(model.get_input_embeddings().weight)))
 
     with atomic_directory(directory) as fresh:
         FromMemory().convert(str(fresh), quantization=quantization, force=True)
@@ -107,18 +107,53 @@ def check_convertible(model: Any, quantization: str | None) -> Any:
     return loader
 
 
-@contextmanager
-def _output_scaling_where_expected(config: Any) -> Iterator[None]:
-    """Tell CTranslate2 whether a T5 model scales the decoder's output before its LM head.
+class _WholeVocabulary:
+    """A tokenizer with an entry for every row of the embeddings: CTranslate2 takes the n-th entry for row n.
 
-    CTranslate2 reads it from `tie_word_embeddings`. transformers 5 sets that for all of the family, and keeps the
-    answer in `scale_decoder_outputs` (T5) or in the code (mT5 never scales).
+    mBART-50's vocabulary has a hole, and M2M100's tags are not in its own.
     """
-    scales = {"t5": getattr(config, "scale_decoder_outputs", None), "mt5": False}.get(config.model_type)
-    tied = config.tie_word_embeddings
+
+    num_madeup_words = 0  # M2M100's tokenizer knows how many entries CTranslate2 has to add: none are left
+
+    def __init__(self, tokenizer: Any, rows: int) -> None:
+        self._tokenizer, self._rows = tokenizer, rows
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    @property
+    def bos_token(self) -> str:
+        """mBART-50's tokenizer has none, and CTranslate2 cannot read a model without; it is never put anywhere."""
+        return self._tokenizer.bos_token or self._tokenizer.eos_token
+
+    def get_vocab(self) -> dict[str, int]:
+        vocabulary = {**self._tokenizer.get_vocab(), **getattr(self._tokenizer, "lang_token_to_id", {})}
+        taken = set(vocabulary.values())
+        return vocabulary | {f"<unused_{i}>": i for i in range(self._rows) if i not in taken}
+
+
+@contextmanager
+def _facts_where_expected(config: Any, tokenizer: Any) -> Iterator[None]:
+    """Put what CTranslate2 has to know of a model into the fields of its config where CTranslate2 looks for it."""
+    facts: dict[str, Any] = {}
+    if config.model_type in ("t5", "mt5"):
+        # Whether the decoder's output is scaled before the LM head: read from `tie_word_embeddings`, which
+        # transformers 5 sets for all of the family; the answer is in `scale_decoder_outputs` (mT5 never scales).
+        facts["tie_word_embeddings"] = config.model_type == "t5" and config.scale_decoder_outputs
+    if config.model_type == "mbart":
+        # The code of transformers is pre-norm, and its config need not say so.
+        facts["normalize_before"] = True
+        # Whether the tag opens the decoder's input itself (mBART-25: it ends the labels, and the last label is moved
+        # to the front) or follows the end token (mBART-50).
+        follows = tokenizer("")["input_ids"][-1] == tokenizer.eos_token_id
+        facts["tokenizer_class"] = "MBart50Tokenizer" if follows else "MBartTokenizer"
+    before = {name: vars(config).get(name) for name in facts}
     try:
-        if scales is not None:
-            config.tie_word_embeddings = scales
+        vars(config).update(facts)
         yield
     finally:
-        config.tie_word_embeddings = tied
+        for name, value in before.items():
+            if value is None:
+                del vars(config)[name]
+            else:
+                vars(config)[name] = value

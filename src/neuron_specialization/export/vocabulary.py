@@ -111,15 +111,19 @@ def _rewrite(written: dict[str, Any], used: set[str], wanted_tags: set[str], tag
         model["vocab"] if isinstance(model["vocab"], dict) else {t: i for i, (t, _) in enumerate(model["vocab"])}
     )
     added = [entry for entry in written["added_tokens"] if entry["content"] not in tags - wanted_tags]
-    kept = {token for token in vocabulary if len(token) == 1 or token.startswith("<0x")}
+    # BPE may mark the place in a word: "d</w>" ends one, "##d" goes on with one
+    prefix, suffix = model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""
+    characters = {t for t in vocabulary if len(t) == 1 or len(t.removeprefix(prefix).removesuffix(suffix)) == 1}
+    kept = characters | {token for token in vocabulary if token.startswith("<0x")}
     kept |= (used | {entry["content"] for entry in added} | wanted_tags | {str(model.get("unk_token"))}) - (
         tags - wanted_tags
     )
     if model["type"] == "Unigram":  # classes that build one count on the places of <unk> and of what is before it
         kept |= {token for token, _ in model["vocab"][: (model["unk_id"] or 0) + 1]}
     if model["type"] == "BPE":
-        kept |= _parts(model["merges"], kept)
-        model["merges"] = [m for m in model["merges"] if {m[0], m[1], m[0] + m[1]} <= kept]
+        merges = [(left, right, left + right.removeprefix(prefix)) for left, right in model["merges"]]
+        kept |= _parts(merges, kept)
+        model["merges"] = [[left, right] for left, right, whole in merges if {left, right, whole} <= kept]
     ordered = [token for token in sorted(vocabulary, key=vocabulary.__getitem__) if token in kept]
     ids = {token: i for i, token in enumerate(ordered)}
     for entry in added:
@@ -135,15 +139,15 @@ def _rewrite(written: dict[str, Any], used: set[str], wanted_tags: set[str], tag
     return set(ids)
 
 
-def _parts(merges: list, kept: set[str]) -> set[str]:
-    """Return every token that a kept one can be merged from, however deep.
+def _parts(merges: list[tuple[str, str, str]], kept: set[str]) -> set[str]:
+    """Return every token that a kept one can be merged from (left, right, whole), however deep.
 
     Tokenizers made from sentencepiece hold several merges for one token, and which of them applies depends on the
     merges before: all have to stay for the same text to be cut the same.
     """
     halves: dict[str, set[str]] = {}
-    for left, right in merges:
-        halves.setdefault(left + right, set()).update((left, right))
+    for left, right, whole in merges:
+        halves.setdefault(whole, set()).update((left, right))
     found: set[str] = set()
     stack = [token for token in kept if token in halves]
     while stack:
