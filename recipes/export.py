@@ -16,6 +16,7 @@ from neuron_specialization.export import ctranslate2
 from neuron_specialization.export.compaction import save_compact
 from neuron_specialization.export.vocabulary import check_trimmable, trim_vocabulary, unknown_rate
 from neuron_specialization.neurons.adapter_file import PREFIX
+from neuron_specialization.neurons.files import atomic_directory, check_not_input, check_replaceable
 from neuron_specialization.neurons.language_pairs import split_pair
 from neuron_specialization.translation.arguments import DataArguments, ModelArguments
 from neuron_specialization.translation.checkpoints import load_adapted, load_checkpoint
@@ -31,12 +32,18 @@ from neuron_specialization.translation.translate import pair_tokens, text_of, tr
 UNUSED = "language_pairs train_file validation_file source_tag pivot max_length max_sentences drop_faulty".split()
 
 
+FILES = ("results.json", "checkpoint/config.json", "ctranslate2/model.bin")
+
+
 @dataclass
 class ExportArguments:
     """What to export, and how to check it."""
 
     pair: str = field(metadata={"help": "Direction to keep, such as en-de."})
     output_dir: str = field(metadata={"help": "Where the models and results.json go."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Replace files of the same names that are not of this package's making."}
+    )
     trim_vocabulary: str | None = field(
         default=None, metadata={"help": "Keep only the tokens of this parallel text of the pair."}
     )
@@ -53,6 +60,9 @@ def main() -> None:
         return  # one pair is the work of one process
     target = split_pair(args.pair)[1]
     check_scorers([target])
+    output = Path(args.output_dir)
+    check_not_input(output / "checkpoint", where.model_name_or_path)
+    check_replaceable(output, FILES, args.overwrite_output_dir)
     data.language_pairs = [args.pair]
     sample = data.load("test", max_sentences=args.sample)[args.pair]
     sources, references = sample["source"][:], sample["target"][:]
@@ -79,16 +89,16 @@ def main() -> None:
         vocabulary = {"before": cut.before, "after": cut.after, "unknown rate": unknown}
         print(f"vocabulary: {cut.before} -> {cut.after} tokens; {unknown:.2%} of the sample's tokens are now unknown")
         tokenizer = trimmed
-    directory = Path(args.output_dir) / "checkpoint"
-    padded = save_compact(small, directory, tokenizer)
+    directory = output / "checkpoint"
+    padded = save_compact(small, directory, tokenizer, args.overwrite_output_dir)
     reloaded, tokenizer = load_checkpoint(str(directory))
     found = translate_tokens(reloaded.to(device), tokenizer, sources, args.pair, **options)
     rows.append(row("checkpoint", padded.parameters(), directory, tokenizer, found, expected))
     if not args.trim_vocabulary and found != expected:
         print("The checkpoint translates some sentences differently; that is expected only of near ties.")
     if args.quantization:
-        directory = Path(args.output_dir) / "ctranslate2"
-        ctranslate2.save_ctranslate2(small, tokenizer, directory, args.quantization)
+        directory = output / "ctranslate2"
+        ctranslate2.save_ctranslate2(small, tokenizer, directory, args.quantization, args.overwrite_output_dir)
         longest = getattr(small.config, "max_position_embeddings", 256) - 1
         found = ctranslate2.translate_ctranslate2(
             ctranslate2.load_ctranslate2(directory),
@@ -105,7 +115,9 @@ def main() -> None:
     print(table(rows))
     arguments = [vars(args), vars(where), vars(data)]
     results = {"exports": rows, "vocabulary": vocabulary, "sentences": len(sources), "arguments": arguments}
-    print(f"wrote {write_results(args.output_dir, {'pair': args.pair, **results})}")
+    with atomic_directory(output, args.overwrite_output_dir) as folder:
+        write_results(folder, {"pair": args.pair, **results})
+    print(f"wrote {output / 'results.json'}")
 
 
 def row(name: str, parameters, where: Path | int, tokenizer, found: list, expected: list) -> dict:

@@ -9,6 +9,8 @@ import time
 from dataclasses import dataclass, field
 
 import neuron_specialization as ns
+from neuron_specialization.neurons.adapter_file import CONFIG_NAME, WEIGHTS_NAME
+from neuron_specialization.neurons.files import atomic_directory, check_not_input, check_replaceable
 from neuron_specialization.neurons.stability import stability
 from neuron_specialization.translation.arguments import DataArguments, ModelArguments
 from neuron_specialization.translation.checkpoints import load_adapted
@@ -20,11 +22,17 @@ from neuron_specialization.translation.results import table, write_results
 UNUSED = ("train_file", "test_file", "pivot", "drop_faulty")
 
 
+FILES = (CONFIG_NAME, WEIGHTS_NAME, "counts.safetensors", "results.json")
+
+
 @dataclass
 class IdentifyArguments:
     """How neurons are selected."""
 
     output_dir: str = field(metadata={"help": "Adapter directory to write."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Replace files of the same names that are not of this package's making."}
+    )
     k: float = field(default=0.95, metadata={"help": "Share of all activations that the kept neurons make up."})
     encoder_k: float | None = field(default=None, metadata={"help": "Another share for the encoder."})
     decoder_k: float | None = field(default=None, metadata={"help": "Another share for the decoder."})
@@ -38,6 +46,8 @@ class IdentifyArguments:
 def main() -> None:
     args, where, data = parse(IdentifyArguments, ModelArguments, DataArguments, unused=UNUSED)
     selector = ns.CumulativeThreshold(args.k, args.encoder_k, args.decoder_k)
+    check_not_input(args.output_dir, where.adapter)
+    check_replaceable(args.output_dir, FILES, args.overwrite_output_dir)
     corpus = data.load("validation", max_sentences=data.max_sentences)
     model, tokenizer = load_adapted(where.model_name_or_path, where.adapter)
     started = time.perf_counter()
@@ -58,8 +68,6 @@ def main() -> None:
     masks = selector.select(counts)
     if not this_process().is_main_process:
         return
-    masks.save_pretrained(args.output_dir)
-    counts.save(f"{args.output_dir}/counts.safetensors")
     kept = {pair: {name: 1 - share for name, share in masks.sparsity(pair).items()} for pair in masks.language_pairs}
     print("share of neurons kept")
     print(table([{"block": name, **{pair: kept[pair][name] for pair in kept}} for name in masks.rows]))
@@ -72,7 +80,11 @@ def main() -> None:
     }
     if args.stability:
         results["stability"] = report_stability(stability(parts, selector))
-    print(f"wrote {args.output_dir} ({seconds:.1f} s) and {write_results(args.output_dir, results)}")
+    with atomic_directory(args.output_dir, args.overwrite_output_dir) as folder:
+        masks.save_pretrained(folder)
+        counts.save(folder / "counts.safetensors")
+        write_results(folder, results)
+    print(f"wrote {args.output_dir} ({seconds:.1f} s of recording)")
 
 
 def report_stability(result: dict) -> dict:

@@ -1,5 +1,6 @@
 """The adapter's configuration: what the user chooses, and what adapter_config.json keeps beside the tensors."""
 
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from os import PathLike
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 from peft import PeftConfig
 
 from ..neurons import adapter_file
+from ..neurons.files import complete_writing
 from ..neurons.language_pairs import DEFAULT_PAIR, Routes, check_source_tag
 from ..neurons.masks import NeuronMasks, check_format_version
 from .registration import NATIVE_OR_OWN
@@ -133,6 +135,8 @@ class NeuronSpecializationConfig(PeftConfig):
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> "NeuronSpecializationConfig":
         """Read adapter_config.json, and check that the weights beside it are the ones it was written for."""
+        with suppress(OSError):  # where it may only be read, the digest tells
+            complete_writing(Path(pretrained_model_name_or_path, subfolder or ""))
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if not isinstance(config, cls):
             return config

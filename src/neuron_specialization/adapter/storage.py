@@ -1,6 +1,7 @@
 """Check adapter files before loading them, and write adapter directories atomically."""
 
 import functools
+import shutil
 from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
@@ -25,12 +26,22 @@ from .layer import NeuronSpecializationLayer
 from .rollback import rolled_back_on_error
 
 
-def save_adapter(model: PeftModel, directory: str | PathLike[str], **kwargs: Any) -> None:
-    """Save a model's adapters as `save_pretrained` does, replacing the whole directory at the end.
+def save_adapter(model: PeftModel, directory: str | PathLike[str], *, overwrite: bool = False, **kwargs: Any) -> None:
+    """Save a model's adapters as `save_pretrained` does, all files together.
 
-    An existing `directory` is replaced; if saving fails, it is left unchanged.
+    Args:
+        model: model with adapters.
+        directory: where to save; files of an earlier adapter of this method there are replaced, others stay.
+        overwrite: also replace files of the same names that this package did not write.
+        **kwargs: passed to `save_pretrained`.
+
+    Raises:
+        ValueError: if `directory` holds files of these names that this package did not write.
     """
-    with atomic_directory(directory) as fresh:
+    with atomic_directory(directory, overwrite) as fresh:
+        card = Path(directory) / "README.md"
+        if card.is_file():  # PEFT updates a card and keeps what its author wrote
+            shutil.copy(card, fresh)
         model.save_pretrained(str(fresh), **kwargs)
 
 

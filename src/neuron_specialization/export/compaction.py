@@ -56,21 +56,22 @@ def compact(model: nn.Module, pair: str) -> Any:
     return make_trainable(base)
 
 
-def save_compact(model: Any, directory: str | PathLike[str], tokenizer: Any = None) -> Any:
+def save_compact(model: Any, directory: str | PathLike[str], tokenizer: Any = None, overwrite: bool = False) -> Any:
     """Write a compact model as a checkpoint that transformers loads without this package, and return that model.
 
     transformers knows one width per stack, so narrower layers are filled up with neurons that are always silent.
 
     Args:
         model: what `compact` returned; it is left as it is.
-        directory: where to write; replaced as a whole.
+        directory: where to write; see `neurons.files.atomic_directory`.
         tokenizer: written beside it.
+        overwrite: also replace files of the same names that this package did not write.
 
     Raises:
         ValueError: if the model's config has no FFN width that could be set.
     """
     padded = pad_stacks(copy.deepcopy(model))
-    with atomic_directory(directory) as fresh:
+    with atomic_directory(directory, overwrite) as fresh:
         padded.save_pretrained(fresh)
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)

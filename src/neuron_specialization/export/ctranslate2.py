@@ -1,27 +1,32 @@
 """Compact models for CTranslate2, converted from memory: it reads each layer's width, so nothing is filled up."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from os import PathLike
 from typing import Any
 
 import torch
 
-from ..neurons.files import atomic_directory
+from ..neurons.files import atomic_directory, complete_writing
 
 QUANTIZATIONS = ("float32", "float16", "bfloat16", "int16", "int8", "int8_float32", "int8_float16", "int8_bfloat16")
 
 
 def save_ctranslate2(
-    model: Any, tokenizer: Any, directory: str | PathLike[str], quantization: str | None = None
+    model: Any,
+    tokenizer: Any,
+    directory: str | PathLike[str],
+    quantization: str | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Convert a plain transformers model, such as `ns.compact` returns, into a CTranslate2 model directory.
 
     Args:
         model: the model; it may be ragged.
         tokenizer: its tokenizer, written beside the converted model.
-        directory: where to write; replaced as a whole.
+        directory: where to write; see `neurons.files.atomic_directory`.
         quantization: one of QUANTIZATIONS, or None to keep the type of the weights.
+        overwrite: also replace files of the same names that this package did not write.
 
     Raises:
         ValueError: if CTranslate2 cannot convert this architecture, or does not know the quantization.
@@ -37,7 +42,7 @@ def save_ctranslate2(
             with _facts_where_expected(model.config, tokenizer):
                 return loader(model, _WholeVocabulary(tokenizer, len(model.get_input_embeddings().weight)))
 
-    with atomic_directory(directory) as fresh:
+    with atomic_directory(directory, overwrite) as fresh:
         FromMemory().convert(str(fresh), quantization=quantization, force=True)
         tokenizer.save_pretrained(fresh)
 
@@ -53,6 +58,8 @@ def load_ctranslate2(directory: str | PathLike[str], threads: int = 0) -> Any:
     """
     from ctranslate2 import Translator
 
+    with suppress(OSError):
+        complete_writing(directory)
     of_torch = torch.get_num_threads()
     try:
         return Translator(str(directory), intra_threads=threads)

@@ -6,6 +6,7 @@ rest. Files are plain PEFT adapters: no key or value is translated on loading.
 """
 
 import hashlib
+from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
+
+from .files import complete_writing
 
 FORMAT_VERSION = 1
 PEFT_TYPE = "NEURON_SPECIALIZATION"
@@ -123,6 +126,8 @@ def fetch(location: str | PathLike[str], filename: str, **hub: Any) -> Path:
     """
     directory = Path(location)
     if directory.is_dir():
+        with suppress(OSError):  # where it may only be read, what follows tells
+            complete_writing(directory)
         if not (directory / filename).is_file():
             raise ValueError(
                 f"{directory} is not an adapter directory: it has no {filename}. Expected what save_pretrained or "

@@ -1,39 +1,159 @@
-"""Directories that are written whole or not at all."""
+"""Write the files of a directory together, and touch no file that is not ours.
 
+Files are written into a hidden folder inside the target first. Renaming that folder marks it complete; then its files
+are moved into place one by one. What an interruption leaves is completed at the next read or write. A list of the
+files written stays beside them: only those may be replaced or removed later.
+"""
+
+import json
 import os
+import re
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 
+WRITTEN = ".written_by_neuron_specialization.json"
+_PARTIAL = ".neuron_specialization_partial"
+_COMPLETE = ".neuron_specialization_complete"
+# one checkpoint's or adapter's weights, in whatever format and number of files they are written
+_WEIGHTS = re.compile(r"(.*/)?(adapter_)?(?:pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+
 
 @contextmanager
-def atomic_directory(directory: str | PathLike[str]) -> Iterator[Path]:
-    """Write a whole directory or nothing: yield an empty sibling, then put it in the place of `directory`.
+def atomic_directory(directory: str | PathLike[str], overwrite: bool = False) -> Iterator[Path]:
+    """Write several files into a directory together: yield an empty folder, then move its files into `directory`.
 
-    An existing directory is replaced. If the body raises, it is left unchanged.
+    Files that this package wrote there earlier are replaced; weights among them that would be read in place of the new
+    ones are removed. All other files stay. If the body raises, nothing changes.
+
+    Args:
+        directory: where to write; made if need be.
+        overwrite: also replace files of the same names that this package did not write.
+
+    Raises:
+        ValueError: if `directory` is a file, or holds files of these names that this package did not write.
     """
     target = Path(directory).absolute()
-    if target.is_file():
-        raise ValueError(f"{target} is a file; expected the path of a directory to write.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    made = not target.exists()
+    fresh = begin_writing(target)
     try:
-        os.chmod(fresh, 0o755)  # mkdtemp makes it private to the user
         yield fresh
-        replace_directory(fresh, target)
+        finish_writing(target, overwrite)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+        if made and target.is_dir() and not any(target.iterdir()):
+            target.rmdir()
 
 
-def replace_directory(fresh: Path, target: Path) -> None:
-    """Move `fresh` to `target`, in the place of what stands there."""
-    if not target.exists():
-        os.replace(fresh, target)
+def begin_writing(target: Path) -> Path:
+    """Return an empty folder inside `target` to write into, for `finish_writing`; `target` is made if need be."""
+    if target.is_file():
+        raise ValueError(f"{target} is a file; expected the path of a directory to write.")
+    complete_writing(target)
+    partial = partial_folder(target)
+    shutil.rmtree(partial, ignore_errors=True)  # what a process that was killed left there
+    partial.mkdir(parents=True)
+    return partial
+
+
+def partial_folder(target: Path) -> Path:
+    """Return the folder inside `target` that `begin_writing` makes."""
+    return target / _PARTIAL
+
+
+def finish_writing(target: Path, overwrite: bool = False) -> None:
+    """Move what was written into the folder that `begin_writing` returned into its place in `target`."""
+    partial = partial_folder(target)
+    files = sorted(path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file())
+    files = [name for name in files if name != WRITTEN]
+    check_replaceable(target, files, overwrite)
+    (partial / WRITTEN).write_text(json.dumps(files, indent=1) + "\n")
+    os.rename(partial, target / _COMPLETE)
+    complete_writing(target)
+
+
+def check_replaceable(target: str | PathLike[str], files: Iterable[str], overwrite: bool = False) -> None:
+    """Check that writing files into a directory would replace no file of the user's.
+
+    Args:
+        target: the directory.
+        files: paths of the files, relative to it.
+        overwrite: whether files that this package did not write may be replaced all the same.
+
+    Raises:
+        ValueError: naming those that may not.
+    """
+    target = Path(target)
+    ours = _written(target)
+    others = [name for name in files if name not in ours and (target / name).exists()]
+    others = [name for name in others if Path(name).name not in _written((target / name).parent)]
+    folders = [name for name in others if (target / name).is_dir()]
+    if folders or (others and not overwrite):
+        raise ValueError(
+            f"{target} already holds {', '.join(others[:5])}, which neuron-specialization did not write there. Choose "
+            "another directory"
+            + (
+                "."
+                if folders
+                else ", or replace these files with overwrite=True (in recipes: --overwrite_output_dir)."
+            )
+        )
+
+
+def check_not_input(directory: str | PathLike[str], *inputs: str | PathLike[str] | None) -> None:
+    """Raise ValueError if `directory`, which is about to be written, is one of the inputs."""
+    for location in inputs:
+        if location is not None and Path(location).exists() and Path(location).resolve() == Path(directory).resolve():
+            raise ValueError(f"{location} is an input, and would be written over. Choose another output directory.")
+
+
+def complete_writing(target: str | PathLike[str]) -> None:
+    """Complete a writing that was interrupted while its files were moved into place, if there is one."""
+    target = Path(target)
+    complete = target / _COMPLETE
+    if not complete.is_dir():
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-    os.replace(target, old / "replaced")
-    os.replace(fresh, target)
-    shutil.rmtree(old)
+    new = _listed(complete / WRITTEN)
+    for name in new:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        _move(complete / name, target / name)
+    families = {_weights_family(name) for name in new} - {None}
+    stale = {name for name in _written(target) - new if _weights_family(name) in families}
+    for name in stale:
+        (target / name).unlink(missing_ok=True)
+    (complete / WRITTEN).write_text(json.dumps(sorted((_listed(target / WRITTEN) | new) - stale), indent=1) + "\n")
+    _move(complete / WRITTEN, target / WRITTEN)
+    shutil.rmtree(complete, ignore_errors=True)
+
+
+def _move(source: Path, destination: Path) -> None:
+    try:
+        os.replace(source, destination)
+    except FileNotFoundError:
+        if not destination.exists():  # it has not been moved before, by the process that was interrupted
+            raise
+
+
+def _written(target: Path) -> set[str]:
+    """Return the files in `target` that this package wrote, PEFT's saving of its adapters included."""
+    config = target / "adapter_config.json"
+    files = _listed(target / WRITTEN)
+    if config.is_file() and '"NEURON_SPECIALIZATION"' in config.read_text(errors="replace"):
+        files |= {"README.md", "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"}
+    return files
+
+
+def _weights_family(name: str) -> tuple[str | None, ...] | None:
+    match = _WEIGHTS.fullmatch(name)
+    return match and match.group(1, 2)
+
+
+def _listed(path: Path) -> set[str]:
+    """Return the names in a list of files written; none that would lead out of its directory."""
+    try:
+        names = json.loads(path.read_text()) if path.is_file() else []
+    except ValueError:
+        return set()
+    return {name for name in names if isinstance(name, str) and not {"..", "/"} & set(Path(name).parts)}

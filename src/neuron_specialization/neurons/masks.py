@@ -138,7 +138,7 @@ class NeuronMasks:
             "base_model_name_or_path": self.base_model_name_or_path,
         }
 
-    def save_pretrained(self, directory: str | PathLike[str]) -> None:
+    def save_pretrained(self, directory: str | PathLike[str], overwrite: bool = False) -> None:
         """Write an adapter directory that holds only masks; PEFT loads it like any adapter (`trainable="none"`)."""
         tensors = {mask_key(name): adapter_file.pack_rows(rows) for name, rows in self.rows.items()}
         config: dict[str, Any] = {
@@ -151,7 +151,7 @@ class NeuronMasks:
         }
         for name, rows in self.rows.items():
             adapter_file.check_packed_rows(mask_key(name), tensors[mask_key(name)], *rows.shape)
-        with atomic_directory(directory) as fresh:
+        with atomic_directory(directory, overwrite) as fresh:
             save_file(tensors, fresh / adapter_file.WEIGHTS_NAME, metadata={"format": "pt"})
             config["weights_digest"] = adapter_file.file_digest(fresh / adapter_file.WEIGHTS_NAME)
             (fresh / adapter_file.CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -1,10 +1,13 @@
 """Load and create checkpoints; errors are raised early."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, M2M100Config, M2M100ForConditionalGeneration
+
+from ..neurons.files import complete_writing
 
 
 def load_checkpoint(location: str) -> tuple[Any, Any]:
@@ -17,6 +20,8 @@ def load_checkpoint(location: str) -> tuple[Any, Any]:
         ValueError: if a directory holds no checkpoint, or the model is not a seq2seq model.
     """
     directory = Path(location)
+    with suppress(OSError):  # where it may only be read, loading tells
+        complete_writing(directory)
     if directory.is_dir() and not (directory / "config.json").is_file():
         hint = (
             "it is an adapter directory: pass it as --adapter, and its base as --model_name_or_path"

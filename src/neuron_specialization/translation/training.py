@@ -1,6 +1,5 @@
 """Training: transformers' Seq2SeqTrainer, and what multilingual specialization needs in addition."""
 
-import shutil
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from transformers import (
 from ..adapter.active import active_config
 from ..adapter.routing import is_routed, router_of
 from ..neurons.base_model import unwrap
-from ..neurons.files import replace_directory
+from ..neurons.files import begin_writing, check_replaceable, finish_writing, partial_folder
 from .arrow import numpy_column
 from .batching import DirectionBatchSampler, TranslationCollator
 from .encoding import encode_parallel
@@ -241,6 +240,9 @@ def fit(
         ValueError: if the data, the masks or the settings do not fit together, or the output directory holds a run
             that depends on something else and `overwrite_output_dir` is off.
     """
+    directory = Path(str(args.output_dir)) / ("adapter" if is_routed(model) else "model")
+    files = ["adapter_config.json", "config.json", "model.safetensors"]
+    check_replaceable(directory, files, bool(args.overwrite_output_dir))
     pairs = list(train)
     tokens = resolve_tokens(tokenizer, pairs, language_tokens)
     if validation is not None and list(validation) != pairs:
@@ -273,8 +275,7 @@ def fit(
     if run.checkpoint is not None:
         this_process().print(f"resuming from step {run.checkpoint.rpartition('-')[2]}", flush=True)
     trained = trainer.train(resume_from_checkpoint=run.checkpoint)
-    directory = run.directory / ("adapter" if is_routed(model) else "model")
-    save_whole(trainer, directory)
+    save_whole(trainer, directory, bool(args.overwrite_output_dir))
     run.result = {
         "saved": str(directory),
         **trained.metrics,
@@ -308,17 +309,16 @@ class _MeasureAtStart(TrainerCallback):
                 print(", ".join(f"{name.replace('_', ' ')} {loss:.4f}" for name, loss in losses.items()), flush=True)
 
 
-def save_whole(trainer: Seq2SeqTrainer, directory: Path) -> None:
-    """Save a trainer's model and tokenizer, gathering shards, and replace the whole directory at the end."""
+def save_whole(trainer: Seq2SeqTrainer, directory: Path, overwrite: bool = False) -> None:
+    """Save a trainer's model and tokenizer, gathering shards; all files are moved into place together at the end."""
     process = this_process()
-    partial = directory.with_name(f".{directory.name}-partial")
     if process.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)  # left there by an interrupted run
+        begin_writing(directory)
     process.wait_for_everyone()
-    trainer.save_model(str(partial))
+    trainer.save_model(str(partial_folder(directory)))
     process.wait_for_everyone()
     if process.is_main_process:
-        replace_directory(partial, directory)
+        finish_writing(directory, overwrite)
     process.wait_for_everyone()
 
 
