@@ -62,10 +62,10 @@ def _save(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any])
 
 
 def _by_weight() -> dict[int, list[Any]]:
-    """Return the protected layers that train, grouped by their weight."""
+    """Return the protected layers that train, grouped by their weight; models described without weights do not."""
     groups: dict[int, list[Any]] = {}
     for layer in _protected:
-        if layer.weight.requires_grad:
+        if layer.weight.requires_grad and not layer.weight.is_meta:
             groups.setdefault(id(layer.weight), []).append(layer)
     return groups
 
