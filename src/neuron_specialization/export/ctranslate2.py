@@ -95,7 +95,7 @@ def translate_ctranslate2(
         max_decoding_length=max_length,
         max_batch_size=batch_size,
     )
-    special = set(tokenizer.all_special_tokens)
+    special = {*tokenizer.all_special_tokens, target_token}
     return [[token for token in result.hypotheses[0] if token not in special] for result in results]
 
 

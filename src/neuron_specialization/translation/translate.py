@@ -120,6 +120,8 @@ def _translate_ids(
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]), reverse=True)
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     translations: list[list[int]] = [[] for _ in encoded]
+    # M2M100's tokenizer does not count its tags among the special tokens, which decoding leaves out
+    tags = {tokenizer.convert_tokens_to_ids(token) for token in tokens.values()}
     training = model.training
     model.eval()
     try:
@@ -127,7 +129,7 @@ def _translate_ids(
             for batch in batches:
                 rows = _generate(model, tokenizer, [encoded[i] for i in batch], kwargs)
                 for i, row in zip(batch, rows, strict=True):
-                    translations[i] = row
+                    translations[i] = [token for token in row if token not in tags]
                 bar.update(len(batch))
     finally:
         model.train(training)
