@@ -246,3 +246,33 @@ def test_bad_input_ends_with_one_sentence(workspace, toy_files, toy_checkpoint, 
     printed = run(*(word.format(**places) for word in command), stdin="ba", fails=True, processes=processes)
     (said,) = [line for line in printed.splitlines() if line.startswith("Error: ")]
     assert message in said and "Traceback" not in printed
+
+
+def test_the_comparison_runs_by_stages_and_makes_its_tables_from_those_that_are_there(
+    workspace, toy_files, toy_checkpoint
+):
+    output = workspace / "comparison"
+    compare = (
+        *("compare_methods.py", "--model_name_or_path", str(toy_checkpoint), "--max_steps", "2", "--pivot", "Pv"),
+        *(w for s in ("train", "validation", "test") for w in (f"--{s}_file", str(toy_files / f"{s}.jsonl"))),
+        *("--language_pairs", *PAIRS[:2], "--per_device_train_batch_size", "8", "--output_dir", str(output)),
+        *("--methods", "fine_tune=2", "ours=1", "--num_beams", "1", "--evaluations", "1", "--max_length", "64"),
+    )
+    run(*compare, "--only", "fine_tune", "--seed", "1")
+    assert [path.parent.name for path in output.rglob("part.json")] == ["seed-1"]
+    printed = run(*compare)
+    assert "== ours, seed 0" in printed and "Premise not tested" in printed and "failed" in printed
+    results = json.loads((output / "results.json").read_text())
+    assert len(results["rows"]) == 3 * 2 and len(results["stages"]) == 3
+    keys = {"method", "seed", "direction", "loss", "chrf++", "bleu", "updates", "seconds"}
+    assert all(keys <= row.keys() for row in results["rows"]) and set(results["significance"]["ours"]) == {*PAIRS[:2]}
+    by_hand = [row["loss"] for row in results["rows"] if row["method"] == "ours"]
+    line = next(line for line in results["main"] if line["method"] == "ours")
+    assert line["loss all"] == pytest.approx(sum(by_hand) / len(by_hand))
+    assert (output / "differences.svg").read_text().count("<svg") == 1
+
+
+def test_toy_data_is_written_for_the_other_recipes(workspace):
+    printed = run("toy_data.py", "--output_dir", str(workspace / "toy"), "--families", "1", "--sentences", "9")
+    assert "--language_pairs Pv-Aa Pv-Ab" in printed
+    assert len((workspace / "toy" / "train.jsonl").read_text().splitlines()) == 9

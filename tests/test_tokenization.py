@@ -120,3 +120,13 @@ def test_toy_languages_depend_on_their_seed_and_relate_as_said():
     assert torch.tensor(within).mean() < 0.6
     with pytest.raises(ValueError, match="families"):
         ToyLanguages(families=9)
+
+
+def test_toy_languages_have_as_many_words_as_asked_for():
+    few, many = (ToyLanguages(1, 1, roots=roots).sentences(600, "train")["Pv"] for roots in (44, 220))
+    words = [
+        {word.removesuffix("s").removesuffix("ed") for text in texts for word in text.split()} for texts in (few, many)
+    ]
+    assert 40 <= len(words[0]) <= 44 < 200 <= len(words[1]) <= 220
+    with pytest.raises(ValueError, match="multiple of 11"):
+        ToyLanguages(roots=50)

@@ -13,7 +13,7 @@ from datasets import Dataset
 _ONSETS = ("p", "t", "k", "b", "d", "g", "m", "n", "s", "l", "r", "v", "z", "f")
 _VOWELS = ("a", "e", "i", "o", "u")
 _ORDERS = ("SVO", "SOV", "VSO", "VOS", "OVS", "OSV")
-_CLASSES = {"noun": 20, "verb": 12, "adjective": 8, "adverb": 4}
+_CLASSES = {"noun": 5, "verb": 3, "adjective": 2, "adverb": 1}  # shares of the roots, in elevenths
 PIVOT = "Pv"  # a capital, so that no language token occurs inside a word
 
 
@@ -33,20 +33,30 @@ class ToyLanguages:
         languages_per_family: languages in each; codes are a family letter and a language letter: "Aa", "Ab", "Ba".
         seed: everything drawn depends on it.
         replaced: share of roots that a language replaces by words of its own.
+        roots: number of roots in each language, a multiple of 11. In large lexicons a few words share a form.
     """
 
     def __init__(
-        self, families: int = 2, languages_per_family: int = 3, seed: int = 0, replaced: float = 0.15
+        self,
+        families: int = 2,
+        languages_per_family: int = 3,
+        seed: int = 0,
+        replaced: float = 0.15,
+        roots: int = 44,
     ) -> None:
         if families < 1 or families > len(_ORDERS) - 1 or languages_per_family < 1 or languages_per_family > 26:
             raise ValueError(f"Expected 1 to {len(_ORDERS) - 1} families of 1 to 26 languages.")
+        parts = sum(_CLASSES.values())
+        if roots < parts or roots % parts:
+            raise ValueError(f"Expected a multiple of {parts} roots (nouns, verbs, adjectives, adverbs), got {roots}.")
         self.seed = seed
         draw = np.random.default_rng([seed, 0])
-        self._lexicons = {PIVOT: _new_roots(draw)}
+        self._sizes = {name: share * roots // parts for name, share in _CLASSES.items()}
+        self._lexicons = {PIVOT: _new_roots(draw, self._sizes)}
         self._grammars = {PIVOT: _Grammar("SVO", True, "s", "ed")}
         self.family = {PIVOT: PIVOT}
         for f in range(families):
-            ancestor = _new_roots(draw)
+            ancestor = _new_roots(draw, self._sizes)
             order, adjective_first = _ORDERS[f + 1], bool(f % 2)
             for i in range(languages_per_family):
                 code = f"{chr(65 + f)}{chr(97 + i)}"
@@ -76,7 +86,7 @@ class ToyLanguages:
         Sentences of different splits are drawn independently; with the sizes used here few repeat.
         """
         draw = np.random.default_rng([self.seed, 1, *split.encode()])
-        meanings = [_meaning(draw) for _ in range(count)]
+        meanings = [_meaning(draw, self._sizes) for _ in range(count)]
         return Dataset.from_dict({code: [self._speak(code, m) for m in meanings] for code in self.languages})
 
     def _roots(self, code: str) -> list[str]:
@@ -95,20 +105,20 @@ class ToyLanguages:
         return " ".join(words)
 
 
-def _meaning(draw: np.random.Generator) -> dict:
+def _meaning(draw: np.random.Generator, sizes: dict[str, int]) -> dict:
     def thing() -> dict:
         return {
-            "noun": int(draw.integers(_CLASSES["noun"])),
-            "adjective": int(draw.integers(_CLASSES["adjective"])) if draw.random() < 0.6 else None,
+            "noun": int(draw.integers(sizes["noun"])),
+            "adjective": int(draw.integers(sizes["adjective"])) if draw.random() < 0.6 else None,
             "plural": bool(draw.random() < 0.4),
         }
 
     return {
         "subject": thing(),
         "object": thing(),
-        "verb": int(draw.integers(_CLASSES["verb"])),
+        "verb": int(draw.integers(sizes["verb"])),
         "past": bool(draw.random() < 0.5),
-        "adverb": int(draw.integers(_CLASSES["adverb"])) if draw.random() < 0.4 else None,
+        "adverb": int(draw.integers(sizes["adverb"])) if draw.random() < 0.4 else None,
     }
 
 
@@ -127,13 +137,13 @@ def _root(draw: np.random.Generator) -> str:
     return "".join(_syllable(draw) for _ in range(draw.integers(2, 4)))
 
 
-def _new_roots(draw: np.random.Generator) -> dict[str, list[str]]:
+def _new_roots(draw: np.random.Generator, sizes: dict[str, int]) -> dict[str, list[str]]:
     """Return word class → roots, all of them different."""
     drawn: dict[str, None] = {}
-    while len(drawn) < sum(_CLASSES.values()):
+    while len(drawn) < sum(sizes.values()):
         drawn[_root(draw)] = None
     roots = iter(drawn)
-    return {name: [next(roots) for _ in range(size)] for name, size in _CLASSES.items()}
+    return {name: [next(roots) for _ in range(size)] for name, size in sizes.items()}
 
 
 def _descend(ancestor: dict[str, list[str]], draw: np.random.Generator, replaced: float) -> dict[str, list[str]]:

@@ -1,0 +1,35 @@
+"""Write artificial related languages as parallel text: train.jsonl, validation.jsonl and test.jsonl.
+
+python recipes/toy_data.py --config recipes/configs/toy_data/toy-control.yaml --output_dir build/toy
+"""
+
+from dataclasses import dataclass, field
+
+from neuron_specialization.translation.command_line import parse, run
+from neuron_specialization.translation.toy import ToyLanguages
+
+
+@dataclass
+class ToyArguments:
+    """The languages, and how much they say."""
+
+    output_dir: str = field(metadata={"help": "Directory of the three files."})
+    families: int = field(default=2, metadata={"help": "Language families."})
+    languages_per_family: int = field(default=3, metadata={"help": "Languages in each."})
+    replaced: float = field(default=0.15, metadata={"help": "Share of roots a language replaces by its own."})
+    roots: int = field(default=44, metadata={"help": "Roots in each language, a multiple of 11."})
+    sentences: int = field(default=4000, metadata={"help": "Training sentences, in every language."})
+    held_out: int = field(default=200, metadata={"help": "Validation sentences, and as many test sentences."})
+    seed: int = field(default=0, metadata={"help": "Everything drawn depends on it."})
+
+
+def main() -> None:
+    (args,) = parse(ToyArguments)
+    toy = ToyLanguages(args.families, args.languages_per_family, args.seed, args.replaced, args.roots)
+    for split, count in (("train", args.sentences), ("validation", args.held_out), ("test", args.held_out)):
+        toy.sentences(count, split).to_json(f"{args.output_dir}/{split}.jsonl")
+    print(f"wrote {args.output_dir}; --language_pairs {' '.join(toy.language_pairs)}")
+
+
+if __name__ == "__main__":
+    run(main)

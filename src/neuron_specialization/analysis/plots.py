@@ -1,0 +1,60 @@
+"""Figures of a comparison, as SVG. Every point is computed from the rows beside them."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .comparison import REFERENCE, interference
+from .statistics import hierarchical_bootstrap, paired_differences
+
+
+def plot_differences(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
+    """Draw each method's test loss minus that of joint fine-tuning: a dot per direction, the mean with its interval.
+
+    Dots are averages over seeds; the interval is that of `hierarchical_bootstrap`.
+    """
+    methods = [m for m in dict.fromkeys(row["method"] for row in rows) if m != REFERENCE]
+    figure, axes = _figure(height=1.2 + 0.32 * len(methods))
+    for place, method in enumerate(methods):
+        differences, _, directions = paired_differences(rows, method, REFERENCE, "loss")
+        interval = hierarchical_bootstrap(differences)
+        axes.plot(differences.mean(0), [place] * len(directions), "o", color="0.7", markersize=3)
+        axes.plot([interval["low"], interval["high"]], [place, place], "-", color="C0", linewidth=2)
+        axes.plot(interval["mean"], place, "o", color="C0", markersize=5)
+    axes.axvline(0, color="0.3", linewidth=0.8)
+    axes.set_yticks(range(len(methods)), methods)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"test loss minus that of {REFERENCE} (nats per token; left is better)")
+    return _save(figure, path)
+
+
+def plot_interference(rows: Sequence[Mapping[str, Any]], methods: Sequence[str], path: str | Path) -> Path:
+    """Draw, per direction, what methods change over joint fine-tuning against the interference measured there."""
+    figure, axes = _figure(height=4)
+    for i, method in enumerate(methods):
+        points = interference(rows, method)
+        across, up = ([point[key] for point in points] for key in ("interference", "difference"))
+        axes.plot(across, up, "os^Dv"[i % 5], color=f"C{i}", label=method, markersize=5)
+    axes.axhline(0, color="0.3", linewidth=0.8)
+    axes.axvline(0, color="0.3", linewidth=0.8)
+    axes.set_xlabel(f"interference: loss of {REFERENCE} minus that of the bilingual model")
+    axes.set_ylabel(f"loss minus that of {REFERENCE} (below 0 is better)")
+    axes.legend()
+    return _save(figure, path)
+
+
+def _figure(height: float) -> tuple[Any, Any]:
+    import matplotlib  # an optional dependency
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["svg.hashsalt"] = "neuron-specialization"  # the same rows give the same file
+    figure = Figure(figsize=(7, height), layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _save(figure: Any, path: str | Path) -> Path:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="svg", metadata={"Date": None})
+    return Path(path)

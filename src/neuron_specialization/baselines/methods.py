@@ -1,0 +1,124 @@
+"""The methods of the comparison: which model each one trains, made from the same baseline."""
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import LoraConfig, get_peft_model
+
+from ..adapter.config import NeuronSpecializationConfig
+from ..neurons.activations import ActivationCounts
+from ..neurons.controls import Pooled, RandomOverlap, WrongPair
+from ..neurons.masks import NeuronMasks
+from ..neurons.selection import CumulativeThreshold, RandomMatched
+from ..neurons.specificity import GeneralSpecific, Specificity
+from ..translation.arguments import as_mapping
+from .bottleneck import bottleneck_adapters
+from .ffn_copies import ffn_copies
+
+UNTRAINED = ("baseline", "masks_only")
+PER_DIRECTION = ("bilingual", "fine_tune_single", "lora_per_pair")  # a model of its own for each direction
+METHODS = (
+    *("baseline", "fine_tune", "bilingual", "fine_tune_single", "ffn_copies"),
+    *("ours", "ours_enc", "ours_dec", "factorized", "delta", "low_rank", "masks_only"),
+    *("random", "random_overlap", "wrong_pair", "group", "union"),
+    *("lora", "lora_per_pair", "adapter_lp", "adapter_fam"),
+    *("general_specific", "specificity_1", "specificity_2"),
+)
+
+
+@dataclass
+class MethodArguments:
+    """The knobs of the methods."""
+
+    k: float = field(default=0.95, metadata={"help": "Share of activations that the kept neurons make up."})
+    rho: float = field(default=0.7, metadata={"help": "Share of general neurons in general_specific."})
+    kappa: float = field(default=0.9, metadata={"help": "Threshold of specific neurons in general_specific."})
+    r: int = field(default=8, metadata={"help": "Rank of low_rank and lora."})
+    adapter_width: int = field(
+        default=64, metadata={"help": "Neurons of a bottleneck adapter in adapter_lp and _fam."}
+    )
+    families: list[str] = field(default_factory=list, metadata={"help": "code=family, for adapter_fam."})
+    exchange: list[str] = field(
+        default_factory=list, metadata={"help": "code=code: whose masks a language gets in wrong_pair."}
+    )
+
+
+def masks_of(
+    method: str, counts: ActivationCounts, args: MethodArguments, pivot: str | None, seed: int
+) -> NeuronMasks:
+    """Return the masks of a method.
+
+    Args:
+        method: one of METHODS that has masks.
+        counts: activations of the baseline on validation data.
+        args: the knobs.
+        pivot: language whose two groups of directions "group" tells apart.
+        seed: of the random controls.
+
+    Raises:
+        ValueError: if the method is unknown or has no masks, or if 'group' is given no pivot.
+    """
+    ours = CumulativeThreshold(args.k).select(counts)
+    match method:
+        case "ours" | "delta" | "low_rank" | "masks_only":
+            return ours
+        case "ours_enc" | "ours_dec":
+            return ours.only("encoder" if method == "ours_enc" else "decoder")
+        case "factorized":
+            return ours.factorize()
+        case "random":
+            return RandomMatched(ours, seed).select()
+        case "random_overlap":
+            return RandomOverlap(ours, seed).select()
+        case "wrong_pair":
+            return WrongPair(ours, as_mapping(args.exchange)).select()
+        case "group":
+            if pivot is None:
+                raise ValueError("The method 'group' needs a pivot: it has one mask out of it and one into it.")
+            return Pooled(ours, pivot).select(counts)
+        case "union":
+            return Pooled(ours).select(counts)
+        case "general_specific":
+            return GeneralSpecific(args.rho, args.kappa).select(counts)
+        case "specificity_1" | "specificity_2":
+            return Specificity(args.k, gamma=int(method[-1])).select(counts)
+    raise ValueError(f"There is no method {method!r} with masks. Known methods: {', '.join(METHODS)}.")
+
+
+def build_model(
+    method: str, baseline: Any, counts: ActivationCounts, args: MethodArguments, pivot: str | None, seed: int
+) -> Any:
+    """Return the model that a method trains, or scores as it is: a copy of the baseline and what the method adds.
+
+    Args:
+        method: one of METHODS.
+        baseline: the multilingual model that all methods start from; "bilingual" takes its architecture only.
+        counts: activations of the baseline on validation data.
+        args: the knobs.
+        pivot: see `masks_of`.
+        seed: of the random controls. A model that starts from scratch takes torch's random state.
+    """
+    if method == "bilingual":
+        fresh = type(baseline)(copy.deepcopy(baseline.config))
+        fresh.generation_config = copy.deepcopy(baseline.generation_config)
+        return fresh
+    model = copy.deepcopy(baseline)
+    if method in ("baseline", "fine_tune", "fine_tune_single"):
+        return model
+    if method == "ffn_copies":
+        return ffn_copies(model, counts.language_pairs, counts.source_tag)
+    if method in ("adapter_lp", "adapter_fam"):
+        families = as_mapping(args.families) if method == "adapter_fam" else None
+        return bottleneck_adapters(model, counts.language_pairs, args.adapter_width, families, counts.source_tag)
+    if method in ("lora", "lora_per_pair"):
+        lora = LoraConfig(r=args.r, lora_alpha=2 * args.r, target_modules="all-linear", task_type="SEQ_2_SEQ_LM")
+        return get_peft_model(model, lora)
+    config = NeuronSpecializationConfig(
+        masks=masks_of(method, counts, args, pivot, seed),
+        trainable={"masks_only": "none", "delta": "delta", "low_rank": "low_rank"}.get(method, "full"),
+        r=args.r,
+        source_tag=counts.source_tag,
+        task_type="SEQ_2_SEQ_LM",
+    )
+    return get_peft_model(model, config)

@@ -1,0 +1,287 @@
+"""Run a comparison in stages: one method with one seed each, in a directory of its own, resumable, skipped when done.
+
+A stage has one part, or a part for each direction where the method trains a model for each. A part keeps its final
+model and `part.json` (rows of scores, translations of the test set); checkpoints with optimizer states go when it is
+done. A stage that fails leaves `failed.json` and the others go on; it is tried again when asked for again.
+"""
+
+import copy
+import json
+import math
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import set_seed
+
+from ..adapter.active import active_config
+from ..neurons.activations import ActivationCounts
+from ..translation.evaluation import SCORES, evaluate
+from ..translation.identification import record_corpus
+from ..translation.results import write_results
+from ..translation.runs import digest
+from ..translation.token_loss import token_losses
+from ..translation.training import SpecializationTrainingArguments, fit
+from .methods import PER_DIRECTION, UNTRAINED, MethodArguments, build_model
+
+PART, FAILED, SETTINGS = "part.json", "failed.json", "comparison.json"
+_TRAINING = (
+    *("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "temperature"),
+    *("lr_scheduler_type", "warmup_steps", "label_smoothing_factor", "weight_decay"),
+)
+
+
+@dataclass
+class StageArguments:
+    """What is compared, and with which budget; `max_steps` of the Trainer is the updates of a joint method."""
+
+    methods: list[str] = field(default_factory=list, metadata={"help": "method=number of seeds."})
+    learning_rates: list[float] = field(
+        default_factory=lambda: [3e-4], metadata={"help": "Tried by each trained method for a third of the updates."}
+    )
+    scratch_learning_rates: list[float] = field(
+        default_factory=lambda: [1e-3], metadata={"help": "Likewise, by the models trained from scratch."}
+    )
+    single_updates: int = field(default=1000, metadata={"help": "Updates of a model or LoRA of one direction."})
+    bilingual_updates: int = field(default=5000, metadata={"help": "Updates of a bilingual model from scratch."})
+    tuning_directions: int = field(
+        default=2, metadata={"help": "Directions on which methods with a model for each are tuned."}
+    )
+    evaluations: int = field(default=5, metadata={"help": "Validations of a run, of which the best is kept."})
+    num_beams: int = field(default=5, metadata={"help": "Beams on the test set."})
+
+
+@dataclass
+class Comparison:
+    """Everything that all stages share.
+
+    Attributes:
+        baseline: the multilingual model that all start from.
+        tokenizer: its tokenizer.
+        data: "train", "validation", "test" → pair → Dataset with columns "source" and "target".
+        stage: the budget.
+        method: the knobs of the methods.
+        training: arguments of the Trainer; each run sets the output directory, seed, updates and learning rate itself.
+        language_tokens: language code → language token.
+        source_tag: what the tag on the source side names.
+        pivot: language of the one-to-many and many-to-one groups.
+        max_length: truncate training text to so many tokens.
+
+    Raises:
+        ValueError: if the output directory holds stages of a comparison with other settings.
+    """
+
+    baseline: Any
+    tokenizer: Any
+    data: Mapping[str, Mapping[str, Dataset]]
+    stage: StageArguments
+    method: MethodArguments
+    training: SpecializationTrainingArguments
+    language_tokens: Mapping[str, str] | None = None
+    source_tag: str = "source"
+    pivot: str | None = None
+    max_length: int = 128
+
+    def __post_init__(self) -> None:
+        self.directory = Path(str(self.training.output_dir))
+        self.language_pairs = list(self.data["train"])
+        self._check_settings()
+
+    def run(self, method: str, seed: int) -> bool:
+        """Run one stage unless it is done; return whether its results stand. A failure is written down, not raised."""
+        directory = self.directory / method / f"seed-{seed}"
+        try:
+            rate = None if method in UNTRAINED else self.learning_rate(method)
+            for pairs in self._groups(method):
+                self._part(method, seed, rate, pairs, self._part_directory(directory, method, pairs))
+        except Exception as error:
+            write_results(directory, {"error": f"{type(error).__name__}: {error}"}, FAILED)
+            return False
+        (directory / FAILED).unlink(missing_ok=True)
+        return True
+
+    def learning_rate(self, method: str) -> float:
+        """Return the learning rate with the lowest validation loss after a third of the updates with seed 0.
+
+        Every trained method gets as many trials as there are rates; only one rate needs none. Trials never see test
+        data, and their results are kept beside the stages.
+        """
+        scratch = method == "bilingual"
+        rates = self.stage.scratch_learning_rates if scratch else self.stage.learning_rates
+        if len(rates) == 1:
+            return rates[0]
+        return min(rates, key=lambda rate: self._trial(method, rate))
+
+    def counts(self) -> ActivationCounts:
+        """Return the baseline's activations on the validation data, recorded once for all methods."""
+        path = self.directory / "identification" / "counts.safetensors"
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            started = time.perf_counter()
+            recorded = record_corpus(self.baseline, self.tokenizer, self.data["validation"], **self._convention())
+            recorded.save(path)
+            write_results(path.parent, {"seconds": time.perf_counter() - started})
+        return ActivationCounts.load(path)
+
+    def _check_settings(self) -> None:
+        """Write down what every stage depends on, or refuse to mix stages that depend on something else."""
+        settings = {
+            "baseline": digest(self.baseline.state_dict().items()),
+            "language_pairs": self.language_pairs,
+            "sentences": {split: [len(rows) for rows in of.values()] for split, of in self.data.items()},
+            **{name: value for name, value in vars(self.stage).items() if name != "methods"},
+            **vars(self.method),
+            **{name: getattr(self.training, name) for name in _TRAINING},
+            **{"pivot": self.pivot, "max_length": self.max_length, **self._convention()},
+        }
+        settings = json.loads(json.dumps(settings))
+        path = self.directory / SETTINGS
+        if path.is_file():
+            before = json.loads(path.read_text())["settings"]
+            changed = [name for name in settings if before.get(name) != settings[name]]
+            if changed:
+                raise ValueError(
+                    f"{self.directory} holds stages of a comparison with other settings ({', '.join(changed)}). Go on "
+                    "with those settings, or name another output directory."
+                )
+        write_results(self.directory, {"settings": settings}, SETTINGS)
+
+    def _groups(self, method: str) -> list[list[str]]:
+        return [[pair] for pair in self.language_pairs] if method in PER_DIRECTION else [self.language_pairs]
+
+    def _part_directory(self, directory: Path, method: str, pairs: Sequence[str]) -> Path:
+        return directory / pairs[0] if method in PER_DIRECTION else directory
+
+    def _trial(self, method: str, rate: float) -> float:
+        """Return the mean validation loss over directions after a third of the updates."""
+        directory = self.directory / method / f"trial-{rate:g}"
+        if not (directory / "trial.json").is_file():
+            groups = self._groups(method)
+            if method in PER_DIRECTION:
+                groups = groups[:: max(1, len(groups) // self.stage.tuning_directions)][: self.stage.tuning_directions]
+            losses: dict[str, float] = {}
+            for pairs in groups:
+                where = self._part_directory(directory, method, pairs)
+                model, _ = self._trained(method, 0, rate, pairs, max(1, self._updates(method) // 3), where)
+                losses |= self._losses(model, "validation", pairs)
+                shutil.rmtree(where)
+            write_results(directory, {"learning_rate": rate, "validation_loss": losses}, "trial.json")
+        losses = json.loads((directory / "trial.json").read_text())["validation_loss"]
+        mean = sum(losses.values()) / len(losses)
+        return mean if math.isfinite(mean) else math.inf
+
+    def _part(self, method: str, seed: int, rate: float | None, pairs: list[str], directory: Path) -> None:
+        if (directory / PART).is_file():
+            return
+        model, spent = self._trained(method, seed, rate, pairs, self._updates(method), directory)
+        losses = {split: self._losses(model, split, pairs) for split in ("validation", "test")}
+        wrong = [pair for pair in pairs if not math.isfinite(losses["validation"][pair])]
+        if wrong:
+            raise ValueError(f"The validation loss is not finite in {', '.join(wrong)}: the training diverged.")
+        scored = evaluate(
+            model,
+            self.tokenizer,
+            {pair: self.data["test"][pair] for pair in pairs},
+            batch_size=self.training.per_device_eval_batch_size,
+            num_beams=self.stage.num_beams,
+            **self._convention(),
+        )
+        rows = [
+            {
+                "method": method,
+                "seed": seed,
+                "direction": pair,
+                "loss": losses["test"][pair],
+                "validation_loss": losses["validation"][pair],
+                **{name: scored["directions"][pair][name] for name in SCORES},
+                **spent,
+            }
+            for pair in pairs
+        ]
+        signatures = {
+            pair: {k: v for k, v in scored["directions"][pair].items() if k.endswith("signature")} for pair in pairs
+        }
+        about = {"learning_rate": rate, **self._size(model)}
+        part = {"rows": rows, "about": about, "signatures": signatures, "translations": scored["translations"]}
+        write_results(directory, part, PART)
+        for checkpoint in directory.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+
+    def _trained(
+        self, method: str, seed: int, rate: float | None, pairs: list[str], updates: int, directory: Path
+    ) -> tuple[Any, dict[str, Any]]:
+        """Return the method's model, trained on `pairs` and left at its best validation loss, and what that took."""
+        set_seed(seed)
+        model = build_model(method, self.baseline, self.counts(), self.method, self.pivot, seed)
+        if rate is None:
+            return model, {"updates": 0, "seconds": 0.0}
+        args = copy.deepcopy(self.training)
+        args.output_dir, args.seed, args.data_seed = str(directory), seed, seed
+        args.max_steps, args.learning_rate = updates, rate
+        args.eval_steps = args.save_steps = max(1, updates // self.stage.evaluations)
+        if method in PER_DIRECTION:
+            args.gradient_accumulation_steps = 1
+        train, validation = ({pair: self.data[split][pair] for pair in pairs} for split in ("train", "validation"))
+        metrics = fit(model, self.tokenizer, train, validation, args, max_length=self.max_length, **self._convention())
+        return model, {"updates": metrics["updates"], "seconds": metrics["train_runtime"]}
+
+    def _updates(self, method: str) -> int:
+        if method == "bilingual":
+            return self.stage.bilingual_updates
+        return self.stage.single_updates if method in PER_DIRECTION else self.training.max_steps
+
+    def _losses(self, model: Any, split: str, pairs: list[str]) -> dict[str, float]:
+        rows = {pair: self.data[split][pair] for pair in pairs}
+        return token_losses(
+            model, self.tokenizer, rows, batch_size=self.training.per_device_eval_batch_size, **self._convention()
+        )
+
+    def _convention(self) -> dict[str, Any]:
+        return {"language_tokens": self.language_tokens, "source_tag": self.source_tag}
+
+    def _size(self, model: Any) -> dict[str, int]:
+        """Return parameters beyond the baseline's (for a model per direction, of one of them), and bytes of masks."""
+        config = active_config(model)
+        encoder, decoder = (len(config.encoder_rows), len(config.decoder_rows)) if config is not None else (0, 0)
+        rows = {"encoder": encoder, "decoder": decoder}
+        widths = {} if config is None else config.d_ff
+        extra = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in self.baseline.parameters())
+        masks = sum(rows[config.stacks[name]] * -(-width // 8) for name, width in widths.items())
+        return {"extra_parameters": extra, "mask_bytes": masks}
+
+
+def collect(directory: str | Path) -> dict[str, Any]:
+    """Read whatever stages are there.
+
+    Returns:
+        "rows": one per method, seed and direction; "stages": one per method and seed, with its "status" ("done",
+        "failed", or "n parts" so far) and what it took; "trials": one per learning rate tried; "signatures": pair →
+        signatures; "translations": method → seed → pair → texts.
+    """
+    found: dict[str, Any] = {"rows": [], "stages": [], "trials": [], "signatures": {}, "translations": {}}
+    for place in sorted(Path(directory).glob("*/seed-*")):
+        method, seed = place.parent.name, int(place.name.removeprefix("seed-"))
+        parts = [json.loads(path.read_text()) for path in sorted([*place.glob(PART), *place.glob(f"*/{PART}")])]
+        failed = place / FAILED
+        stage = {"method": method, "seed": seed, "status": "done"}
+        if failed.is_file():
+            stage |= {"status": "failed", "error": json.loads(failed.read_text())["error"]}
+        if parts:
+            spent = {key: sum(part["rows"][0][key] for part in parts) for key in ("updates", "seconds")}
+            sizes = {"models": len(parts), **parts[0]["about"]}
+            stage |= {**spent, **sizes, "environment": parts[0]["environment"]}
+        found["stages"].append(stage)
+        for part in parts:
+            found["rows"] += part["rows"]
+            found["signatures"] |= part["signatures"]
+            found["translations"].setdefault(method, {}).setdefault(seed, {}).update(part["translations"])
+    for path in sorted(Path(directory).glob("*/trial-*/trial.json")):
+        trial = json.loads(path.read_text())
+        losses = trial["validation_loss"]
+        mean = {"validation_loss": sum(losses.values()) / len(losses), "directions": len(losses)}
+        found["trials"].append({"method": path.parts[-3], "learning_rate": trial["learning_rate"], **mean})
+    return found

@@ -1,0 +1,231 @@
+"""What the comparison compares: each method's model, its loss, and its stages."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from peft import get_peft_model
+
+import neuron_specialization as ns
+from neuron_specialization.baselines.bottleneck import bottleneck_adapters
+from neuron_specialization.baselines.ffn_copies import ffn_copies
+from neuron_specialization.baselines.methods import METHODS, PER_DIRECTION, MethodArguments, build_model, masks_of
+from neuron_specialization.baselines.stages import Comparison, StageArguments, collect
+from neuron_specialization.translation.token_loss import token_losses
+from neuron_specialization.translation.training import fit
+
+from .conftest import PAIRS, make_batch, make_m2m100, make_t5
+from .test_training import arguments, weights
+
+TOY_PAIRS = ["Pv-Aa", "Pv-Ba", "Aa-Pv", "Ba-Pv"]
+
+
+@pytest.fixture
+def counts(toy_model, toy_tokenizer, toy_data):
+    return ns.record_corpus(toy_model, toy_tokenizer, toy_data["validation"])
+
+
+@pytest.fixture
+def comparison(toy_model, toy_tokenizer, toy_data, tmp_path):
+    data = {split: {pair: rows.select(range(16)) for pair, rows in of.items()} for split, of in toy_data.items()}
+    stage = StageArguments(single_updates=2, bilingual_updates=3, evaluations=2, num_beams=1, tuning_directions=1)
+    method = MethodArguments(k=0.5, exchange=["Aa=Ba", "Ba=Aa"])
+    training = arguments(tmp_path, max_steps=3, per_device_eval_batch_size=16)
+    return Comparison(toy_model, toy_tokenizer, data, stage, method, training, pivot="Pv", max_length=64)
+
+
+@pytest.mark.parametrize("updates", [1, 4])
+def test_k_1_equals_fine_tuning_update_by_update(updates, toy_model, toy_tokenizer, toy_data, tmp_path):
+    """The masks keep all; training under them, with dropout and Adam, is that of the dense model."""
+    data = {pair: rows.select(range(16)) for pair, rows in toy_data["train"].items()}
+    counts = ns.record_corpus(toy_model, toy_tokenizer, toy_data["train"])
+    masks = ns.CumulativeThreshold(1.0).select(counts)
+    assert all(rows.all() for rows in masks.rows.values()), "every neuron was active for every pair"
+    config = ns.NeuronSpecializationConfig(masks=masks, trainable="full", task_type="SEQ_2_SEQ_LM")
+    dense, masked = copy.deepcopy(toy_model), get_peft_model(copy.deepcopy(toy_model), config)
+    for model in (dense, masked):
+        for module in model.modules():
+            if hasattr(module, "dropout") and isinstance(module.dropout, float):
+                module.dropout = 0.1
+        args = arguments(tmp_path / type(model).__name__, max_steps=updates, gradient_accumulation_steps=2)
+        fit(model, toy_tokenizer, data, None, args)
+    trained = weights(masked.get_base_model())
+    for name, weight in weights(dense).items():
+        other = trained[name if name in trained else name.replace("fc1.", "fc1.base_layer.")]
+        torch.testing.assert_close(other, weight, rtol=1e-5, atol=1e-6, msg=name)
+    assert not dense.model.shared.weight.equal(toy_model.model.shared.weight)
+
+
+@pytest.mark.parametrize("make", [make_m2m100, make_t5], ids=["relu", "gated"])
+def test_ffn_copies_start_at_the_model_and_part_in_training(make):
+    model = make()
+    before = copy.deepcopy(model)
+    widths = {block.name: block.d_ff for block in ns.find_ffn_blocks(model)}
+    copies = ffn_copies(model, PAIRS)
+    batch = make_batch()
+    for pair in PAIRS:
+        with torch.no_grad():
+            torch.testing.assert_close(copies(**batch, language_pairs=[pair]).logits, before(**batch).logits)
+    copies.train()
+    optimizer = torch.optim.SGD(copies.parameters(), lr=0.1)
+    copies(**batch, language_pairs=["de-en"]).loss.backward()
+    optimizer.step()
+    before_ups = {block.name: block.gate or block.up for block in ns.find_ffn_blocks(before)}
+    for block in ns.find_ffn_blocks(copies):
+        name = block.name.removeprefix("base_model.model.")
+        width = widths[name]
+        own = block.down.weight.unflatten(1, (len(PAIRS), width))
+        moved = [not own[:, i].equal(own[:, 0]) for i in range(len(PAIRS))]
+        assert moved == [pair == "de-en" for pair in PAIRS], "only the copy of the pair in the batch trains"
+        assert block.d_ff == len(PAIRS) * before_ups[name].weight.shape[0]
+    copies.eval()
+    with torch.no_grad():
+        one, other = (copies(**batch, language_pairs=[pair]).logits for pair in ("de-en", "en-de"))
+    assert not one.allclose(other)
+
+
+def test_token_losses_leave_the_language_tag_out(toy_model, toy_tokenizer, toy_data, counts):
+    """The tag's own loss is the model's uncertainty about the direction, which generation is told."""
+    rows = {pair: toy_data["test"][pair].select(range(5)) for pair in ("Pv-Aa", "Ba-Pv")}
+    masks = ns.CumulativeThreshold(0.3).select(counts)
+    config = ns.NeuronSpecializationConfig(masks=masks, trainable="none", task_type="SEQ_2_SEQ_LM")
+    adapted = get_peft_model(copy.deepcopy(toy_model), config)
+    models = {"d": toy_model, "m": adapted}
+    losses = {name: token_losses(model, toy_tokenizer, rows, batch_size=2) for name, model in models.items()}
+    toy_model.eval()
+    adapted.eval()
+    for pair, data in rows.items():
+        toy_tokenizer.src_lang, toy_tokenizer.tgt_lang = pair.split("-")
+        nats, count = {"d": 0.0, "m": 0.0}, 0
+        for row in data:
+            inputs = toy_tokenizer(row["source"], text_target=row["target"], return_tensors="pt")
+            labels = inputs["labels"][0]
+            assert labels[0] == toy_tokenizer.convert_tokens_to_ids(pair.split("-")[1])
+            with torch.no_grad():
+                outputs = {"d": toy_model(**inputs), "m": adapted(**inputs, language_pairs=[pair])}
+            for name, output in outputs.items():
+                nll = -output.logits[0].log_softmax(-1).gather(1, labels.unsqueeze(1)).squeeze(1)
+                nats[name] += nll[1:].sum().item()
+            count += len(labels) - 1
+        for name, of in losses.items():
+            assert of[pair] == pytest.approx(nats[name] / count, rel=1e-4)
+    assert losses["d"]["Pv-Aa"] != pytest.approx(losses["m"]["Pv-Aa"], rel=1e-4), "the second ran under its masks"
+
+
+PEERS = ("lora", "lora_per_pair", "adapter_lp", "adapter_fam")
+KINDS = ("baseline", "bilingual", "fine_tune_single", "ffn_copies", "ours", "delta", "masks_only", "lora")
+
+
+@pytest.mark.parametrize("method", KINDS)
+def test_every_kind_of_method_runs_as_a_stage(method, comparison):
+    assert comparison.run(method, 0), (comparison.directory / method / "seed-0" / "failed.json").read_text()
+    found = collect(comparison.directory)
+    assert sorted(row["direction"] for row in found["rows"]) == sorted(TOY_PAIRS)
+    (stage,) = found["stages"]
+    assert stage["status"] == "done" and stage["models"] == (4 if method in PER_DIRECTION else 1)
+    expected = {"bilingual": 12, "fine_tune_single": 8, "baseline": 0, "masks_only": 0}.get(method, 3)
+    assert stage["updates"] == expected
+    rows = {row["direction"]: row for row in found["rows"]}
+    assert all(row["loss"] > 0 and 0 <= row["chrf++"] <= 100 for row in rows.values())
+    assert not list(comparison.directory.rglob("checkpoint-*")), "no optimizer states are left"
+    if method not in ("baseline", "masks_only"):
+        assert list(comparison.directory.rglob("*.safetensors")), "the final model is kept"
+
+
+def test_masks_differ_between_methods_as_they_should(counts):
+    args = MethodArguments(k=0.5, exchange=["Aa=Ba", "Ba=Aa"])
+    masks = {
+        name: masks_of(name, counts, args, "Pv", 0) for name in METHODS[METHODS.index("ours") :] if name not in PEERS
+    }
+    ours = masks["ours"]
+    decoder = [name for name, stack in ours.stacks.items() if stack == "decoder"]
+    for pair in TOY_PAIRS:
+        sizes = {name: {b: int(m.row(pair, b).sum()) for b in ours.rows} for name, m in masks.items()}
+        assert sizes["random"] == sizes["random_overlap"] == sizes["ours"]
+        assert all(masks["ours_enc"].row(pair, name).all() for name in decoder)
+    assert all(masks["union"].iou("Pv-Aa", "Ba-Pv")[name] == 1 for name in ours.rows)
+    assert all(masks["wrong_pair"].row("Pv-Aa", name).equal(ours.row("Pv-Ba", name)) for name in ours.rows)
+    with pytest.raises(ValueError, match="needs a pivot"):
+        masks_of("group", counts, args, None, 0)
+    with pytest.raises(ValueError, match="no method 'lass'"):
+        masks_of("lass", counts, args, None, 0)
+
+
+def test_a_stage_that_is_done_is_skipped_and_a_failed_one_is_reported_and_tried_again(comparison):
+    assert comparison.run("ours", 1)
+    part = comparison.directory / "ours" / "seed-1" / "part.json"
+    written = part.stat().st_mtime_ns
+    assert comparison.run("ours", 1) and part.stat().st_mtime_ns == written
+    comparison.pivot = None
+    assert not comparison.run("group", 0)
+    stages = {stage["method"]: stage for stage in collect(comparison.directory)["stages"]}
+    assert stages["group"]["status"] == "failed" and "needs a pivot" in stages["group"]["error"]
+    comparison.pivot = "Pv"
+    assert comparison.run("group", 0)
+    assert {stage["status"] for stage in collect(comparison.directory)["stages"]} == {"done"}
+
+
+def test_stages_of_other_settings_are_not_mixed(comparison):
+    again = {field.name: getattr(comparison, field.name) for field in dataclasses.fields(comparison)}
+    Comparison(**again)
+    with pytest.raises(ValueError, match=r"other settings \(k\)"):
+        Comparison(**{**again, "method": MethodArguments(k=0.7, exchange=["Aa=Ba", "Ba=Aa"])})
+    other = copy.deepcopy(comparison.baseline)
+    other.model.shared.weight.data[5] += 1
+    with pytest.raises(ValueError, match=r"other settings \(baseline\)"):
+        Comparison(**{**again, "baseline": other})
+
+
+def test_a_diverged_run_is_a_failure(comparison):
+    comparison.training.max_grad_norm = 0.0
+    comparison.stage.learning_rates = [1e30]
+    assert not comparison.run("fine_tune", 0)
+    assert "diverged" in collect(comparison.directory)["stages"][0]["error"]
+
+
+def test_the_learning_rate_is_the_best_of_trials_that_never_saw_the_test_set(comparison):
+    comparison.stage.learning_rates = [1e-6, 1e-2]
+    comparison.training.max_steps = 12
+    comparison.data["test"].clear()
+    assert comparison.learning_rate("fine_tune") == 1e-2
+    trials = collect(comparison.directory)["trials"]
+    assert {trial["learning_rate"] for trial in trials} == {1e-2, 1e-6}
+    comparison.stage.scratch_learning_rates = [1e-3]
+    assert comparison.learning_rate("bilingual") == 1e-3, "one rate needs no trial"
+    assert len(collect(comparison.directory)["trials"]) == 2
+
+
+def test_every_method_builds_a_model_that_runs(counts, toy_model, toy_tokenizer, toy_data):
+    families = ["Pv=P", "Aa=A", "Ba=B"]
+    args = MethodArguments(k=0.5, exchange=["Aa=Ba", "Ba=Aa"], families=families, adapter_width=4)
+    rows = {"Pv-Aa": toy_data["test"]["Pv-Aa"].select(range(2))}
+    before = {name: weight.clone() for name, weight in toy_model.state_dict().items()}
+    for method in METHODS:
+        model = build_model(method, toy_model, counts, args, "Pv", 0)
+        assert token_losses(model, toy_tokenizer, rows)["Pv-Aa"] > 0, method
+    assert all(weight.equal(before[name]) for name, weight in toy_model.state_dict().items()), "the baseline is copied"
+
+
+@pytest.mark.parametrize("families", [None, {"Pv": "P", "Aa": "A", "Ba": "A"}], ids=["per pair", "per family"])
+def test_bottleneck_adapters_train_alone_and_serve_their_own(families, toy_model, toy_tokenizer, toy_data, tmp_path):
+    before = copy.deepcopy(toy_model).eval()
+    adapted = bottleneck_adapters(toy_model, TOY_PAIRS, 4, families)
+    rows = {pair: data.select(range(4)) for pair, data in toy_data["test"].items()}
+    untrained = token_losses(before, toy_tokenizer, rows)
+    assert token_losses(adapted, toy_tokenizer, rows) == pytest.approx(untrained, rel=1e-5)
+    start = weights(adapted)
+    fit(adapted, toy_tokenizer, {"Pv-Aa": toy_data["train"]["Pv-Aa"]}, None, arguments(tmp_path, max_steps=3))
+    moved = {name for name, weight in weights(adapted).items() if not weight.equal(start[name])}
+    assert moved and all(".bottleneck." in name for name in moved), "the base is frozen"
+    trained = token_losses(adapted, toy_tokenizer, rows)
+    changed = {pair for pair in TOY_PAIRS if trained[pair] != pytest.approx(untrained[pair], rel=1e-5)}
+    assert "Pv-Aa" in changed
+    # Pv-Ba shares both of Pv-Aa's adapters where its languages are of the same families
+    assert changed == ({"Pv-Aa"} if families is None else {"Pv-Aa", "Pv-Ba"})
+    assert len(ns.translate(adapted, toy_tokenizer, rows["Pv-Aa"]["source"], "Pv-Aa", num_beams=2)) == 4
+
+
+def test_a_language_without_a_family_is_named(toy_model):
+    with pytest.raises(ValueError, match="missing: Ba"):
+        bottleneck_adapters(toy_model, TOY_PAIRS, 4, {"Pv": "P", "Aa": "A"})
