@@ -5,8 +5,8 @@ the up projection computes the kept rows of W1, the down projection reads the ke
 `W2[:, off] · act(b1[off])` joins the bias. In gated blocks a masked neuron is silent. Outputs and gradients are those
 of the masked path.
 
-A few masked neurons are computed along, with zero rows of W1, to fill the width up to a multiple that matrix products
-are fast for; up to the whole block, nothing has to be gathered at all.
+A few masked neurons are computed too, with zero rows of W1, to pad the width to a multiple for which products are
+fast; where that is the whole block, nothing is gathered.
 
 Whether a block runs compact is decided in compact_policy.
 """
@@ -24,11 +24,6 @@ from ..neurons.adapter_file import unpack_rows
 from ..neurons.ffn import FfnBlock
 from . import compact_policy
 from .call import Call, innermost_call
-
-# What pays, measured on a CPU at d_model 1,024. Not measured on a GPU yet; if one says otherwise, figures per kind of
-# device belong here. `make benchmark-gpu` measures.
-WIDTH_MULTIPLE = 16  # in float32, one 64-byte line; matrix products of other widths were 6 % slower
-FEW_TOKENS = 256  # below, gathering weights for one use costs more than it saves
 
 LOOKED_UP = 64  # rows of masks whose neurons a block remembers: 0.5 MB per block at 1,000 neurons each
 
@@ -222,7 +217,7 @@ class _LookedUp:
 def _fill_up(mask: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Return the neurons to compute for bool [d_ff], kept ones first (None for all), and which of them are filler."""
     kept, off = mask.nonzero().flatten(), (~mask).nonzero().flatten()
-    filler = off[: -len(kept) % WIDTH_MULTIPLE]
+    filler = off[: -len(kept) % compact_policy.WIDTH_MULTIPLE]
     width = len(kept) + len(filler)
     if width == len(mask):
         return None, off

@@ -17,7 +17,10 @@ from .pair_resolver import BASE_ROW
 if TYPE_CHECKING:
     from .compact import CompactBlock
 
-FEW_TOKENS = 256  # below, gathering weights for one use costs more than it saves (on a CPU, d_model 1,024)
+# What pays, measured on a CPU at d_model 1,024. Not measured on a GPU yet; if one says otherwise, figures per kind of
+# device belong here. `make benchmark-gpu` measures.
+WIDTH_MULTIPLE = 16  # in float32, one 64-byte line; matrix products of other widths were 6 % slower
+FEW_TOKENS = 256  # below, gathering weights for one use costs more than it saves
 
 
 class WhyMasked(NamedTuple):
