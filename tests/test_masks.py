@@ -191,3 +191,32 @@ def test_saving_empty_rows_is_refused_and_leaves_no_trace(four, tmp_path):
 def test_routes_are_read_strictly(four, change, message):
     with pytest.raises(ValueError, match=message):
         Routes.from_metadata({**four.routes.metadata(), **change})
+
+
+def test_masks_print_as_a_short_table(four):
+    text = repr(four)
+    assert "en-de, en-fr, de-en, fr-en" in text and "56.2%" in text and "tensor" not in text
+    assert len(text.splitlines()) == 4
+    with pytest.raises(ValueError, match="masks are NeuronMasks.*got a dict"):
+        ns.NeuronSpecializationConfig(masks={"encoder.0": four.rows["encoder.0"]})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({name: None} for name in ("d_ff", "stacks", "selector", "fingerprint", "routes", "encoder_rows")),
+        {"d_ff": {"encoder.0": "4", "decoder.0": 3}},
+        {"stacks": {"encoder.0": "encoder"}},
+        {"stacks": {"encoder.0": "encoder", "decoder.0": ["decoder"]}},
+        {"source_tag": 3},
+        {"routes": {"en-de": [0, 0]}},
+        "no JSON",
+        "[]",
+    ],
+)
+def test_damaged_configs_are_refused_clearly(four, tmp_path, change):
+    four.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(change if isinstance(change, str) else json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ValueError, match="damaged|Expected|source_tag"):
+        ns.NeuronMasks.from_pretrained(tmp_path)

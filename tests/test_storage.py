@@ -337,3 +337,16 @@ def test_masks_alone_do_not_overwrite_the_base(base_directory, tmp_path):
     damage(tmp_path / "adapter", lambda tensors: tensors.update(head), fix_digest=True)
     with pytest.raises(ValueError, match="unknown .*lm_head.weight.*Nothing was loaded"):
         PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16, torch.float64])
+def test_another_checkpoint_of_the_same_shape_is_told(base_directory, tmp_path, cast, recwarn):
+    base = AutoModelForSeq2SeqLM.from_pretrained(base_directory)
+    make_masks(base).save_pretrained(tmp_path / "masks")
+    PeftModel.from_pretrained(base.to(cast), str(tmp_path / "masks"))
+    assert not [warning for warning in recwarn if "other weights" in str(warning.message)]
+    other = make_m2m100()
+    for parameter in other.parameters():
+        torch.nn.init.normal_(parameter)
+    with pytest.warns(UserWarning, match="identified on a model of this architecture with other weights"):
+        PeftModel.from_pretrained(other, str(tmp_path / "masks"))

@@ -51,8 +51,8 @@ class NeuronSpecializationConfig(PeftConfig):
 
     The remaining fields describe the stored masks and are filled in by the package: `format_version`, `encoder_rows`
     and `decoder_rows` (names), `routes` (`[encoder row, decoder row]` of each pair), `d_ff` and `stacks` per block,
-    `selector`, `fingerprint` of the base, `weights_digest`, and `other_tensors`, names of stored tensors that are not
-    the method's own: whole modules, token rows, resized embeddings.
+    `selector`, `fingerprint` and `weights_sample` of the base, `weights_digest`, and `other_tensors`, names of stored
+    tensors that are not the method's own: whole modules, token rows, resized embeddings.
     """
 
     masks: NeuronMasks | str | PathLike[str] | None = field(default=None, repr=False)
@@ -77,6 +77,7 @@ class NeuronSpecializationConfig(PeftConfig):
     stacks: dict[str, str] | None = None
     selector: dict[str, Any] | None = None
     fingerprint: dict[str, str | int] | None = None
+    weights_sample: list[float] | None = None
     weights_digest: str | None = None
     other_tensors: list[str] | None = None
 
@@ -93,6 +94,11 @@ class NeuronSpecializationConfig(PeftConfig):
             self.target_modules = set(self.target_modules)
         if isinstance(self.masks, str | PathLike):
             self.masks = NeuronMasks.from_pretrained(self.masks)
+        if self.masks is not None and not isinstance(self.masks, NeuronMasks):
+            raise ValueError(
+                "masks are NeuronMasks, as a selector's select(counts) returns them, or the directory or Hub id of an "
+                f"adapter; got a {type(self.masks).__name__}."
+            )
         if self.masks is not None:
             self._take_masks(self.masks)
         elif self.encoder_rows is None:

@@ -1,5 +1,6 @@
 """The tuner: injects masked projections into a model, and answers PEFT's calls about them."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..neurons.adapter_file import PREFIX, pack_rows
 from ..neurons.base_model import make_trainable
-from ..neurons.ffn import DECODER, ENCODER, FfnBlock, find_ffn_blocks, fingerprint
+from ..neurons.ffn import DECODER, ENCODER, FfnBlock, find_ffn_blocks, fingerprint, same_weights, sample_weights
 from . import attachment, frozen_rows, routing, storage
 from .call import per_sample_adapters
 from .compact import CompactBlock
@@ -93,6 +94,7 @@ class NeuronSpecializationModel(BaseTuner):
             peft_config.target_modules = set(peft_config.masks.rows if peft_config.masks else self._blocks)
         if not peft_config.fingerprint and self._blocks:
             peft_config.fingerprint = fingerprint(self.model, list(self._blocks.values()))
+            peft_config.weights_sample = sample_weights(list(self._blocks.values()))
         peft_config.d_ff = peft_config.d_ff or {}
         peft_config.stacks = peft_config.stacks or {}
         return peft_config
@@ -253,6 +255,13 @@ def _find_blocks(config: NeuronSpecializationConfig, model: nn.Module) -> dict[s
                 f"{_describe(config.fingerprint, config.d_ff or {})}, but this model has "
                 f"{_describe(found, {name: block.d_ff for name, block in blocks.items()})}. Load the checkpoint they "
                 "were identified on, or identify masks on this one."
+            )
+        if not same_weights(config.weights_sample, sample_weights(list(blocks.values()))):
+            warnings.warn(
+                "These masks were identified on a model of this architecture with other weights"
+                + (f" ({config.base_model_name_or_path})" if config.base_model_name_or_path else "")
+                + ". That is expected only where this model continues the training of that one.",
+                stacklevel=2,
             )
     return blocks
 

@@ -18,6 +18,7 @@ def rolled_back_on_error(model: nn.Module) -> Iterator[None]:
     freezes parameters and adds language pairs to the router. But for the last two, all of it is kept in the
     dictionaries of modules, and these are what is put back; the values of tensors are not copied.
     """
+    classes = [(module, type(module)) for module in model.modules()]
     attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
     values = [value for _, kept in attributes for value in kept.values()]
     values += [router.resolvers for router in values if isinstance(router, CallRouter)]
@@ -30,6 +31,9 @@ def rolled_back_on_error(model: nn.Module) -> Iterator[None]:
         for module in model.modules():
             if module not in known:
                 frozen_rows.release(module)
+        for module, kind in classes:
+            if type(module) is not kind:  # projections that run compact change their class in place
+                module.__class__ = kind
         for current, kept in attributes:
             current.clear()
             current.update(kept)

@@ -17,7 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .base_model import unwrap
-from .ffn import find_ffn_blocks, fingerprint
+from .ffn import find_ffn_blocks, fingerprint, same_weights, sample_weights
 from .language_pairs import check_pairs, check_source_tag
 from .observation import is_distributed, observed, sum_over_processes
 from .recorder import Recorder
@@ -36,6 +36,7 @@ class ActivationCounts:
         source_tag: what the tag on the source side names, "source" or "target".
         language_token_ids: language code → id of its token, where the recording knew them.
         base_model_name_or_path: where the model was loaded from, where it was.
+        weights_sample: a few of the model's weights (see `neurons.ffn.sample_weights`).
     """
 
     language_pairs: list[str]
@@ -46,6 +47,7 @@ class ActivationCounts:
     source_tag: str = "source"
     language_token_ids: dict[str, int] | None = None
     base_model_name_or_path: str | None = None
+    weights_sample: list[float] | None = None
 
     @property
     def origin(self) -> dict[str, Any]:
@@ -56,6 +58,7 @@ class ActivationCounts:
             "fingerprint": dict(self.fingerprint),
             "language_token_ids": None if ids is None else dict(ids),
             "base_model_name_or_path": self.base_model_name_or_path,
+            "weights_sample": self.weights_sample,
         }
 
     def __add__(self, other: "ActivationCounts") -> "ActivationCounts":
@@ -102,6 +105,7 @@ class ActivationCounts:
             "source_tag": self.source_tag,
             "language_token_ids": self.language_token_ids,
             "base_model_name_or_path": self.base_model_name_or_path,
+            "weights_sample": self.weights_sample,
         }
         save_file(tensors, path, metadata={"activation_counts": json.dumps(about)})
 
@@ -130,6 +134,10 @@ class ActivationCounts:
             raise ValueError(
                 f"These counts come from different models: {self.fingerprint} with {len(mine)} blocks and "
                 f"{other.fingerprint} with {len(theirs)} blocks. Record them on the same checkpoint."
+            )
+        if not same_weights(self.weights_sample, other.weights_sample):
+            raise ValueError(
+                "These counts come from two checkpoints of one architecture. Record them on the same one."
             )
         ids, others = self.language_token_ids or {}, other.language_token_ids or {}
         if any(ids.get(code, token) != token for code, token in others.items()):
@@ -202,4 +210,5 @@ def record_activations(
         source_tag,
         None if language_token_ids is None else dict(language_token_ids),
         getattr(base, "name_or_path", None) or None,
+        sample_weights(blocks),
     )

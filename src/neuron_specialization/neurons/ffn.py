@@ -88,6 +88,32 @@ def fingerprint(model: nn.Module, blocks: list[FfnBlock]) -> dict[str, str | int
     }
 
 
+def sample_weights(blocks: list[FfnBlock]) -> list[float]:
+    """Return a few weights of the base model, by which another checkpoint of the same architecture shows.
+
+    They are read from down projections, which adapters of this method leave alone. Values instead of a hash survive
+    a cast to another type (see `same_weights`). Empty where the weights are not plain (quantized, sharded, offloaded).
+    """
+    values: list[float] = []
+    for block in (blocks[0], blocks[len(blocks) // 2], blocks[-1]):
+        weight = getattr(block.down, "weight", None)
+        if weight is None or type(weight.data) is not torch.Tensor or weight.device.type == "meta":
+            return []
+        flat = weight.detach().flatten()
+        if not flat.is_floating_point() or not len(flat):
+            return []
+        values += flat[torch.linspace(0, len(flat) - 1, 8).long().to(flat.device)].float().tolist()
+    return values
+
+
+def same_weights(a: list[float] | None, b: list[float] | None) -> bool:
+    """Whether two samples of weights are of one checkpoint, up to a cast to bfloat16; also where one is missing."""
+    if not a or not b:
+        return True
+    tolerance = 2**-8 * max(map(abs, [*a, *b]))
+    return len(a) == len(b) and all(abs(x - y) <= tolerance for x, y in zip(a, b, strict=True))
+
+
 def is_time_major(model: nn.Module) -> bool:
     """Whether the model's layers compute on [length, batch, d_model] instead of [batch, length, d_model] (FSMT).
 

@@ -1,13 +1,15 @@
 """Masks over FFN neurons: one boolean row per stack for each language pair, or for each language."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from . import adapter_file
@@ -15,8 +17,10 @@ from .ffn import ENCODER, STACKS
 from .files import atomic_directory
 from .language_pairs import Routes, split_pair
 
+ORIGIN = ("language_token_ids", "base_model_name_or_path", "weights_sample")
 
-@dataclass
+
+@dataclass(repr=False)
 class NeuronMasks:
     """Which neurons each language pair keeps.
 
@@ -28,6 +32,7 @@ class NeuronMasks:
         fingerprint: what identifies the base model (see `neurons.ffn.fingerprint`).
         language_token_ids: language code → id of its token, by which an adapter of these masks tells a sample's pair.
         base_model_name_or_path: where the base model was loaded from.
+        weights_sample: a few weights of the base model (see `neurons.ffn.sample_weights`).
     """
 
     rows: dict[str, torch.Tensor]
@@ -37,6 +42,19 @@ class NeuronMasks:
     fingerprint: dict[str, str | int] = field(default_factory=dict)
     language_token_ids: dict[str, int] | None = None
     base_model_name_or_path: str | None = None
+    weights_sample: list[float] | None = None
+
+    def __repr__(self) -> str:
+        kept = {name: rows.double().mean().item() for name, rows in self.rows.items()}
+        pairs = self.language_pairs
+        shown = ", ".join(pairs[:8]) + (f", ... ({len(pairs)} in all)" if len(pairs) > 8 else "")
+        lines = [
+            f"  {name:<40} {self.stacks[name]:<8} {self.rows[name].shape[1]:>7} {kept[name]:>7.1%}" for name in kept
+        ]
+        if len(lines) > 12:
+            lines = [*lines[:6], f"  ... ({len(lines) - 12} more)", *lines[-6:]]
+        head = f"  {'block':<40} {'stack':<8} {'neurons':>7} {'kept':>7}"
+        return "\n".join([f"NeuronMasks of {shown}", head, *lines])
 
     def __post_init__(self) -> None:
         for name, rows in self.rows.items():
@@ -136,6 +154,7 @@ class NeuronMasks:
             "fingerprint": dict(self.fingerprint),
             "language_token_ids": self.language_token_ids,
             "base_model_name_or_path": self.base_model_name_or_path,
+            "weights_sample": self.weights_sample,
         }
 
     def save_pretrained(self, directory: str | PathLike[str], overwrite: bool = False) -> None:
@@ -172,7 +191,7 @@ class NeuronMasks:
         adapter_file.verify_digest(config.get("weights_digest"), path, location)
         routes = Routes.from_metadata(config)
         rows = {}
-        with safe_open(path, framework="pt") as file:
+        with _opened(path) as file:
             present = set(file.keys())
             for name, width in config["d_ff"].items():
                 key = mask_key(name)
@@ -182,7 +201,7 @@ class NeuronMasks:
                 count = len(routes.encoder_rows if config["stacks"][name] == ENCODER else routes.decoder_rows)
                 adapter_file.check_packed_rows(key, packed, count, width)
                 rows[name] = adapter_file.unpack_rows(packed, width)
-        origin = {name: config.get(name) for name in ("language_token_ids", "base_model_name_or_path")}
+        origin = {name: config.get(name) for name in ORIGIN}
         return cls(rows, config["stacks"], routes, config["selector"], config["fingerprint"], **origin)
 
     def _row_names(self, stack: str) -> list[str]:
@@ -198,6 +217,15 @@ class NeuronMasks:
         rows = {name: operation(self.rows[name], other.rows[name]) for name in self.rows}
         selector = {"name": operation.__name__.removeprefix("logical_"), "of": [self.selector, other.selector]}
         return replace(self, rows=rows, selector=selector)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: it cannot be read ({error}).") from error
 
 
 def mask_key(block: str) -> str:
@@ -218,10 +246,25 @@ def read_config(location: str | PathLike[str], **hub: Any) -> dict[str, Any]:
         ValueError: if the file is missing, is another method's, or is of an unknown format version.
     """
     path = adapter_file.fetch(location, adapter_file.CONFIG_NAME, **hub)
-    config = json.loads(path.read_text())
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: it is no JSON ({error}).") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is damaged: expected a JSON object.")
     if config.get("peft_type") != adapter_file.PEFT_TYPE:
         raise ValueError(f"{path} is an adapter of type {config.get('peft_type')}, not {adapter_file.PEFT_TYPE}.")
     check_format_version(config.get("format_version"), path)
+    for name in ("d_ff", "stacks", "selector", "fingerprint"):
+        if not isinstance(config.get(name), dict):
+            raise ValueError(f"{path} is damaged: expected {name} as an object, got {config.get(name)!r:.80}.")
+    widths, stacks = config["d_ff"], config["stacks"]
+    if not all(type(width) is int and width > 0 for width in widths.values()):
+        raise ValueError(
+            f"{path} is damaged: expected a number of neurons for each block in d_ff, got {widths!r:.80}."
+        )
+    if widths.keys() != stacks.keys() or not set(map(str, stacks.values())) <= set(STACKS):
+        raise ValueError(f"{path} is damaged: expected the stack of each block in d_ff, got {stacks!r:.80}.")
     return config
 
 
