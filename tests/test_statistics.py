@@ -25,7 +25,7 @@ def rows_of(method: str, losses: list[list[float]], chrf: float = 50.0, first_se
 
 
 def stage(method: str, seed: int = 0, **changes) -> dict:
-    costs = {"extra_parameters": 0, "mask_bytes": 10, "models": 1, "seconds": 2.0, "updates": 5}
+    costs = {"extra_parameters": 0, "mask_bytes": 10, "parts": 1, "seconds": 2.0, "updates": 5}
     return {"method": method, "seed": seed, "status": "done", **costs, **changes}
 
 
@@ -86,11 +86,14 @@ def test_the_main_table_shows_every_method_and_failures_as_failed():
     rows = rows_of("fine_tune", [[1, 2, 3, 4], [1, 2, 3, 4]]) + rows_of("ours", [[0.5, 1.5, 3, 5], [0.5, 1.5, 3, 5]])
     stages = [stage("fine_tune"), stage("fine_tune", 1), stage("ours"), stage("ours", 1)]
     stages += [{"method": "lora", "seed": 0, "status": "failed", "error": "ValueError: no"}]
+    stages += [stage("bilingual", status="1 of 4 parts")]
+    rows += rows_of("bilingual", [[1, 1, 1, 1]])[:1]
     table = {line["method"]: line for line in main_table(rows, stages, "en")}
     assert table["fine_tune"]["loss O2M"] == 1.5 and table["fine_tune"]["loss M2O"] == 3.5
     assert table["ours"]["Δ loss"] == pytest.approx(0.0) and table["ours"]["better in"] == "2/4"
     assert table["ours"]["seeds"] == 2 and table["ours"]["± loss"] == 0
-    assert table["lora"]["failed"] == "seed 0: ValueError: no" and table["lora"]["seeds"] == 0
+    assert table["lora"]["unfinished"] == "seed 0: ValueError: no" and table["lora"]["seeds"] == 0
+    assert table["bilingual"]["unfinished"] == "seed 0: 1 of 4 parts" and table["bilingual"]["better in"] == "0/1"
     assert np.isnan(spread(rows[:4], "fine_tune", "loss")[1]), "one seed has no spread"
 
 

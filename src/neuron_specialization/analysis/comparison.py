@@ -47,19 +47,21 @@ def premise(measured: Mapping[str, Any]) -> str:
 def main_table(rows: Rows, stages: Rows, pivot: str | None) -> list[dict[str, Any]]:
     """Return one row per method: losses and scores by group, the difference from joint fine-tuning, and what it costs.
 
-    Losses are test losses in nats per token, averaged over directions and seeds. A method with failed stages only is
-    a row with its error.
+    Losses are test losses in nats per token, averaged over directions and seeds. A stage that failed, or that has only
+    some of its parts, is said in the column "unfinished"; the averages are then over fewer directions.
     """
     table = []
     for method in dict.fromkeys(stage["method"] for stage in stages):
         mine = [stage for stage in stages if stage["method"] == method]
-        failed = [stage for stage in mine if stage["status"] == "failed"]
-        line: dict[str, Any] = {"method": method, "seeds": len(mine) - len(failed)}
+        unfinished = [stage for stage in mine if stage["status"] != "done"]
+        line: dict[str, Any] = {"method": method, "seeds": len(mine) - len(unfinished)}
         if any(row["method"] == method for row in rows):
             line |= _scores(rows, method, pivot) | _difference(rows, method)
-            line |= {"extra parameters": mine[0]["extra_parameters"], "mask bytes": mine[0]["mask_bytes"]}
-            line |= {"models": mine[0]["models"], "seconds": sum(s.get("seconds", 0) for s in mine) / len(mine)}
-        line["failed"] = "; ".join(f"seed {stage['seed']}: {stage['error']}" for stage in failed)
+            begun = [stage for stage in mine if "parts" in stage]
+            line |= {"extra parameters": begun[0]["extra_parameters"], "mask bytes": begun[0]["mask_bytes"]}
+            line |= {"models": begun[0]["parts"], "seconds": sum(stage["seconds"] for stage in begun) / len(begun)}
+        states = [f"seed {stage['seed']}: {stage.get('error', stage['status'])}" for stage in unfinished]
+        line["unfinished"] = "; ".join(states)
         table.append(line)
     return table
 

@@ -205,7 +205,7 @@ class Comparison:
         signatures = {
             pair: {k: v for k, v in scored["directions"][pair].items() if k.endswith("signature")} for pair in pairs
         }
-        about = {"learning_rate": rate, **self._size(model)}
+        about = {"parts": len(self._groups(method)), "learning_rate": rate, **self._size(model)}
         part = {"rows": rows, "about": about, "signatures": signatures, "translations": scored["translations"]}
         write_results(directory, part, PART)
         for checkpoint in directory.glob("checkpoint-*"):
@@ -259,21 +259,22 @@ def collect(directory: str | Path) -> dict[str, Any]:
 
     Returns:
         "rows": one per method, seed and direction; "stages": one per method and seed, with its "status" ("done",
-        "failed", or "n parts" so far) and what it took; "trials": one per learning rate tried; "signatures": pair →
-        signatures; "translations": method → seed → pair → texts.
+        "failed", "not done", or "n of m parts") and what it took; "trials": one per learning rate tried; "signatures":
+        pair → signatures; "translations": method → seed → pair → texts.
     """
     found: dict[str, Any] = {"rows": [], "stages": [], "trials": [], "signatures": {}, "translations": {}}
     for place in sorted(Path(directory).glob("*/seed-*")):
         method, seed = place.parent.name, int(place.name.removeprefix("seed-"))
         parts = [json.loads(path.read_text()) for path in sorted([*place.glob(PART), *place.glob(f"*/{PART}")])]
         failed = place / FAILED
-        stage = {"method": method, "seed": seed, "status": "done"}
+        stage = {"method": method, "seed": seed, "status": "not done"}
         if failed.is_file():
             stage |= {"status": "failed", "error": json.loads(failed.read_text())["error"]}
         if parts:
             spent = {key: sum(part["rows"][0][key] for part in parts) for key in ("updates", "seconds")}
-            sizes = {"models": len(parts), **parts[0]["about"]}
-            stage |= {**spent, **sizes, "environment": parts[0]["environment"]}
+            stage |= {**spent, **parts[0]["about"], "environment": parts[0]["environment"]}
+            if stage["status"] != "failed":
+                stage["status"] = "done" if len(parts) == stage["parts"] else f"{len(parts)} of {stage['parts']} parts"
         found["stages"].append(stage)
         for part in parts:
             found["rows"] += part["rows"]
