@@ -1,5 +1,6 @@
 """Loading, checking, encoding and batching parallel text."""
 
+import hashlib
 import os
 import shutil
 
@@ -11,6 +12,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from neuron_specialization.translation import encoding
+from neuron_specialization.translation.arguments import DataArguments
 from neuron_specialization.translation.batching import DirectionBatchSampler, TranslationCollator
 from neuron_specialization.translation.check import check_parallel
 from neuron_specialization.translation.data import load_parallel
@@ -25,34 +27,13 @@ ROWS = {
 }
 
 
-@pytest.fixture(params=["parquet", "jsonl", "tsv"])
-def parallel_file(request, tmp_path):
-    path = tmp_path / f"text.{request.param}"
-    frame = pandas.DataFrame(ROWS)
-    if request.param == "parquet":
-        frame.to_parquet(path)
-    elif request.param == "jsonl":
-        frame.to_json(path, orient="records", lines=True)
-    else:
-        columns = list(ROWS)
-        lines = [columns, *zip(*(ROWS[c] for c in columns), strict=True)]
-        path.write_text("".join("\t".join("" if v is None else v for v in line) + "\n" for line in lines))
-    return path
-
-
-def test_every_format_gives_every_direction(parallel_file):
-    data = load_parallel(str(parallel_file), ["en-de", "de-fr"])
-    german = list(zip(data["en-de"]["source"], data["en-de"]["target"], strict=True))
-    assert ("a cat", "eine Katze") in german and ('he said "no"', "er sagte nein") in german
-    french = list(zip(data["de-fr"]["source"], data["de-fr"]["target"], strict=True))
-    assert ("drei", "trois") in french
-    if parallel_file.suffix != ".tsv":  # a TSV file has empty text where the others have none
-        assert len(german) == 3 and len(french) == 3
-
-
 def test_splits_and_limits(tmp_path):
     path = str(tmp_path / "text.parquet")
     pandas.DataFrame(ROWS).to_parquet(path)
+    with pytest.raises(ValueError, match=r"no rows of the split 'dev': .* 'train' \(3 rows\), 'test' \(1 rows\)"):
+        load_parallel(path, ["en-de"], split="dev")
+    arguments = DataArguments(language_pairs=["en-de"], validation_file=path, splits=["validation=test"])
+    assert len(arguments.load("validation")["en-de"]) == 1
     assert load_parallel(path, ["en-de"], split="test")["en-de"]["target"][:] == ["er sagte nein"]
     assert len(load_parallel(path, ["en-de"], split="train", max_sentences=1)["en-de"]) == 1
 
@@ -79,10 +60,20 @@ def test_bad_data_is_refused(tmp_path):
         load_parallel(path, ["en-it"])
     with pytest.raises(ValueError, match="no file .*missing.parquet"):
         load_parallel(str(tmp_path / "missing.parquet"), ["en-de"])
+    with pytest.raises(ValueError, match="'number' of .* holds int64, expected text"):
+        pandas.DataFrame({"en": ["a"], "number": [1]}).to_parquet(tmp_path / "number.parquet")
+        load_parallel(tmp_path / "number.parquet", ["en-number"])
     with pytest.raises(ValueError, match="at least one language pair"):
         load_parallel(path, [])
     with pytest.raises(ValueError, match="expected a file ending in .parquet, .jsonl"):
         load_parallel("no/such/dataset", ["en-de"])
+
+
+def test_loading_and_encoding_little_data_shows_no_bars(toy, toy_files, toy_tokenizer, tmp_path, capsys):
+    shutil.copy(toy_files / "test.jsonl", tmp_path / "new.jsonl")
+    data = load_parallel(tmp_path / "new.jsonl", toy.language_pairs)
+    encode_parallel(data, toy_tokenizer, resolve_tokens(toy_tokenizer, toy.language_pairs), max_length=19)
+    assert capsys.readouterr().err == ""
 
 
 def pairs(*rows: tuple[str, str]) -> Dataset:
@@ -191,6 +182,11 @@ def test_every_sentence_is_used_before_any_is_used_again():
     made = sampler(num_batches=200)
     seen = [index for batch in made for index in batch if index < 900]
     assert len(set(seen[:896])) == 896
+
+
+def test_sampled_batches_stay_those_of_earlier_versions():
+    batches = list(sampler(num_batches=500, batch_size=7))
+    assert hashlib.sha256(repr(batches).encode()).hexdigest()[:16] == "681325ba4302c4d1"
 
 
 @pytest.mark.parametrize("temperature", [0, -1])

@@ -8,6 +8,7 @@ from datasets import Dataset
 
 from .check import check_parallel, data_check_rows
 from .data import load_parallel
+from .data_files import FORMATS
 
 
 @dataclass
@@ -26,6 +27,10 @@ class DataArguments:
     train_file: str | None = field(default=None, metadata={"help": "Training data: file, or dataset on the Hub."})
     validation_file: str | None = field(default=None, metadata={"help": "Validation data."})
     test_file: str | None = field(default=None, metadata={"help": "Test data."})
+    splits: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Names of splits in the data, where they differ, such as validation=dev."},
+    )
     columns: list[str] = field(default_factory=list, metadata={"help": "code=column, where they differ."})
     language_tokens: list[str] = field(default_factory=list, metadata={"help": "code=token, such as de=deu_Latn."})
     source_tag: str = field(default="source", metadata={"help": "What the source side's tag names: source or target."})
@@ -43,10 +48,16 @@ class DataArguments:
         path = getattr(self, f"{split}_file")
         if path is None:
             raise ValueError(
-                f"Name the {split} data: --{split}_file FILE (.parquet, .jsonl, .tsv) or a dataset on the Hub."
+                f"Name the {split} data: --{split}_file FILE ({FORMATS}, or plain text as train.{{lang}}) or a "
+                "dataset on the Hub."
             )
         limit = self.max_sentences if split == "train" else None
-        options = {"split": split, "columns": self.column_names, "max_sentences": limit, **changes}
+        options = {
+            "split": as_mapping(self.splits).get(split, split),
+            "columns": self.column_names,
+            "max_sentences": limit,
+            **changes,
+        }
         return load_parallel(path, self.language_pairs, **options)
 
     def load_checked(self) -> tuple[dict[str, Dataset], dict[str, Dataset], list[dict[str, Any]]]:

@@ -1,95 +1,139 @@
 """Parallel text: load any number of directions."""
 
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+import glob
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, load_dataset
+from tqdm.auto import tqdm
 
 from ..neurons.language_pairs import check_pairs, split_pair
+from .arrow import arrow_batches
+from .data_files import FORMATS, flat, read_rows, read_text
 
-_READERS = {
-    ".parquet": ("parquet", {}),
-    ".jsonl": ("json", {}),
-    ".json": ("json", {}),
-    ".tsv": ("csv", {"delimiter": "\t", "quoting": 3, "keep_default_na": False}),  # 3: quotes are text
-}
+_BAR_FROM = 8  # directions
 
 
 def load_parallel(
-    path: str,
+    path: str | os.PathLike[str],
     language_pairs: Iterable[str],
     *,
     split: str | None = None,
     columns: Mapping[str, str] | None = None,
     max_sentences: int | None = None,
 ) -> dict[str, Dataset]:
-    """Load parallel text with one column per language.
+    """Load parallel text with one column, or one file, per language.
+
+    What is read stays on disk, memory-mapped; in memory are 8 bytes per sentence pair of directions that leave rows
+    out.
 
     Args:
-        path: a .parquet, .jsonl or .tsv file with a header, or the name of a dataset on the Hub. "{pair}" in it stands
-            for each pair, or for the reversed pair where only that file exists.
+        path: one of these, where "{pair}" stands for each pair, or for the reversed pair if only that exists:
+
+            - a .parquet, .jsonl, .csv or .tsv file with a header, the last three also compressed (.gz). Quotes in TSV
+              are text, unless its header is quoted or its quoted cells double their quotes, as CSV writers do;
+            - shards of one text: a pattern (data/train-*.parquet), or a directory of files whose names differ in
+              numbers only;
+            - plain text with "{lang}" for each language: data/train.{lang} has the lines of data/train.en and
+              data/train.de;
+            - the name of a dataset on the Hub.
+
+            Columns may be nested in a column "translation".
         language_pairs: directions to load, such as ["en-de", "de-en"].
         split: rows to take where the file has a column "split", or the split of a dataset on the Hub.
-        columns: language code → name of its column, where they differ.
-        max_sentences: take at most this many sentence pairs per direction, from the top.
+        columns: language code → name of its column or file, where they differ.
+        max_sentences: take at most so many sentence pairs per direction, from the top.
 
     Returns:
-        pair → Dataset with columns "source" and "target". Rows where either side is missing (null) are left out.
+        pair → Dataset with columns "source" and "target". Rows where either side is missing (null, or an empty cell of
+        CSV and TSV) are left out.
 
     Raises:
-        ValueError: if a file or column is missing, or a direction has no sentence pair.
+        ValueError: if a file, split or column is missing, or a direction has no sentence pair.
     """
+    path = os.fspath(path)
     loaded: dict[str, Dataset] = {}
-    files: dict[str, Dataset] = {}
-    for pair in check_pairs(language_pairs):
-        file = _file_for(path, pair)
-        if file not in files:
-            files[file] = _read(file, split)
-        loaded[pair] = _direction(files[file], pair, file, columns or {}, max_sentences)
+    files: dict[str | tuple[str, ...], Dataset] = {}
+    pairs = check_pairs(language_pairs)
+    for pair in tqdm(pairs, desc="loading", disable=len(pairs) < _BAR_FROM, leave=False):
+        names = [(columns or {}).get(code, code) for code in split_pair(pair)]
+        file = _file_for(path, pair, names)
+        key = (file, *sorted(names)) if "{lang}" in file else file
+        if key not in files:
+            files[key] = _read(file, split, names, quiet=len(pairs) >= _BAR_FROM)
+        loaded[pair] = _direction(files[key], pair, file, names, max_sentences)
     if not loaded:
         raise ValueError("Expected at least one language pair to load, such as --language_pairs en-de de-en.")
     return loaded
 
 
-def _file_for(path: str, pair: str) -> str:
-    named = path.replace("{pair}", pair)
-    if named != path and not Path(named).exists():
-        return path.replace("{pair}", "-".join(reversed(split_pair(pair))))
-    return named
+def _file_for(path: str, pair: str, names: list[str]) -> str:
+    """Return the path with "{pair}" filled in, and "{lang}" kept."""
+    straight, reverse = ("-".join(codes) for codes in (split_pair(pair), reversed(split_pair(pair))))
+    for codes in (straight, reverse):
+        files = [path.replace("{pair}", codes).replace("{lang}", name) for name in names]
+        if all(os.path.exists(file) or glob.glob(file) for file in files):
+            return path.replace("{pair}", codes)
+    return path.replace("{pair}", straight)
 
 
-def _read(path: str, split: str | None) -> Dataset:
-    suffix = Path(path).suffix
-    if suffix in _READERS:
-        if not Path(path).is_file():
-            raise ValueError(f"There is no file {path}.")
-        reader, options = _READERS[suffix]
-        rows = load_dataset(reader, data_files=path, split="train", **options)
-        if split is not None and "split" in rows.column_names:
-            rows = rows.filter(lambda value: value == split, input_columns="split")
-        return rows
+def _read(path: str, split: str | None, names: list[str], quiet: bool) -> Dataset:
+    if "{lang}" in path:
+        return read_text({name: path.replace("{lang}", name) for name in names})
+    rows = read_rows(path, quiet)
+    if rows is not None:
+        return _rows_of_split(rows, split, path)
     try:
-        return load_dataset(path, split=split or "train")
+        return flat(load_dataset(path, split=split or "train"))
     except Exception as error:
         raise ValueError(
-            f"Cannot load {path!r}: expected a file ending in {', '.join(_READERS)} or the name of a dataset on the "
-            f"Hub ({type(error).__name__}: {error})."
+            f"Cannot load {path!r}: expected a file ending in {FORMATS} or the name of a dataset on the Hub "
+            f"({type(error).__name__}: {error})."
         ) from error
 
 
-def _direction(rows: Dataset, pair: str, path: str, columns: Mapping[str, str], limit: int | None) -> Dataset:
-    source, target = (columns.get(code, code) for code in split_pair(pair))
-    missing = [name for name in (source, target) if name not in rows.column_names]
+def _rows_of_split(rows: Dataset, split: str | None, path: str) -> Dataset:
+    if split is None or "split" not in rows.column_names:
+        return rows
+    chosen = _where(rows, ["split"], lambda value: pc.fill_null(pc.equal(value, split), False))
+    if not len(chosen):
+        counts: Counter = Counter()
+        for batch in arrow_batches(rows, ["split"]):
+            counts.update({entry["values"]: entry["counts"] for entry in batch.column(0).value_counts().to_pylist()})
+        values = ", ".join(f"{value!r} ({count} rows)" for value, count in counts.most_common(8))
+        raise ValueError(
+            f"{path} has no rows of the split {split!r}: its column 'split' holds {values or 'nothing'}. Say which "
+            f"one with split=, or on the command line with --splits {split}=..."
+        )
+    return chosen
+
+
+def _direction(rows: Dataset, pair: str, path: str, names: list[str], limit: int | None) -> Dataset:
+    missing = [name for name in names if name not in rows.column_names]
     if missing:
         raise ValueError(
             f"{path} has no column {' and no column '.join(map(repr, missing))} for {pair}; it has "
             f"{', '.join(rows.column_names)}. Map language codes to columns with columns={{code: column}}."
         )
-    chosen = rows.select_columns([source, target])
-    chosen = chosen.filter(lambda a, b: a is not None and b is not None, input_columns=[source, target])
-    chosen = chosen.rename_columns({source: "source", target: "target"})
+    for name in names:
+        kind = getattr(rows.features[name], "dtype", type(rows.features[name]).__name__)
+        if kind not in ("string", "large_string", "null"):
+            raise ValueError(f"Column {name!r} of {path} holds {kind}, expected text (string).")
+    chosen = rows.select_columns(names).rename_columns(dict(zip(names, ("source", "target"), strict=True)))
+    chosen = _where(chosen, ["source", "target"], lambda *sides: pc.and_(*map(pc.is_valid, sides)))
     if limit is not None:
         chosen = chosen.select(range(min(limit, len(chosen))))
     if not len(chosen):
         raise ValueError(f"{path} has no sentence pair for {pair}: no row has text on both sides.")
     return chosen
+
+
+def _where(rows: Dataset, columns: list[str], condition: Callable[..., pa.BooleanArray]) -> Dataset:
+    """Return the rows for which an Arrow expression over columns holds; the same rows if it always does."""
+    batches = (condition(*batch.columns) for batch in arrow_batches(rows, columns))
+    kept = np.concatenate([np.empty(0, bool), *(batch.to_numpy(zero_copy_only=False) for batch in batches)])
+    return rows if kept.all() else rows.select(np.flatnonzero(kept))

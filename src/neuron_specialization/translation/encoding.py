@@ -13,6 +13,7 @@ from datasets import Dataset, Features, Value, concatenate_datasets
 from xxhash import xxh3_128
 
 from .arrow import arrow_batches
+from .data_files import progress_bars
 from .tokenization import encode
 
 _FEATURES = Features(
@@ -61,10 +62,7 @@ def encode_parallel(
     directory.mkdir(parents=True, exist_ok=True)
     rows = concatenate_datasets(list(data.values()))
     ends = np.cumsum([len(part) for part in data.values()])
-    bars = datasets.are_progress_bars_disabled()
-    if len(rows) < _BAR_FROM:
-        datasets.disable_progress_bars()
-    try:
+    with progress_bars(len(rows) >= _BAR_FROM):
         return rows.map(
             _encode_batch,
             batched=True,
@@ -79,9 +77,6 @@ def encode_parallel(
             new_fingerprint=key,
             desc="tokenizing",
         )
-    finally:
-        if not bars:
-            datasets.enable_progress_bars()
 
 
 def _encode_batch(

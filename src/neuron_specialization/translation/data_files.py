@@ -1,0 +1,175 @@
+"""Read the files that parallel text comes in: which ones a path names, and how each format is read."""
+
+import csv
+import glob
+import gzip
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import datasets
+from datasets import Dataset, Features, Value, load_dataset
+
+_READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
+FORMATS = ", ".join(_READERS)
+_BAR_FROM = 100_000_000  # bytes; less is read in seconds
+_TSV_SAMPLE = 1_000_000  # bytes
+
+
+@contextmanager
+def progress_bars(shown: bool) -> Iterator[None]:
+    """Let datasets show its progress bars, or not."""
+    before = datasets.are_progress_bars_disabled()
+    if not shown:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not before:
+            datasets.enable_progress_bars()
+
+
+def read_rows(path: str, quiet: bool = False) -> Dataset | None:
+    """Read a file, a directory of shards or a pattern of shards; None if the path names none of these.
+
+    A nested column "translation" is read as one column per language.
+
+    Raises:
+        ValueError: if there is no such file, several of different kinds, one without content, or one that is damaged.
+    """
+    files = _files(path)
+    if files is None:
+        return None
+    for file in files:
+        with _open(file) as opened:
+            if not opened.read(1):
+                raise ValueError(f"{file} is empty.")
+    kind = _kind(files[0])
+    options = _csv_options(files[0], kind) if _READERS[kind] == "csv" else {}
+    names = [glob.escape(str(file)) for file in files]
+    large = sum(file.stat().st_size for file in files) >= _BAR_FROM
+    with progress_bars(large and not quiet), _readable(path):
+        rows = load_dataset(_READERS[kind], data_files=names, split="train", **options)
+    return flat(rows)
+
+
+def read_text(files: Mapping[str, str]) -> Dataset:
+    """Read text files whose lines correspond, column → file; only a newline ends a line.
+
+    Raises:
+        ValueError: if a file is missing or not UTF-8, or one has more lines than another.
+    """
+    for file in files.values():
+        if not Path(file).is_file():
+            raise ValueError(f"There is no file {file}.")
+    stats = [os.stat(file) for file in files.values()]
+    # or datasets would not see that a file changed; no list, which it would take for shards
+    version = tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)
+    features = Features({column: Value("string") for column in files})
+    with progress_bars(sum(stat.st_size for stat in stats) >= _BAR_FROM), _readable(" and ".join(files.values())):
+        return Dataset.from_generator(_lines, features=features, gen_kwargs={"files": dict(files), "version": version})
+
+
+def flat(rows: Dataset) -> Dataset:
+    """Return rows with the languages of a nested column "translation", as on the Hub, as columns of their own."""
+    nested = rows.features.get("translation")
+    if not isinstance(nested, dict | datasets.Translation):
+        return rows
+    languages = nested if isinstance(nested, dict) else nested.languages
+    rows = rows.select_columns(["translation", *(["split"] if "split" in rows.column_names else [])])
+    return rows.flatten().rename_columns({f"translation.{language}": language for language in languages})
+
+
+def _files(path: str) -> list[Path] | None:
+    if Path(path).is_file():
+        files = [Path(path)]
+    elif Path(path).is_dir():
+        files = sorted(f for f in Path(path).iterdir() if _kind(f) in _READERS and not f.name.startswith((".", "_")))
+    elif any(sign in path for sign in "*?["):
+        files = sorted(map(Path, glob.glob(path)))
+    elif _kind(Path(path)) in _READERS or "{" in path or path.startswith((".", "/", "~")):
+        files = []
+    else:
+        return None
+    if not files:
+        raise ValueError(f"There is no file {path}." if not Path(path).is_dir() else f"{path} holds no {FORMATS}.")
+    if Path(path).is_dir():
+        _check_shards(path, files)
+    kinds = {_kind(file) for file in files}
+    if len(kinds) > 1 or not kinds <= set(_READERS):
+        raise ValueError(
+            f"Expected files of one kind ({FORMATS}; .gz too), got {', '.join(sorted(kinds))} in {path}. Plain text, "
+            "a file per language, is named with {lang}: data/train.{lang}."
+        )
+    return files
+
+
+def _check_shards(path: str, files: Sequence[Path]) -> None:
+    """A directory's files are shards of one text if their names differ in numbers only."""
+    names = {re.sub(r"\d+", "#", file.name): file.name for file in files}
+    if len(names) > 1:
+        raise ValueError(
+            f"{path} holds different files: {', '.join(sorted(names.values()))}. Name one, or the shards of one text "
+            "with a pattern: data/train-*.parquet."
+        )
+
+
+def _kind(file: Path) -> str:
+    return Path(file.name.lower().removesuffix(".gz")).suffix
+
+
+def _open(file: str | Path) -> BinaryIO:
+    if str(file).endswith(".gz"):
+        return gzip.open(file)  # type: ignore[return-value]
+    return open(file, "rb")
+
+
+def _csv_options(file: Path, kind: str) -> dict[str, Any]:
+    """Return pandas' options: every column is text, an empty cell is missing, and quotes are text or not."""
+    delimiter = "\t" if kind == ".tsv" else ","
+    with _open(file) as opened:
+        sample = opened.read(_TSV_SAMPLE)
+    if not sample.partition(b"\n")[2].strip():
+        raise ValueError(f"{file} holds a header, but no rows.")
+    quoting: Any = csv.QUOTE_MINIMAL if kind == ".csv" or _is_quoted(sample) else csv.QUOTE_NONE
+    header = sample.decode("utf-8-sig", errors="replace").splitlines()[0]
+    names = next(csv.reader([header], delimiter=delimiter, quoting=quoting))
+    features = Features({name: Value("string") for name in names})
+    missing = {"keep_default_na": False, "na_values": [""]}
+    return {"delimiter": delimiter, "quoting": quoting, "features": features, **missing}
+
+
+def _is_quoted(sample: bytes) -> bool:
+    """Return whether a TSV file is written like CSV: its header is quoted, or its quoted cells double their quotes.
+
+    TSV has no quoting, and sentences begin with quotes of their own: `"No," he said.`
+    """
+    lines = sample.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    if re.fullmatch(rb'"[^"]*"(\t"[^"]*")*\r?', lines[0]):
+        return True
+    cells = [cell.rstrip(b"\r") for line in lines[1:-1] or lines[1:] for cell in line.split(b"\t")]
+    opened = [cell for cell in cells if cell.startswith(b'"')]
+    return bool(opened) and all(re.fullmatch(rb'"([^"]|"")*""([^"]|"")*"', cell) for cell in opened)
+
+
+def _lines(files: Mapping[str, str], version: tuple[Any, ...]) -> Iterator[dict[str, str]]:
+    opened = [_open(file) for file in files.values()]
+    for number, lines in enumerate(zip_longest(*opened), 1):
+        if None in lines:
+            short = [file for file, line in zip(files.values(), lines, strict=True) if line is None]
+            raise ValueError(f"{short[0]} ends before line {number}, which the other file has")
+        text = [line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n") for line in lines]
+        yield dict(zip(files, text, strict=True))
+
+
+@contextmanager
+def _readable(path: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        cause = error.__cause__ or error  # datasets hides it behind "an error occurred"
+        raise ValueError(f"Cannot read {path}: {' '.join(str(cause).split())}") from error

@@ -1,0 +1,123 @@
+"""The formats that parallel text comes in, and which files a path names."""
+
+import csv
+import gzip
+
+import pandas
+import pytest
+from datasets import Dataset, Features, Translation
+
+from neuron_specialization.translation.data import load_parallel
+
+ROWS = {
+    "en": ["a cat", "two dogs", None, 'he said "no"'],
+    "de": ["eine Katze", "zwei Hunde", "drei", "er sagte nein"],
+    "fr": ["un chat", None, "trois", "il a dit non"],
+}
+FORMATS = ["parquet", "jsonl", "tsv", "csv", "jsonl.gz", "csv.gz", "quoted.tsv", "all-quoted.tsv.gz"]
+
+
+def lines_of(data, pair) -> list[tuple[str, str]]:
+    return list(zip(data[pair]["source"], data[pair]["target"], strict=True))
+
+
+@pytest.fixture(params=FORMATS)
+def parallel_file(request, tmp_path):
+    path = tmp_path / f"text.{request.param}"
+    frame = pandas.DataFrame(ROWS)
+    if request.param == "parquet":
+        frame.to_parquet(path)
+    elif request.param.startswith("jsonl"):
+        frame.to_json(path, orient="records", lines=True)
+    elif request.param == "tsv":
+        lines = [list(ROWS), *zip(*ROWS.values(), strict=True)]
+        path.write_text("".join("\t".join("" if v is None else v for v in line) + "\n" for line in lines))
+    else:
+        separator = "," if "csv" in request.param else "\t"
+        quoting = csv.QUOTE_ALL if "all" in request.param else csv.QUOTE_MINIMAL
+        frame.to_csv(path, sep=separator, quoting=quoting, index=False)
+    return path
+
+
+def test_every_format_gives_every_direction_without_missing_sides(parallel_file):
+    data = load_parallel(parallel_file, ["en-de", "de-fr"])
+    expected = [("a cat", "eine Katze"), ("two dogs", "zwei Hunde"), ('he said "no"', "er sagte nein")]
+    assert lines_of(data, "en-de") == expected
+    assert lines_of(data, "de-fr") == [("eine Katze", "un chat"), ("drei", "trois"), ("er sagte nein", "il a dit non")]
+
+
+def test_quotes_in_plain_tsv_are_text(tmp_path):
+    rows = ['"No," he said.\t"Nein", sagte er.', '"\tein "" Zoll', '"all"\t"alles"', "NA\tnull"]
+    (tmp_path / "text.tsv").write_text("\n".join(["en\tde", *rows]) + "\n")
+    data = load_parallel(str(tmp_path / "text.tsv"), ["en-de"])
+    assert lines_of(data, "en-de") == [tuple(row.split("\t")) for row in rows]
+
+
+@pytest.mark.parametrize("packed", ["", ".gz"])
+def test_plain_text_has_a_file_per_language(tmp_path, packed):
+    def write(name: str, lines: list[str]) -> None:
+        opened = gzip.open if packed else open
+        with opened(tmp_path / f"{name}{packed}", "wb") as file:
+            file.write("".join(f"{line}\n" for line in lines).encode())
+
+    english, german = ["one", "a\u2028b\x85c\x0c\rd", "", "four"], ["eins", "zwei", "drei", "vier\r"]
+    write("train.en", english)
+    write("train.de", german)
+    path = tmp_path / f"train.{{lang}}{packed}"
+    data = load_parallel(path, ["en-de", "de-en"])
+    assert lines_of(data, "en-de") == list(zip(english, [*german[:3], "vier"], strict=True))
+    assert data["de-en"]["source"][:] == data["en-de"]["target"][:]
+    write("train.de", german[:3])
+    with pytest.raises(ValueError, match="train.de.* ends before line 4, which the other file has"):
+        load_parallel(path, ["en-de"])
+    with pytest.raises(ValueError, match="no file .*train.fr"):
+        load_parallel(path, ["en-fr"])
+    with pytest.raises(ValueError, match=r"Plain text, a file per language, is named with \{lang\}"):
+        load_parallel(tmp_path / f"train.en{packed}", ["en-de"])
+
+
+@pytest.mark.parametrize("features", [None, Features({"translation": Translation(["en", "de"])})])
+def test_languages_may_be_nested_as_on_the_hub(tmp_path, features):
+    rows = {"translation": [{"en": "a", "de": "b"}, {"en": "c", "de": None}]}
+    Dataset.from_dict(rows, features).to_parquet(tmp_path / "x.parquet")
+    assert lines_of(load_parallel(tmp_path / "x.parquet", ["de-en"]), "de-en") == [("b", "a")]
+    (tmp_path / "x.jsonl").write_text('{"translation": {"en": "a", "de": "b"}}\n')
+    assert lines_of(load_parallel(tmp_path / "x.jsonl", ["de-en"]), "de-en") == [("b", "a")]
+
+
+def test_shards_are_read_as_one_and_files_are_never_mixed(tmp_path):
+    for name, text in (("train-00000-of-00002", "a"), ("train-00001-of-00002", "b"), ("[dev]", "c")):
+        pandas.DataFrame({"en": [text], "de": [text]}).to_parquet(tmp_path / f"{name}.parquet")
+    expected = [("a", "a"), ("b", "b")]
+    assert lines_of(load_parallel(tmp_path / "train-*.parquet", ["en-de"]), "en-de") == expected
+    assert lines_of(load_parallel(tmp_path / "[dev].parquet", ["en-de"]), "en-de") == [("c", "c")]
+    with pytest.raises(ValueError, match=r"different files: \[dev\].parquet, train-00001-of-00002.parquet. Name one"):
+        load_parallel(tmp_path, ["en-de"])
+    (tmp_path / "[dev].parquet").unlink()
+    (tmp_path / "README.md").write_text("about")
+    assert lines_of(load_parallel(f"{tmp_path}/", ["en-de"]), "en-de") == expected
+    (tmp_path / "train-2.jsonl").write_text('{"en": "d", "de": "d"}\n')
+    with pytest.raises(ValueError, match="of one kind .* got .jsonl, .parquet"):
+        load_parallel(tmp_path / "train-*", ["en-de"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty holds no .parquet"):
+        load_parallel(tmp_path / "empty", ["en-de"])
+    with pytest.raises(ValueError, match="no file .*test-"):
+        load_parallel(tmp_path / "test-*.parquet", ["en-de"])
+
+
+@pytest.mark.parametrize("name", ["x.tsv", "x.csv", "x.jsonl", "x.parquet", "x.jsonl.gz"])
+def test_files_without_content_are_refused_in_one_sentence(tmp_path, name):
+    with gzip.open(tmp_path / name, "wb") if name.endswith("gz") else open(tmp_path / name, "wb"):
+        pass
+    with pytest.raises(ValueError, match=f"{name} is empty"):
+        load_parallel(tmp_path / name, ["en-de"])
+
+
+def test_files_without_sentence_pairs_or_cut_off_are_refused_in_one_sentence(tmp_path):
+    (tmp_path / "x.tsv").write_text("en\tde\n")
+    with pytest.raises(ValueError, match="x.tsv holds a header, but no rows"):
+        load_parallel(tmp_path / "x.tsv", ["en-de"])
+    (tmp_path / "x.jsonl").write_text('{"en": "a", "de"')
+    with pytest.raises(ValueError, match="^Cannot read .*x.jsonl: JSON parse error"):
+        load_parallel(tmp_path / "x.jsonl", ["en-de"])
