@@ -27,9 +27,16 @@ def datasets_cache(tmp_path_factory):
         yield
 
 
-@pytest.fixture(autouse=True)
-def small_batches_run_compact_like_large_ones(monkeypatch):
+@pytest.fixture
+def small_batches_run_compact(monkeypatch):
+    """execution="auto" runs compact in batches of any size, as it does in large ones."""
     monkeypatch.setattr(compact_policy, "FEW_TOKENS", 0)
+
+
+@pytest.fixture(params=[0, compact_policy.FEW_TOKENS], ids=["large batches", "small batches"])
+def each_batch_size(request, monkeypatch):
+    """execution="auto" as in large batches, and as in small ones."""
+    monkeypatch.setattr(compact_policy, "FEW_TOKENS", request.param)
 
 
 def make_m2m100(**changes) -> M2M100ForConditionalGeneration:

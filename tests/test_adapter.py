@@ -29,6 +29,7 @@ def gradients(model) -> dict[str, torch.Tensor]:
     return {name: grad for name, grad in named.items() if grad is not None}
 
 
+@pytest.mark.usefixtures("each_batch_size")
 @pytest.mark.parametrize("make", [make_m2m100, make_t5], ids=["plain", "gated"])
 @pytest.mark.parametrize("pair", ["en-de", "fr-en"])
 def test_masked_equals_zeroed_rows_with_all_gradients(make, pair):
@@ -52,6 +53,7 @@ def test_masked_equals_zeroed_rows_with_all_gradients(make, pair):
         torch.testing.assert_close(mine[name], gradient, rtol=1e-9, atol=1e-10, msg=name)
 
 
+@pytest.mark.usefixtures("each_batch_size")
 @pytest.mark.parametrize("make", [make_m2m100, make_t5], ids=["plain", "gated"])
 def test_delta_acts_in_weight_space_under_the_mask(make):
     model = make().double()
@@ -79,6 +81,7 @@ def test_delta_acts_in_weight_space_under_the_mask(make):
     assert trained and all("neuron_specialization_delta" in n for n in trained)
 
 
+@pytest.mark.usefixtures("each_batch_size")
 def test_mask_bias_silences_neurons_wholly():
     model, batch = make_m2m100().double(), make_batch()
     masks = make_masks(model)
@@ -93,6 +96,7 @@ def test_mask_bias_silences_neurons_wholly():
     assert not torch.allclose(expected, with_constants)
 
 
+@pytest.mark.usefixtures("each_batch_size")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("make", [make_m2m100, make_t5], ids=["plain", "gated"])
 def test_a_mixed_batch_equals_runs_of_one_pair(mode, make):
@@ -113,6 +117,7 @@ def adapted_pairs(adapted) -> list[str]:
     return adapted.peft_config["default"].language_pairs
 
 
+@pytest.mark.usefixtures("each_batch_size")
 @pytest.mark.parametrize(
     "options", [{"num_beams": 4}, {"num_beams": 3, "num_return_sequences": 2}, {"do_sample": False}]
 )
@@ -199,6 +204,7 @@ def test_disabling_and_unloading_give_the_base_back(mode):
     assert "generate" not in vars(unloaded) and not unloaded._forward_pre_hooks
 
 
+@pytest.mark.usefixtures("each_batch_size")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("mask_bias", [False, True])
 def test_merging_one_pair(mode, mask_bias):
@@ -338,6 +344,7 @@ def test_bad_configurations_are_refused(config, message):
         ns.NeuronSpecializationConfig(**config)
 
 
+@pytest.mark.usefixtures("each_batch_size")
 def test_copies_and_pickles_route_by_themselves():
     model, batch = make_m2m100(), make_batch()
     adapted = adapt(model, make_masks(model), init_weights=False).eval()

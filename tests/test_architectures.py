@@ -14,6 +14,8 @@ import neuron_specialization as ns
 from .architectures import ARCHITECTURES, TABLE_BEGINS, TABLE_ENDS, double, make, make_batch, support_table
 from .test_recipes import ROOT
 
+pytestmark = pytest.mark.usefixtures("small_batches_run_compact")
+
 NAMES = list(ARCHITECTURES)
 PAIRS = ["en-de", "de-en", "en-fr", "fr-en"]
 BY_EXPERTS = [name for name in NAMES if ARCHITECTURES[name].experts]

@@ -86,11 +86,11 @@ def encoder_by_itself(model):
 STEPS = (two_calls, evaluation_in_between, one_pair_per_batch, selected_for_a_while, selected_anew, encoder_by_itself)
 
 
+@pytest.mark.usefixtures("each_batch_size")
 @pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize("execution", ["masked", "auto"])
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.__name__)
-def test_recomputation_runs_under_the_call_that_made_it(step, execution, use_reentrant):
-    model = routed(execution=execution).train()
+def test_recomputation_runs_under_the_call_that_made_it(step, use_reentrant):
+    model = routed().train()
     found = []
     for checkpointing in (False, True):
         model.zero_grad()
@@ -226,6 +226,7 @@ class During(LogitsProcessor):
         return scores
 
 
+@pytest.mark.usefixtures("each_batch_size")
 def test_calls_inside_generate_have_their_own_pair_and_give_the_outer_one_back():
     model, batch = routed(), make_batch()
     other = make_batch(seed=5)
@@ -287,6 +288,7 @@ def test_selecting_a_pair_does_not_change_a_call_under_way():
 # --- threads ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("each_batch_size")
 def test_a_second_thread_has_pairs_of_its_own():
     model, batch, other = routed(), make_batch(), make_batch(seed=5)
     expected = model.generate(**inputs_of(batch), language_pairs="en-de", **GENERATE)

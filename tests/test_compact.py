@@ -17,6 +17,8 @@ from neuron_specialization.adapter.layer import NeuronSpecializationLayer
 
 from .conftest import PAIRS, checkpoint_activations, make_batch, make_m2m100, make_masks, make_t5
 
+pytestmark = pytest.mark.usefixtures("small_batches_run_compact")
+
 MODELS = {"plain": make_m2m100, "gated": make_t5, "plain without biases": lambda: make_t5("relu")}
 
 

@@ -193,8 +193,10 @@ def test_every_convention_from_text_to_translation(convention, tmp_path):
         plain = _tags_only(adapted, tokenizer, TEXT[0], pair, tokens, source_tag)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(type(model), "generate", read)
-            adapted.generate(**plain, max_new_tokens=3)
-        assert calls == [[[expected[0]], [expected[1]]]], (convention, pair)
+            expected_tokens = adapted.generate(**plain, max_new_tokens=3)
+            plain = {"input_ids": plain["input_ids"]}
+            assert adapted.generate(**plain, language_pairs=pair, max_new_tokens=3).equal(expected_tokens)
+        assert calls == [[[expected[0]], [expected[1]]]] * 2, (convention, pair)
 
 
 def _tags_only(model, tokenizer, sentence, pair, tokens, source_tag) -> dict:

@@ -1,5 +1,6 @@
 """The right pair without being told: language tokens in the conventions of the models."""
 
+import contextlib
 import copy
 import pickle
 
@@ -59,6 +60,7 @@ def tagged(pairs: list[str], convention: str) -> dict[str, torch.Tensor]:
     return {"input_ids": inputs, "labels": labels, "decoder_input_ids": decoder}
 
 
+@pytest.mark.usefixtures("each_batch_size")
 @pytest.mark.parametrize("convention", ["nllb", "m2m100", "mbart50", "nllb-legacy", "mbart25"])
 def test_forward_reads_the_pair_of_each_sample(convention):
     model, batch = adapted(), tagged(PAIRS, convention)
@@ -95,6 +97,7 @@ def test_pairs_that_fit_may_agree():
     assert model(**batch).logits.equal(model(**batch, language_pairs="en-de").logits)
 
 
+@pytest.mark.usefixtures("each_batch_size")
 @pytest.mark.parametrize(
     "how",
     [
@@ -147,6 +150,57 @@ def test_a_target_that_the_adapter_does_not_know_is_not_taken_for_another(how):
     model = adapted(["en-de", "de-en"], default_pair="base")
     found = model.generate(input_ids=sources, max_new_tokens=5, **how)
     assert found.equal(model.generate(input_ids=sources, max_new_tokens=5, language_pairs="base", **how))
+
+
+def test_a_forced_token_after_a_start_token_is_read():
+    model = adapted()
+    sources = tagged(["en-de", "en-de"], "nllb")["input_ids"]
+    options = {"decoder_input_ids": torch.tensor([[START]] * 2), "forced_bos_token_id": DE, "max_new_tokens": 5}
+    found = model.generate(input_ids=sources, **options)
+    assert found[:, 1].eq(DE).all()
+    options |= {"return_dict_in_generate": True, "output_logits": True}
+    read, german, french = (
+        torch.stack(model.generate(input_ids=sources, **options, **pairs).logits[:2])
+        for pairs in ({}, {"language_pairs": "en-de"}, {"language_pairs": "en-fr"})
+    )
+    assert read.equal(german) and not read.equal(french)
+
+
+@pytest.mark.parametrize("how", ["passed", "selected", "with", "only", "id"])
+def test_generate_sets_the_targets_tag_of_the_chosen_pair(how):
+    """Else it would run the masks of one language and generate another."""
+    model = adapted(["en-de"] if how == "only" else PAIRS)
+    sources = tagged(["en-de", "en-de"], "nllb")["input_ids"]
+    options = {"input_ids": sources, "max_new_tokens": 5, "num_beams": 2}
+    expected = model.generate(**options, forced_bos_token_id=DE)
+    if how == "selected":
+        ns.set_language_pair(model, "en-de")
+    passed = {"passed": {"language_pairs": "en-de"}, "id": {"language_pairs": torch.tensor([0, 0])}}.get(how, {})
+    with ns.language_pair(model, "en-de") if how == "with" else contextlib.nullcontext():
+        found = model.generate(**options, **passed)
+    assert found[:, 1].eq(DE).all() and found.equal(expected)
+    french = model.generate(**options, language_pairs="en-de", forced_bos_token_id=FR)
+    assert french[:, 1].eq(FR).all(), "unless told otherwise"
+
+
+def test_generate_sets_the_tags_of_several_targets():
+    model = adapted()
+    sources = tagged(PAIRS, "nllb")["input_ids"]
+    starts = torch.tensor([[START, CODES[pair.split("-")[1]]] for pair in PAIRS])
+    expected = model.generate(input_ids=sources, decoder_input_ids=starts, max_new_tokens=5)
+    assert model.generate(input_ids=sources, language_pairs=PAIRS, max_new_tokens=5).equal(expected)
+
+
+@pytest.mark.parametrize("convention", ["nllb", "marian"])
+def test_a_source_tag_that_contradicts_the_chosen_pair_is_an_error(convention):
+    tag = {"nllb": "source", "marian": "target"}[convention]
+    model = adapted(source_tag=tag)
+    batch = tagged(["en-de", "fr-en"], convention)
+    options = {"input_ids": batch["input_ids"], "max_new_tokens": 3}
+    message = {"nllb": "Sample 1 .*'fr' .*'en-de'.*tag of 'en'", "marian": "Sample 1 .*'en' .*'en-de'.*tag of 'de'"}
+    with pytest.raises(ValueError, match=message[convention]):
+        model.generate(**options, language_pairs="en-de")
+    model.generate(**options, language_pairs=["en-de", "fr-en"])
 
 
 def test_a_batch_of_several_targets_generates_from_decoder_inputs():

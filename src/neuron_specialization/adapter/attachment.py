@@ -13,9 +13,10 @@ from torch import nn
 
 from ..neurons.base_model import is_encoder_decoder
 from ..neurons.ffn import ENCODER, STACKS, is_time_major
-from .call import CarriesCall, innermost_call, origin_of, remember_origin, run_in, steps_in
+from .call import Call, CarriesCall, innermost_call, origin_of, remember_origin, run_in, steps_in
 from .language_tokens import tokens_of_forward, tokens_of_generate, tokens_of_stack
 from .routing import ATTRIBUTE, CallRouter
+from .target_tag import target_arguments
 
 _INPUTS = ("input_ids", "inputs", "inputs_embeds", "input_features", "decoder_input_ids", "labels")
 
@@ -60,22 +61,26 @@ class _Entry:
     @torch.compiler.disable(recursive=False)
     def _begin(self, pairs: Any, *args: Any, **kwargs: Any) -> Any:
         self._carry_calls_through_checkpoints()
+        inputs = _inputs(args, kwargs)
         call = self.router.begin(
             pairs,
             self._tokens(args, kwargs),
-            samples=_samples(args, kwargs),
+            samples=None if inputs is None else len(inputs),
             origin=_origin(kwargs),
             stack=self.stack,
-            device=_device_of(self.module),
+            device=None if inputs is None else inputs.device,
             generates=self.method == "generate",
         )
-        return self._finish(call, run_in(call, self._whole, *args, **kwargs))
+        return self._finish(call, run_in(call, self._whole, *args, **self._arguments(call, kwargs)))
+
+    def _arguments(self, call: Call, kwargs: dict[str, Any]) -> dict[str, Any]:
+        return kwargs
 
     def _tokens(self, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         return tokens_of_forward(args, kwargs) if self.stack is None else tokens_of_stack(self.stack, args, kwargs)
 
     @torch.compiler.disable
-    def _finish(self, call: Any, outputs: Any) -> Any:
+    def _finish(self, call: Call, outputs: Any) -> Any:
         if isinstance(outputs, Mapping) and self.stack in (None, ENCODER):
             remember_origin(call, outputs)
         return outputs
@@ -114,7 +119,10 @@ class _Generate(_Entry):
         ids = {token for reader in readers for token in reader.ids.values()}
         return tokens_of_generate(self.module, ids, args, kwargs)
 
-    def _finish(self, call: Any, outputs: Any) -> Any:
+    def _arguments(self, call: Call, kwargs: dict[str, Any]) -> dict[str, Any]:
+        return {**kwargs, **target_arguments(self.module, call, list(self.router.resolvers.values()), kwargs)}
+
+    def _finish(self, call: Call, outputs: Any) -> Any:
         return steps_in(call, outputs) if inspect.isgenerator(outputs) else outputs
 
 
@@ -125,14 +133,10 @@ def _origin(kwargs: Mapping[str, Any]) -> Any:
     return origin_of(kwargs.get("past_key_values")) or origin_of(states)
 
 
-def _samples(args: tuple, kwargs: Mapping[str, Any]) -> int | None:
+def _inputs(args: tuple, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+    """Return a tensor [batch, ...] of those that a call is given."""
     inputs = [*args[:1], *(kwargs.get(name) for name in _INPUTS)]
-    return next((len(value) for value in inputs if isinstance(value, torch.Tensor)), None)
-
-
-def _device_of(model: nn.Module) -> torch.device | None:
-    parameter = next(model.parameters(), None)
-    return None if parameter is None else parameter.device
+    return next((value for value in inputs if isinstance(value, torch.Tensor)), None)
 
 
 def attach(model: nn.Module) -> CallRouter:

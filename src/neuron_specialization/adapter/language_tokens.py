@@ -134,7 +134,8 @@ def tokens_of_generate(model: Any, language_ids: set[int], args: tuple, kwargs: 
     """
     source = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
     target = _ids(kwargs.get("decoder_input_ids"))
-    if target is not None:
+    # after a start token alone, a forced one follows; after more than that, none is forced
+    if target is not None and (target.shape[1] > 1 or bool(_is_any_of(target, language_ids).all())):
         return TokenBatch(_ids(source), target)
     given, own = kwargs.get("generation_config"), getattr(model, "generation_config", None)
     for name in ("forced_bos_token_id", "decoder_start_token_id"):
@@ -145,6 +146,10 @@ def tokens_of_generate(model: Any, language_ids: set[int], args: tuple, kwargs: 
         if isinstance(value, list | torch.Tensor) and name == "decoder_start_token_id":
             return TokenBatch(_ids(source), torch.as_tensor(value).reshape(-1, 1))
     return TokenBatch(_ids(source))
+
+
+def _is_any_of(tokens: torch.Tensor, ids: set[int]) -> torch.Tensor:
+    return torch.isin(tokens, torch.tensor(sorted(ids), dtype=tokens.dtype, device=tokens.device))
 
 
 def _ids(value: Any) -> torch.Tensor | None:
@@ -167,17 +172,17 @@ class TagReader:
     def sides(self, batch: TokenBatch) -> tuple[list[str | None] | None, list[str | None] | None]:
         """Return the source and the target language of each sample: None where a row has no tag, or several different
         ones; and None for a whole side that the tokens do not tell."""
-        on_source = None if batch.source is None else self._read(batch.source)
+        on_source = None if batch.source is None else self.read(batch.source)
         if self.source_tag == "target":
             return None, on_source
         if isinstance(batch.target, int):
             by_id = {token: code for code, token in self.ids.items()}
             samples = 1 if batch.source is None else len(batch.source)
             return on_source, [by_id.get(batch.target)] * samples
-        return on_source, None if batch.target is None else self._read(batch.target)
+        return on_source, None if batch.target is None else self.read(batch.target)
 
-    def _read(self, tokens: torch.Tensor) -> list[str | None]:
-        """Return the one language of each row, wherever its token stands in it."""
+    def read(self, tokens: torch.Tensor) -> list[str | None]:
+        """Return the one language of each sample, wherever its token stands: None where there is none, or several."""
         codes = list(self.ids)
         ids = torch.tensor([self.ids[code] for code in codes], device=tokens.device)
         found = (tokens[:, :, None] == ids).any(1)

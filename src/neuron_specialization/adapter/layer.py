@@ -47,6 +47,7 @@ class NeuronSpecializationLayer(BaseTunerLayer):
         self.neuron_specialization_delta_b = nn.ParameterDict()
         self.mask_bias: dict[str, bool] = {}
         self.execution: dict[str, str] = {}
+        self.place: tuple[nn.Module, str] | None = None  # its parent, and its name there
         self.compact_block: CompactBlock | None = None
         self.trains_base = False
         self.merged_adapters = []
@@ -75,7 +76,9 @@ class NeuronSpecializationLayer(BaseTunerLayer):
                 nn.init.normal_(b, std=RANDOM_INIT_STD)
             self.neuron_specialization_delta_a[adapter_name] = nn.Parameter(a)
             self.neuron_specialization_delta_b[adapter_name] = nn.Parameter(b)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
+        weight = self.weight
+        if isinstance(weight, torch.Tensor) and not weight.is_meta:  # neither quantized nor offloaded
+            self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -94,10 +97,13 @@ class NeuronSpecializationLayer(BaseTunerLayer):
     def delta(self, adapter_name: str, rows: torch.Tensor | None = None) -> torch.Tensor | None:
         """Return ΔW1 [d_ff, d_model] of one adapter, or some rows of it; None where nothing of its own is trained."""
         if adapter_name in self.neuron_specialization_delta:
-            delta = self.neuron_specialization_delta[adapter_name]
+            delta = _loaded(self.neuron_specialization_delta, adapter_name)
             return delta if rows is None else delta.index_select(0, rows)
         if adapter_name in self.neuron_specialization_delta_a:
-            b, a = self.neuron_specialization_delta_b[adapter_name], self.neuron_specialization_delta_a[adapter_name]
+            b, a = (
+                _loaded(factors, adapter_name)
+                for factors in (self.neuron_specialization_delta_b, self.neuron_specialization_delta_a)
+            )
             return (b if rows is None else b.index_select(0, rows)) @ a
         return None
 
@@ -149,6 +155,7 @@ class Linear(nn.Module, NeuronSpecializationLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
+        self._check_place()
         call = self.call(x.device)
         if call.adapter_names is not None:
             return self._forward_per_sample_adapters(x, call.adapter_names)
@@ -160,6 +167,18 @@ class Linear(nn.Module, NeuronSpecializationLayer):
         if weights is not None:
             return F.linear(x, *weights.up())
         return self._forward_masked(x, active_adapters(self))
+
+    def _check_place(self) -> None:
+        """Raise ValueError where another adapter was put around this layer, whose output would not be masked."""
+        outer = self if self.place is None else getattr(*self.place)
+        if outer is self or not isinstance(outer, BaseTunerLayer) or outer.disable_adapters or outer.merged:
+            return
+        names = [name for name in outer.active_adapters if name in outer._all_available_adapter_names()]
+        if names:
+            raise ValueError(
+                f"The adapter {names[0]!r} was added to a masked projection after the masks, so what it adds would "
+                "not be masked. Add it before the masks, or leave masked projections out of its target_modules."
+            )
 
     def _compact_weights(self, x: torch.Tensor, call: Call) -> CompactWeights | None:
         """Return the weights to run with where the block runs compact."""
@@ -180,7 +199,8 @@ class Linear(nn.Module, NeuronSpecializationLayer):
             samples: where x is part of a batch, int64 indices of its samples in the whole.
             batch: size of the whole batch, beams counted.
         """
-        out = self._project(x, adapters)
+        keeps: dict[str, torch.Tensor] = {}
+        on_base: dict[str, torch.Tensor] = {}
         for adapter in adapters:
             rows = self.call(x.device).rows_in(adapter, self.stack, x.device)
             if len(rows.index) > 1 and x.ndim < 3:
@@ -188,25 +208,48 @@ class Linear(nn.Module, NeuronSpecializationLayer):
             index = self._per_sample(rows.index, batch or x.shape[self._batch_dim])
             if samples is not None and len(index) > 1:
                 index = index[samples]
-            packed = self.neuron_specialization_mask[adapter][index.clamp_min(0)]
-            mask = self._align(unpack_rows(packed, self.out_features), x)
-            bias = None if self.mask_bias[adapter] else self.bias
-            masked = torch.where(mask, out, 0 if bias is None else bias.to(out.dtype))
+            packed = self.neuron_specialization_mask[adapter].to(x.device)[index.clamp_min(0)]
+            keeps[adapter] = self._align(unpack_rows(packed, self.out_features), x)
             if rows.has_base:
-                masked = torch.where(self._align((index == BASE_ROW)[:, None], x), self.base_layer(x), masked)
-            out = masked
+                on_base[adapter] = self._align((index == BASE_ROW)[:, None], x)
+                keeps[adapter] = keeps[adapter] | on_base[adapter]
+        out = self._project(x, adapters, on_base)
+        # where adapters differ, a neuron that one of them silences is silent, in whatever order they were activated
+        for adapter in sorted(adapters, key=lambda adapter: self.mask_bias[adapter]):
+            bias = None if self.mask_bias[adapter] else self._base_bias(x)
+            out = torch.where(keeps[adapter], out, 0 if bias is None else bias.to(out.dtype))
         return out
 
-    def _project(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:
-        """Return x (W1 + Σ ΔW1)ᵀ + b1: in weight space where the weight is a plain tensor."""
-        deltas = [delta for delta in map(self.delta, adapters) if delta is not None]
+    def _project(self, x: torch.Tensor, adapters: list[str], on_base: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return x (W1 + Σ ΔW1)ᵀ + b1: in weight space, unless the weight is not plainly at hand.
+
+        Args:
+            x: input.
+            adapters: names of the adapters that add up.
+            on_base: adapter name → bool, broadcastable over x: samples that it leaves to the untouched base.
+        """
+        named = {name: delta for name in adapters if (delta := self.delta(name)) is not None}
+        deltas = [delta for name, delta in named.items() if name not in on_base]
         if not deltas:
-            return self.base_layer(x)
-        total = deltas[0] if len(deltas) == 1 else torch.stack(deltas).sum(0)
-        if is_plain_linear(self.base_layer) and "forward" not in vars(self.base_layer):
-            weight = self.weight
-            return F.linear(x, (weight + total).to(weight.dtype), self.bias)
-        return self.base_layer(x) + F.linear(x, total.to(x.dtype))
+            out = self.base_layer(x)
+        else:
+            total = deltas[0] if len(deltas) == 1 else torch.stack(deltas).sum(0)
+            if is_plain_linear(self.base_layer) and "forward" not in vars(self.base_layer):
+                out = F.linear(x, (self.weight + total).to(self.weight.dtype), self.bias)
+            else:
+                out = self.base_layer(x) + F.linear(x, total.to(x))
+        for name, base in on_base.items():
+            if name in named:
+                out = out + torch.where(base, 0, F.linear(x, named[name].to(x)))
+        return out
+
+    def _base_bias(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Return b1 [d_ff]; where it is not at hand (offloaded, or in a quantized module), what zeros project to."""
+        base: Any = self.get_base_layer()
+        bias = getattr(base, "bias", None)
+        if bias is None or (isinstance(bias, torch.Tensor) and not bias.is_meta):
+            return bias
+        return base(x.new_zeros(1, self.in_features))[0]
 
     def _forward_per_sample_adapters(self, x: torch.Tensor, names: list[str]) -> torch.Tensor:
         """PEFT's `adapter_names`: one adapter per sample, "__base__" for none. Errors read as those of PEFT's LoRA."""
@@ -293,3 +336,14 @@ class Linear(nn.Module, NeuronSpecializationLayer):
 
     def __repr__(self) -> str:
         return "neuron_specialization." + super().__repr__()
+
+
+def _loaded(parameters: nn.ParameterDict, adapter: str) -> torch.Tensor:
+    """Return a parameter, loading it where accelerate offloaded it: its hook waits for a forward that never comes."""
+    if parameters[adapter].is_meta and hasattr(parameters, "_hf_hook"):
+        hook: Any = parameters._hf_hook
+        hook.pre_forward(parameters)
+        loaded = parameters[adapter]
+        hook.post_forward(parameters, None)
+        return loaded
+    return parameters[adapter]

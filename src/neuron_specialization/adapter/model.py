@@ -140,6 +140,7 @@ class NeuronSpecializationModel(BaseTuner):
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
+            layer.place = parent, target_name
         if fresh and block is not None:
             layer.compact_block = CompactBlock(layer, block, self.model)
 

@@ -1,12 +1,13 @@
 """Batches of one direction each, drawn with temperature; and their tensors."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Sampler
 
+from ..adapter.target_tag import label_shift
 from ..neurons.base_model import unwrap
 
 _POOL = 64  # batches that are sorted by length together
@@ -110,22 +111,3 @@ class TranslationCollator:
     @staticmethod
     def _pad(rows: list[list[int]], value: int) -> torch.Tensor:
         return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, value)
-
-
-def label_shift(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return the function from labels to decoder inputs (int64 [batch, length]): the model's own, or the usual one.
-
-    Models such as mBART move the last token to the front; those without a method of their own (NLLB, M2M100) start
-    with `decoder_start_token_id`.
-    """
-    own = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    if own is not None:
-        return own
-    start, pad = model.config.decoder_start_token_id, model.config.pad_token_id
-
-    def shift_right(labels: torch.Tensor) -> torch.Tensor:
-        shifted = labels.new_full(labels.shape, start)
-        shifted[:, 1:] = labels[:, :-1]
-        return shifted.masked_fill(shifted == -100, pad)
-
-    return shift_right

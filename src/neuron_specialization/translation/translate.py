@@ -11,9 +11,9 @@ from tqdm.auto import tqdm
 
 from ..adapter.active import active_config, known_language_tokens
 from ..adapter.routing import is_routed
+from ..adapter.target_tag import label_shift
 from ..neurons.base_model import unwrap
 from ..neurons.language_pairs import split_pair
-from .batching import label_shift
 from .long_sentences import LongSentences, encode_within, join_pieces
 from .tokenization import encode, resolve_tokens
 

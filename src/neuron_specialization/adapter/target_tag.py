@@ -1,0 +1,112 @@
+"""The target's language tag in `generate`: set by itself where the pair is chosen and the adapter knows its tokens."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..neurons.language_pairs import split_pair
+from .call import Call
+from .language_tokens import TagReader
+from .pair_resolver import PairResolver
+
+
+def target_arguments(
+    model: Any, call: Call, resolvers: Sequence[PairResolver], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the arguments that make `generate` translate into the languages of the call's pairs.
+
+    Nothing is set where the caller says how to begin (`decoder_input_ids`, `forced_bos_token_id`, or a
+    `decoder_start_token_id` that is a language's), where the source carries the target's tag, or where the adapter
+    does not know the language's token.
+
+    Args:
+        model: the base model.
+        call: the call, with its pairs.
+        resolvers: those of the model's adapters.
+        kwargs: arguments of the caller's, which hold.
+
+    Raises:
+        ValueError: if the tag of a source contradicts the pair that was chosen.
+    """
+    resolver = next((r for r in resolvers if r.reader is not None), None)
+    if resolver is None or resolver.reader is None:
+        return {}
+    pairs = _names(resolver, call)
+    if not pairs or any("-" not in pair for pair in pairs):  # untold, the base, or an adapter without names
+        return {}
+    reader = resolver.reader
+    if call.pairs is not None and call.tokens.source is not None:
+        _check_source_tags(reader, call.tokens.source, pairs)
+    tags = [reader.ids.get(split_pair(pair)[1]) for pair in pairs]
+    if reader.source_tag == "target" or None in tags or _is_told(kwargs, reader):
+        return {}
+    opens = tag_opens_decoder(model, reader, call.tokens.source)
+    if len(set(tags)) == 1:
+        return {"decoder_start_token_id" if opens else "forced_bos_token_id": tags[0]}
+    start = kwargs.get("decoder_start_token_id") or model.generation_config.decoder_start_token_id
+    begins = [[tag] if opens else [start, tag] for tag in tags]
+    return {"decoder_input_ids": torch.tensor(begins, device=model.device)}
+
+
+def tag_opens_decoder(model: Any, reader: TagReader, source: torch.Tensor | None) -> bool:
+    """Whether the target's tag is the decoder's first input (mBART) instead of the first token it generates.
+
+    It is where the tag ends a sentence, on both sides, and the model moves the last label to the front.
+    """
+    tag, word = next(iter(reader.ids.values())), -1
+    leads = source is None or bool(torch.isin(source[0, 0].cpu(), torch.tensor(list(reader.ids.values()))))
+    labels = torch.tensor([[tag, word, word] if leads else [word, word, tag]])
+    return int(label_shift(model)(labels)[0, 0]) == tag
+
+
+def label_shift(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return the function from labels to decoder inputs (int64 [batch, length]): the model's own, or the usual one.
+
+    Models such as mBART move the last token to the front; those without a method of their own (NLLB, M2M100) start
+    with `decoder_start_token_id`.
+    """
+    own = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if own is not None:
+        return own
+    start, pad = model.config.decoder_start_token_id, model.config.pad_token_id
+
+    def shift_right(labels: torch.Tensor) -> torch.Tensor:
+        shifted = labels.new_full(labels.shape, start)
+        shifted[:, 1:] = labels[:, :-1]
+        return shifted.masked_fill(shifted == -100, pad)
+
+    return shift_right
+
+
+def _names(resolver: PairResolver, call: Call) -> list[str]:
+    """Return the names of the call's pairs, or the adapter's only one; none where tokens tell or it is the base."""
+    if call.pairs is None:
+        return resolver.pairs if len(resolver.pairs) == 1 else []
+    if not isinstance(call.pairs, torch.Tensor):
+        return call.pairs
+    ids = call.pairs.tolist()
+    return [] if min(ids) < 0 or max(ids) >= len(resolver.pairs) else [resolver.pairs[i] for i in ids]
+
+
+def _check_source_tags(reader: TagReader, source: torch.Tensor, pairs: list[str]) -> None:
+    side = 0 if reader.source_tag == "source" else 1
+    for sample, code in enumerate(reader.read(source)):
+        pair = pairs[sample * len(pairs) // len(source)]
+        if code is not None and code != split_pair(pair)[side]:
+            raise ValueError(
+                f"Sample {sample} of the batch carries the language token of {code!r} ({reader.ids[code]}), but the "
+                f"language pair chosen for it is {pair!r}. Encode it with the tag of {split_pair(pair)[side]!r} (most "
+                "tokenizers: tokenizer.src_lang = ...), or choose another pair."
+            )
+
+
+def _is_told(kwargs: Mapping[str, Any], reader: TagReader) -> bool:
+    """Whether the caller says how the target begins. Every generation config has some `decoder_start_token_id`."""
+    if kwargs.get("decoder_input_ids") is not None:
+        return True
+    config = kwargs.get("generation_config")
+    start, forced = (
+        kwargs.get(name, getattr(config, name, None)) for name in ("decoder_start_token_id", "forced_bos_token_id")
+    )
+    return forced is not None or start in reader.ids.values() or isinstance(start, list | torch.Tensor)
