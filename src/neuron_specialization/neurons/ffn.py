@@ -97,7 +97,7 @@ def sample_weights(blocks: list[FfnBlock]) -> list[float]:
     values: list[float] = []
     for block in (blocks[0], blocks[len(blocks) // 2], blocks[-1]):
         weight = getattr(block.down, "weight", None)
-        if weight is None or type(weight.data) is not torch.Tensor or weight.device.type == "meta":
+        if not isinstance(weight, torch.Tensor) or type(weight.data) is not torch.Tensor or weight.is_meta:
             return []
         flat = weight.detach().flatten()
         if not flat.is_floating_point() or not len(flat):
