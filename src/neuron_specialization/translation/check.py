@@ -15,7 +15,6 @@ from .arrow import arrow_batches
 
 MAX_LENGTH_RATIO = 3.0
 _LENGTH_SLACK = 20  # characters; short sentences differ by more than their ratio says
-_BAR_FROM = 1_000_000  # sentence pairs; fewer are checked in a second
 
 
 @dataclass
@@ -56,8 +55,7 @@ def check_parallel(
     """
     held_out = list(held_out)
     kept, checks = {}, {}
-    quiet = sum(map(len, train.values())) < _BAR_FROM
-    for pair, data in tqdm(train.items(), desc="checking data", disable=quiet, leave=False):
+    for pair, data in tqdm(train.items(), desc="checking data", delay=2, leave=False):
         good, checks[pair] = _check_direction(data, [other[pair] for other in held_out if pair in other])
         kept[pair] = data
         if drop and not good.all():

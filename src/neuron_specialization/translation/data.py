@@ -15,8 +15,6 @@ from ..neurons.language_pairs import check_pairs, split_pair
 from .arrow import arrow_batches
 from .data_files import FORMATS, flat, read_rows, read_text
 
-_BAR_FROM = 8  # directions
-
 
 def load_parallel(
     path: str | os.PathLike[str],
@@ -59,12 +57,12 @@ def load_parallel(
     loaded: dict[str, Dataset] = {}
     files: dict[str | tuple[str, ...], Dataset] = {}
     pairs = check_pairs(language_pairs)
-    for pair in tqdm(pairs, desc="loading", disable=len(pairs) < _BAR_FROM, leave=False):
+    for pair in tqdm(pairs, desc="loading", delay=2, leave=False):
         names = [(columns or {}).get(code, code) for code in split_pair(pair)]
         file = _file_for(path, pair, names)
         key = (file, *sorted(names)) if "{lang}" in file else file
         if key not in files:
-            files[key] = _read(file, split, names, quiet=len(pairs) >= _BAR_FROM)
+            files[key] = _read(file, split, names, quiet="{" in path)
         loaded[pair] = _direction(files[key], pair, file, names, max_sentences)
     if not loaded:
         raise ValueError("Expected at least one language pair to load, such as --language_pairs en-de de-en.")
@@ -83,7 +81,7 @@ def _file_for(path: str, pair: str, names: list[str]) -> str:
 
 def _read(path: str, split: str | None, names: list[str], quiet: bool) -> Dataset:
     if "{lang}" in path:
-        return read_text({name: path.replace("{lang}", name) for name in names})
+        return read_text({name: path.replace("{lang}", name) for name in names}, quiet)
     rows = read_rows(path, quiet)
     if rows is not None:
         return _rows_of_split(rows, split, path)

@@ -57,7 +57,7 @@ def read_rows(path: str, quiet: bool = False) -> Dataset | None:
     return flat(rows)
 
 
-def read_text(files: Mapping[str, str]) -> Dataset:
+def read_text(files: Mapping[str, str], quiet: bool = False) -> Dataset:
     """Read text files whose lines correspond, column → file; only a newline ends a line.
 
     Raises:
@@ -70,7 +70,8 @@ def read_text(files: Mapping[str, str]) -> Dataset:
     # or datasets would not see that a file changed; no list, which it would take for shards
     version = tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)
     features = Features({column: Value("string") for column in files})
-    with progress_bars(sum(stat.st_size for stat in stats) >= _BAR_FROM), _readable(" and ".join(files.values())):
+    large = sum(stat.st_size for stat in stats) >= _BAR_FROM
+    with progress_bars(large and not quiet), _readable(" and ".join(files.values())):
         return Dataset.from_generator(_lines, features=features, gen_kwargs={"files": dict(files), "version": version})
 
 
