@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass, field
 
 import neuron_specialization as ns
-from neuron_specialization.neurons.adapter_file import CONFIG_NAME, WEIGHTS_NAME
+from neuron_specialization.neurons.adapter_file import CONFIG_NAME, WEIGHTS_NAME, check_holds_no_model
 from neuron_specialization.neurons.files import atomic_directory, check_not_input, check_replaceable
 from neuron_specialization.neurons.stability import stability
 from neuron_specialization.translation.arguments import DataArguments, ModelArguments
@@ -20,8 +20,6 @@ from neuron_specialization.translation.processes import this_process
 from neuron_specialization.translation.results import table, write_results
 
 UNUSED = ("train_file", "test_file", "pivot", "drop_faulty")
-
-
 FILES = (CONFIG_NAME, WEIGHTS_NAME, "counts.safetensors", "results.json")
 
 
@@ -47,6 +45,7 @@ def main() -> None:
     args, where, data = parse(IdentifyArguments, ModelArguments, DataArguments, unused=UNUSED)
     selector = ns.CumulativeThreshold(args.k, args.encoder_k, args.decoder_k)
     check_not_input(args.output_dir, where.adapter)
+    check_holds_no_model(args.output_dir)
     check_replaceable(args.output_dir, FILES, args.overwrite_output_dir)
     corpus = data.load("validation", max_sentences=data.max_sentences)
     model, tokenizer = load_adapted(where.model_name_or_path, where.adapter)

@@ -116,6 +116,18 @@ def test_saved_masks_come_back(four, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["masks"], "nothing half-written stays behind"
 
 
+def test_masks_are_read_from_pickled_weights_too(four, tmp_path):
+    four.save_pretrained(tmp_path)
+    weights = tmp_path / adapter_file.WEIGHTS_NAME
+    torch.save(load_file(weights), tmp_path / adapter_file.PICKLED_WEIGHTS_NAME)
+    weights.unlink()
+    config = json.loads((tmp_path / adapter_file.CONFIG_NAME).read_text())
+    config["weights_digest"] = adapter_file.file_digest(tmp_path / adapter_file.PICKLED_WEIGHTS_NAME)
+    (tmp_path / adapter_file.CONFIG_NAME).write_text(json.dumps(config))
+    found = ns.NeuronMasks.from_pretrained(tmp_path)
+    assert found.routes == four.routes and all(found.rows[name].equal(four.rows[name]) for name in four.rows)
+
+
 def test_the_file_is_hardly_larger_than_its_bits(tmp_path):
     pairs = [f"x{i}-en" for i in range(60)]
     model = make_m2m100(layers=12, d_model=8, encoder_ffn_dim=4096, decoder_ffn_dim=4096)

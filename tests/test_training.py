@@ -263,3 +263,17 @@ def test_directories_that_are_no_checkpoint_are_refused(tmp_path, toy_checkpoint
         load_checkpoint(str(tmp_path / "masks"))
     with pytest.raises(ValueError, match="Cannot load 'no/such/model'"):
         load_checkpoint("no/such/model")
+
+
+def test_an_adapter_and_its_base_stay_in_two_directories(tmp_path):
+    """From one directory, transformers loads the adapter whenever it loads the model."""
+    model = make_m2m100()
+    model.save_pretrained(tmp_path)
+    masks = make_masks(model)
+    adapted = get_peft_model(model, ns.NeuronSpecializationConfig(masks=masks, task_type="SEQ_2_SEQ_LM"))
+    for save in (masks.save_pretrained, lambda directory: ns.save_adapter(adapted, directory)):
+        with pytest.raises(ValueError, match="holds a model"):
+            save(tmp_path)
+    adapted.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds a model and an adapter"):
+        load_checkpoint(str(tmp_path))

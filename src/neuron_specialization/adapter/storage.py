@@ -17,6 +17,7 @@ from ..neurons.adapter_file import (
     MASK,
     PEFT_TYPE,
     PREFIX,
+    check_holds_no_model,
     check_packed_rows,
     read_weights,
     verify_digest,
@@ -36,8 +37,9 @@ def save_adapter(model: PeftModel, directory: str | PathLike[str], *, overwrite:
         **kwargs: passed to `save_pretrained`.
 
     Raises:
-        ValueError: if `directory` holds files of these names that this package did not write.
+        ValueError: if `directory` holds a model, or files of these names that this package did not write.
     """
+    check_holds_no_model(directory)
     with atomic_directory(directory, overwrite) as fresh:
         card = Path(directory) / "README.md"
         if card.is_file():  # PEFT updates a card and keeps what its author wrote

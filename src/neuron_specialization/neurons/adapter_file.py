@@ -67,6 +67,15 @@ def weights_file(directory: str | PathLike[str]) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
+def check_holds_no_model(directory: str | PathLike[str]) -> None:
+    """Raise ValueError if a directory for an adapter holds a model: transformers would load both, always."""
+    if (Path(directory) / "config.json").is_file():
+        raise ValueError(
+            f"{directory} holds a model. An adapter saved beside it would be loaded with it from then on; choose "
+            "another directory."
+        )
+
+
 def newest_weights_file(directory: str | PathLike[str]) -> Path | None:
     """Return the weights file that was just written into a local adapter directory, or None.
 

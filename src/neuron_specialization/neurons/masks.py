@@ -1,15 +1,12 @@
 """Masks over FFN neurons: one boolean row per stack for each language pair, or for each language."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from . import adapter_file
@@ -158,7 +155,16 @@ class NeuronMasks:
         }
 
     def save_pretrained(self, directory: str | PathLike[str], overwrite: bool = False) -> None:
-        """Write an adapter directory that holds only masks; PEFT loads it like any adapter (`trainable="none"`)."""
+        """Write an adapter directory that holds only masks; PEFT loads it like any adapter (`trainable="none"`).
+
+        Args:
+            directory: where to write; files of an earlier adapter of this method there are replaced, others stay.
+            overwrite: also replace files of the same names that this package did not write.
+
+        Raises:
+            ValueError: if `directory` holds a model, or files of these names that this package did not write.
+        """
+        adapter_file.check_holds_no_model(directory)
         tensors = {mask_key(name): adapter_file.pack_rows(rows) for name, rows in self.rows.items()}
         config: dict[str, Any] = {
             "peft_type": adapter_file.PEFT_TYPE,
@@ -187,20 +193,17 @@ class NeuronMasks:
             ValueError: if it is not such an adapter, or its masks do not fit its config.
         """
         config = read_config(location, **hub)
-        path = adapter_file.fetch(location, adapter_file.WEIGHTS_NAME, **hub)
+        path = adapter_file.weights_file(location) or adapter_file.fetch(location, adapter_file.WEIGHTS_NAME, **hub)
         adapter_file.verify_digest(config.get("weights_digest"), path, location)
         routes = Routes.from_metadata(config)
-        rows = {}
-        with _opened(path) as file:
-            present = set(file.keys())
-            for name, width in config["d_ff"].items():
-                key = mask_key(name)
-                if key not in present:
-                    raise ValueError(f"{path} lacks {key}, which its {adapter_file.CONFIG_NAME} lists.")
-                packed = file.get_tensor(key)
-                count = len(routes.encoder_rows if config["stacks"][name] == ENCODER else routes.decoder_rows)
-                adapter_file.check_packed_rows(key, packed, count, width)
-                rows[name] = adapter_file.unpack_rows(packed, width)
+        rows, tensors = {}, adapter_file.read_weights(path)
+        for name, width in config["d_ff"].items():
+            key = mask_key(name)
+            if key not in tensors:
+                raise ValueError(f"{path} lacks {key}, which its {adapter_file.CONFIG_NAME} lists.")
+            count = len(routes.encoder_rows if config["stacks"][name] == ENCODER else routes.decoder_rows)
+            adapter_file.check_packed_rows(key, tensors[key], count, width)
+            rows[name] = adapter_file.unpack_rows(tensors[key], width)
         origin = {name: config.get(name) for name in ORIGIN}
         return cls(rows, config["stacks"], routes, config["selector"], config["fingerprint"], **origin)
 
@@ -217,15 +220,6 @@ class NeuronMasks:
         rows = {name: operation(self.rows[name], other.rows[name]) for name in self.rows}
         selector = {"name": operation.__name__.removeprefix("logical_"), "of": [self.selector, other.selector]}
         return replace(self, rows=rows, selector=selector)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: it cannot be read ({error}).") from error
 
 
 def mask_key(block: str) -> str:

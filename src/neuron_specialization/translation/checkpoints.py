@@ -17,7 +17,7 @@ def load_checkpoint(location: str) -> tuple[Any, Any]:
         location: checkpoint directory, or Hub id.
 
     Raises:
-        ValueError: if a directory holds no checkpoint, or the model is not a seq2seq model.
+        ValueError: if a directory holds no checkpoint, or an adapter beside it, or the model is not a seq2seq model.
     """
     directory = Path(location)
     with suppress(OSError):  # where it may only be read, loading tells
@@ -29,6 +29,10 @@ def load_checkpoint(location: str) -> tuple[Any, Any]:
             else "expected what a transformers save_pretrained writes"
         )
         raise ValueError(f"{location} is not a checkpoint directory: it has no config.json; {hint}.")
+    if (directory / "config.json").is_file() and (directory / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{location} holds a model and an adapter, and transformers would load both. Keep them in two directories."
+        )
     try:
         model = AutoModelForSeq2SeqLM.from_pretrained(location)
         tokenizer = AutoTokenizer.from_pretrained(location)

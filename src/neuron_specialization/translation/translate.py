@@ -183,8 +183,8 @@ def _generate(model: Any, tokenizer: Any, rows: list[list[int]], kwargs: Mapping
     inputs = tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(device)
     # without any limit of its own, generate stops at 20 tokens
     limit = {}
-    said = [vars(config) for config in (unwrap(model).generation_config, kwargs.get("generation_config")) if config]
-    if not any(settings.get(name) for settings in [*said, kwargs] for name in ("max_length", "max_new_tokens")):
+    configs = [vars(config) for config in (unwrap(model).generation_config, kwargs.get("generation_config")) if config]
+    if not any(settings.get(name) for settings in [*configs, kwargs] for name in ("max_length", "max_new_tokens")):
         limit = {"max_new_tokens": 2 * inputs["input_ids"].shape[1] + 32}
     with torch.inference_mode():
         output = model.generate(
