@@ -62,7 +62,7 @@ def main() -> None:
         DEFAULT_CALLBACKS.append(CutOff)
     chunked = linear_cross_entropy_calls()
     if processes != "1":
-        loss.CHUNK_LOGITS = 0  # what one process computes from logits, several compute in chunks
+        loss.CHUNK_LOGITS = loss.FEW_LOGITS = 0  # what one process computes from logits, several compute in chunks
     sharded = parse_flag_from_env("ACCELERATE_USE_FSDP")
     held_out = None if validation == "none" else load_parallel(validation, PAIRS)
     for mode in modes.split(","):
