@@ -7,6 +7,7 @@ import copy
 from dataclasses import dataclass, field
 
 import torch
+from benchmark_cases.loss import loss_peaks
 from peft import LoraConfig, get_peft_model
 
 import neuron_specialization as ns
@@ -30,6 +31,9 @@ class MemoryArguments:
     batch_size: int = field(default=64, metadata={"help": "Sentences per update."})
     length: int = field(default=64, metadata={"help": "Tokens per sentence."})
     pairs: int = field(default=60, metadata={"help": "Language pairs with masks."})
+    head_d_model: int = field(default=1024, metadata={"help": "Width of one layer under a large head (NLLB 600M)."})
+    head_vocab_size: int = field(default=256206, metadata={"help": "Vocabulary of that head."})
+    head_tokens: int = field(default=4096, metadata={"help": "Target tokens of its batch."})
     kept: float = field(default=0.7, metadata={"help": "Share of neurons that a pair keeps."})
 
 
@@ -58,6 +62,8 @@ def main() -> None:
         {"peak of a step": ours, "compared with": other, "ratio": peaks[ours] / peaks[other], "target": "<= 1.05"}
         for ours, other in COMPARED.items()
     ]
+    head = ModelShape(1, args.head_d_model, 4 * args.head_d_model, args.head_vocab_size, heads=2)
+    ratios += loss_peaks(head, args.head_tokens, args.length, args.kept)
     print("\n" + table(ratios))
     results = {"bytes": rows, "peaks": ratios, "arguments": [vars(args), vars(shape)]}
     print(f"wrote {write_results(args.output_dir, results, 'memory.json')}")

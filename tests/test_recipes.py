@@ -200,30 +200,32 @@ def test_export_writes_a_checkpoint_and_a_ctranslate2_model(identified, workspac
 
 
 TINY = ("--layers", "1", "--d_model", "16", "--d_ff", "32", "--vocab_size", "60", "--batch_size", "8", "--length", "6")
+HEAD = ("--head_d_model", "16", "--head_vocab_size", "60", "--head_tokens", "48")
 
 
 def test_the_benchmark_measures_every_row(workspace):
-    run("benchmark.py", "--output_dir", str(workspace / "benchmark"), *TINY, "--repeats", "1")
+    run("benchmark.py", "--output_dir", str(workspace / "benchmark"), *TINY, *HEAD, "--repeats", "1")
     rows = json.loads((workspace / "benchmark" / "results.json").read_text())["rows"]
     compared = {(row["what"], row.get("compared with")) for row in rows}
     assert ("training step, full, 70% kept", "dense") in compared
     assert ("mixed batch of 8 pairs, forward", "LoRA, 8 adapter_names") in compared
     threads = {row["what"].split(", ")[1] for row in rows if row["what"].startswith("CTranslate2")}
     assert ("CTranslate2 int8, threads: 1, batch 1, 5 beams", "transformers, dense") in compared
-    assert len(rows) == 25 + 2 * len(threads)  # with one thread and, where there are more, with all of them
+    assert len(rows) == 27 + 2 * len(threads)  # with one thread and, where there are more, with all of them
     assert all(row.get("ratio", row.get("ms")) > 0 for row in rows if row["what"].split()[0] not in ("load", "switch"))
     exported = [row for row in rows if row["what"].startswith("exported")]
     assert all(0 < row["FLOPs"] < 1 and 0 < row["bytes"] < 1 for row in exported)
 
 
 def test_memory_is_computed_for_nllb_and_measured_here(workspace):
-    run("memory.py", "--output_dir", str(workspace / "memory"), *TINY)
+    run("memory.py", "--output_dir", str(workspace / "memory"), *TINY, *HEAD)
     results = json.loads((workspace / "memory" / "memory.json").read_text())
     rows = {(row["model"], row["trained"]): row for row in results["bytes"]}
     assert rows["NLLB 3.3B", "dense"]["weights"] / 4 == pytest.approx(3.3e9, rel=0.03)
     # 24 blocks of 4,096 neurons and 60 pairs, one bit each
     assert rows["NLLB 600M", "none"]["file"] == 24 * 4096 * 60 // 8
-    assert {row["peak of a step"] for row in results["peaks"]} == {"full", "delta"}
+    assert {row["peak of a step"] for row in results["peaks"][:2]} == {"full", "delta"}
+    assert [row["compared with"] for row in results["peaks"][2:]] == ["from logits"] * 2
 
 
 TRANSLATE = ["translate.py", "--model_name_or_path", "{checkpoint}", "--pair", "Pv-Aa"]

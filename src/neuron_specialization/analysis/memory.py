@@ -41,13 +41,23 @@ def measured_memory(step: TrainingStep) -> dict[str, int]:
     model(**step.batch).loss.backward()
     gradients = _bytes(p.grad for p in model.parameters() if p.grad is not None)
     step.optimizer.zero_grad()
-    weights = _bytes([*model.parameters(), *model.buffers()])
-    optimizer = _bytes(value for state in step.optimizer.state.values() for value in state.values())
+    weights, optimizer = _held(step)
     with tempfile.TemporaryDirectory() as directory:
         model.save_pretrained(directory)
         file = sum(path.stat().st_size for path in Path(directory).glob("*.safetensors"))
-    peak = weights + optimizer + _peak_allocation(step)
+    peak = step_peak(step)
     return {"weights": weights, "gradients": gradients, "optimizer": optimizer, "file": file, "peak": peak}
+
+
+def step_peak(step: TrainingStep) -> int:
+    """Return the bytes that a further step holds at most: weights, optimizer states, and what it allocates."""
+    return sum(_held(step)) + _peak_allocation(step)
+
+
+def _held(step: TrainingStep) -> tuple[int, int]:
+    """Return the bytes of weights and buffers, and of optimizer states."""
+    states = (value for state in step.optimizer.state.values() for value in state.values())
+    return _bytes([*step.model.parameters(), *step.model.buffers()]), _bytes(states)
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:

@@ -20,8 +20,8 @@ from ..neurons.base_model import unwrap
 
 IGNORED = -100
 CHUNK_LOGITS = 2**26  # logits computed at a time: 256 MB in float32
-# so many are computed at once: chunks pay above it (measured on a CPU, forward and backward: 0.6 to 0.96 of the time of
-# logits at 2**25 to 2**28), and below it logits are small and no slower (chunks take 1.0 to 1.5 of their time)
+# So many are computed at once: chunks pay above it (measured on a CPU, forward and backward, for 2**25 to 2**28 logits:
+# 0.6 to 0.96 of the time), and below it logits are small, and chunks take 1.0 to 1.5 of their time.
 FEW_LOGITS = 2**24
 _BIAS = "final_logits_bias"  # what BART, Marian, mBART and others add to their head's output
 
