@@ -41,7 +41,7 @@ def main() -> None:
     rows = identification(base, batch, args.repeats)
     rows += training_steps(base, batch, args.kept, args.repeats)
     rows += mixed_batches(base, batch, args.kept, args.repeats)
-    head = ModelShape(1, args.head_d_model, 4 * args.head_d_model, args.head_vocab_size, heads=2)
+    head = ModelShape(1, args.head_d_model, 4 * args.head_d_model, args.head_vocab_size, heads=16)
     rows += loss_times(head, args.head_tokens, args.length, args.kept, args.repeats)
     rows += generation(base, args.length, args.kept, args.repeats)
     rows += storage(args.repeats)

@@ -62,7 +62,7 @@ def main() -> None:
         {"peak of a step": ours, "compared with": other, "ratio": peaks[ours] / peaks[other], "target": "<= 1.05"}
         for ours, other in COMPARED.items()
     ]
-    head = ModelShape(1, args.head_d_model, 4 * args.head_d_model, args.head_vocab_size, heads=2)
+    head = ModelShape(1, args.head_d_model, 4 * args.head_d_model, args.head_vocab_size, heads=16)
     ratios += loss_peaks(head, args.head_tokens, args.length, args.kept)
     print("\n" + table(ratios))
     results = {"bytes": rows, "peaks": ratios, "arguments": [vars(args), vars(shape)]}

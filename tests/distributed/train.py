@@ -36,7 +36,7 @@ PAIRS = ["Pv-Aa", "Aa-Pv", "Pv-Ba", "Ba-Pv"]
 
 def linear_cross_entropy_calls() -> list:
     """A list that gets an entry at each call of torch's chunked loss."""
-    calls, original = [], torch.nn.functional.linear_cross_entropy
+    calls, original = [], getattr(torch.nn.functional, "linear_cross_entropy", None)
 
     def counted(*args, **kwargs):
         calls.append(None)
@@ -82,7 +82,7 @@ def main() -> None:
             assert any(isinstance(parameter, DTensor) for parameter in model.parameters()), "nothing was sharded"
         mine = sorted(path for path in written if Path(path).is_relative_to(args.output_dir))
         Path(f"{args.output_dir}-written-by-{args.process_index}.json").write_text(json.dumps(mine))
-        assert bool(chunked) == (processes != "1")
+        assert bool(chunked) == (processes != "1" and hasattr(torch.nn, "LinearCrossEntropyOptions"))
         chunked.clear()
 
 

@@ -20,8 +20,8 @@ from ..neurons.base_model import unwrap
 
 IGNORED = -100
 CHUNK_LOGITS = 2**26  # logits computed at a time: 256 MB in float32
-# So many are computed at once: chunks pay above it (measured on a CPU, forward and backward, for 2**25 to 2**28 logits:
-# 0.6 to 0.96 of the time), and below it logits are small, and chunks take 1.0 to 1.5 of their time.
+# So many are computed at once: chunks pay above it (measured on a CPU, forward and backward, for 2**25 to 2**28
+# logits: 0.6 to 0.96 of the time), and below it logits are small, and chunks take 1.0 to 1.5 of their time.
 FEW_LOGITS = 2**24
 _BIAS = "final_logits_bias"  # what BART, Marian, mBART and others add to their head's output
 
@@ -127,7 +127,7 @@ def find_linear_head(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Lin
     """Return the head of `model` if its logits are shown to be a plain linear layer of what the head is given.
 
     Anything else, and anything that looks on (soft caps, hooks or adapters on the head, other layer types, compiled
-    models, torch before `linear_cross_entropy`), is None: the loss is then computed from logits.
+    models, torch before 2.13), is None: the loss is then computed from logits.
 
     Args:
         model: a seq2seq model, in whatever wrappers it trains in.
@@ -135,7 +135,7 @@ def find_linear_head(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Lin
     """
     base = unwrap(model)
     linear = base.get_output_embeddings()
-    if not hasattr(F, "linear_cross_entropy") or type(linear) is not nn.Linear or _is_watched(linear):
+    if not hasattr(nn, "LinearCrossEntropyOptions") or type(linear) is not nn.Linear or _is_watched(linear):
         return None
     if isinstance(model, DataParallel) or any(_is_compiled(module) for module in model.modules()):
         return None
