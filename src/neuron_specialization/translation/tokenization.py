@@ -66,9 +66,7 @@ def encode(
     if source_tag == "target":
         sources = [f"{tokens[target]} {sentence}" for sentence in sources]
         return _tokenize(tokenizer, sources, targets, options)
-    # M2M100 calls its languages otherwise than their tokens: "de" is "__de__"
-    names = {token: name for name, token in getattr(tokenizer, "lang_code_to_token", {}).items()}
-    with _languages(tokenizer, *(names.get(tokens[code], tokens[code]) for code in (source, target))):
+    with language_tags(tokenizer, tokens[source], tokens[target]):
         return _tokenize(tokenizer, sources, targets, options)
 
 
@@ -82,16 +80,18 @@ def _tokenize(
 
 
 @contextmanager
-def _languages(tokenizer: Any, source: str, target: str) -> Iterator[None]:
-    """Set the languages whose tags a tokenizer adds, and put back what its owner had set."""
+def language_tags(tokenizer: Any, source: str, target: str) -> Iterator[None]:
+    """Set the language tokens that a tokenizer adds to sources and targets, and put back what its owner had set."""
     if not hasattr(tokenizer, "src_lang"):
         raise ValueError(
             f"A {type(tokenizer).__name__} adds no language tags (it has no src_lang). If the model expects the "
             "target's tag in front of the source, as Marian and MADLAD do, pass source_tag='target'."
         )
+    # M2M100 calls its languages otherwise than their tokens: "de" is "__de__"
+    names = {token: name for name, token in getattr(tokenizer, "lang_code_to_token", {}).items()}
     before = tokenizer.src_lang, tokenizer.tgt_lang
     try:
-        tokenizer.src_lang, tokenizer.tgt_lang = source, target
+        tokenizer.src_lang, tokenizer.tgt_lang = names.get(source, source), names.get(target, target)
         yield
     finally:
         tokenizer.src_lang, tokenizer.tgt_lang = before

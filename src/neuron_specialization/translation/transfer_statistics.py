@@ -1,0 +1,225 @@
+"""Scores of cross-lingual transfer: per language, the gap, intervals, and comparisons of models.
+
+Test sets are translations of each other, so an item's predictions in several languages, and by several heads, are not
+independent. Intervals therefore draw whole items, and comparisons of models pair them.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.stats import false_discovery_control, permutation_test
+
+from .transfer import BAG_OF_SUBWORDS, MAJORITY, Predictions
+from .understanding import Examples, Task
+
+SAMPLES = 2000
+ABOVE_MAJORITY = 10.0  # points that the source language must be above the most frequent label
+ZERO_SHOT_ABOVE_MAJORITY = 5.0  # points that the other languages' mean must be
+
+
+def score_rows(tasks: Iterable[Task], predictions: Iterable[Predictions]) -> list[dict[str, Any]]:
+    """Return one row per model, task, mode, language and seed.
+
+    "accuracy" is the share of correct units (texts, or words), "f1" the mean F1 over the labels that the test data
+    has, both in percent; "items" is the number of examples.
+    """
+    by_name = {task.name: task for task in tasks}
+    rows = []
+    for found in predictions:
+        for language, examples in by_name[found.task].test.items():
+            truth, guess = _flat(examples), found.labels[language]
+            row = {"model": found.model, "task": found.task, "mode": found.mode, "language": language}
+            scores = {"accuracy": 100 * float((truth == guess).mean()), "f1": _macro_f1(truth, guess)}
+            rows.append({**row, "seed": found.seed, **scores, "items": len(examples.items)})
+    return rows
+
+
+def _flat(examples: Examples) -> np.ndarray:
+    return np.concatenate([np.array(labels) for labels in examples.labels])
+
+
+def _macro_f1(truth: np.ndarray, guess: np.ndarray) -> float:
+    classes = np.unique(truth)
+    both = np.array([((truth == c) & (guess == c)).sum() for c in classes])
+    either = np.array([(truth == c).sum() + (guess == c).sum() for c in classes])
+    return 100 * float((2 * both / either).mean())
+
+
+@dataclass(frozen=True)
+class ItemCounts:
+    """Correct units per item, of all heads of one model on one task.
+
+    Attributes:
+        languages: the source language first.
+        correct: mean over seeds, float64 [languages, items]; 0 where a language lacks an item.
+        total: units, int64 [languages, items].
+        by_seed: accuracy per head in percent, float64 [seeds, languages].
+    """
+
+    languages: list[str]
+    correct: np.ndarray
+    total: np.ndarray
+    by_seed: np.ndarray
+
+    @classmethod
+    def of(cls, task: Task, predictions: Sequence[Predictions]) -> "ItemCounts":
+        """Count; the items are those of the source language."""
+        numbers = {item: i for i, item in enumerate(task.test[task.source].items)}
+        shape = len(task.test), len(numbers)
+        correct, total = np.zeros((len(predictions), *shape)), np.zeros(shape, np.int64)
+        for row, (language, examples) in enumerate(task.test.items()):
+            sizes = [len(labels) for labels in examples.labels]
+            index = np.repeat([numbers[item] for item in examples.items], sizes)
+            total[row] = np.bincount(index, minlength=len(numbers))
+            for seed, found in enumerate(predictions):
+                right = _flat(examples) == found.labels[language]
+                correct[seed, row] = np.bincount(index, right, minlength=len(numbers))
+        by_seed = 100 * correct.sum(2) / total.sum(1)
+        return cls(list(task.test), correct.mean(0), total, by_seed)
+
+    def statistics(self, weights: np.ndarray, others: Sequence[str]) -> dict[str, np.ndarray]:
+        """Return "source", "zero_shot" and "gap" in percent, each [samples].
+
+        The gap of a language is measured on the items it has: the source language's accuracy on them minus its own.
+
+        Args:
+            weights: how often each item counts, [samples, items].
+            others: languages that the zero-shot mean and the gap are over.
+        """
+        rows = [self.languages.index(code) for code in others]
+        present = self.total[rows] > 0
+        own = (weights @ self.correct[rows].T) / (weights @ self.total[rows].T)
+        source = (weights @ (present * self.correct[0]).T) / (weights @ (present * self.total[0]).T)
+        return {
+            "source": 100 * (weights @ self.correct[0]) / (weights @ self.total[0]),
+            "zero_shot": 100 * own.mean(1),
+            "gap": 100 * (source - own).mean(1),
+        }
+
+    def item_scores(self, others: Sequence[str]) -> np.ndarray:
+        """Return values per item, float64 [items], whose sum is the zero-shot mean in percent."""
+        rows = [self.languages.index(code) for code in others]
+        return 100 * (self.correct[rows] / self.total[rows].sum(1, keepdims=True)).mean(0)
+
+
+def summarize(
+    tasks: Sequence[Task], predictions: Sequence[Predictions], low_resource: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """Return one row per task, mode and model: source language, mean of the others, gap, 95 % intervals.
+
+    Low-resource languages are in none of the means; their own mean is "low_resource". "seed_deviation" is the standard
+    deviation of the zero-shot mean over heads.
+    """
+    rows = []
+    for task, mode, model, counts in _cells(tasks, predictions):
+        draw = np.random.default_rng(0)
+        items = counts.total.shape[1]
+        weights = np.vstack([np.ones(items), draw.multinomial(items, np.full(items, 1 / items), SAMPLES)])
+        others, low = _groups(task, low_resource)
+        row: dict[str, Any] = {"task": task.name, "mode": mode, "model": model}
+        for name, values in counts.statistics(weights, others).items():
+            row[name] = float(values[0])
+            row[f"{name}_interval"] = np.nanpercentile(values[1:], [2.5, 97.5]).round(2).tolist()
+        columns = [counts.languages.index(code) for code in others]
+        means = counts.by_seed[:, columns].mean(1)
+        row["seed_deviation"] = float(means.std(ddof=1)) if len(means) > 1 else None
+        row["low_resource"] = (
+            float(counts.by_seed[:, [counts.languages.index(code) for code in low]].mean()) if low else None
+        )
+        rows.append(row)
+    return rows
+
+
+def _groups(task: Task, low_resource: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the target languages that are not low-resource, and those that are."""
+    others = [code for code in task.test if code != task.source and code not in low_resource]
+    if not others:
+        raise ValueError(f"Task {task.name}: expected a target language that is not named as low-resource.")
+    return others, [code for code in task.test if code in low_resource]
+
+
+def _cells(tasks: Sequence[Task], predictions: Sequence[Predictions]) -> Iterable[tuple[Task, str, str, ItemCounts]]:
+    grouped: dict[tuple[str, str, str], list[Predictions]] = {}
+    for found in predictions:
+        grouped.setdefault((found.task, found.mode, found.model), []).append(found)
+    for task in tasks:
+        for (name, mode, model), heads in grouped.items():
+            if name == task.name:
+                yield task, mode, model, ItemCounts.of(task, heads)
+
+
+def uninformative(summary: Sequence[Mapping[str, Any]], source_model: str) -> list[dict[str, str]]:
+    """Return tasks and modes on which nothing can be concluded about transfer, with the reason.
+
+    That is where the source model is not 10 points above the most frequent label in the source language, or not 5 in
+    the mean of the others.
+    """
+    majority = {row["task"]: row for row in summary if row["model"] == MAJORITY}
+    found = []
+    for row in summary:
+        if row["model"] != source_model:
+            continue
+        base = majority[row["task"]]
+        for what, least in (("source", ABOVE_MAJORITY), ("zero_shot", ZERO_SHOT_ABOVE_MAJORITY)):
+            above = row[what] - base[what]
+            if above < least:
+                name = "the source language" if what == "source" else "the mean of the other languages"
+                reason = f"{name} is {above:.1f} points above the most frequent label; expected {least:.0f}"
+                found.append({"task": row["task"], "mode": row["mode"], "reason": reason})
+                break
+    return found
+
+
+def compare(
+    tasks: Sequence[Task],
+    predictions: Sequence[Predictions],
+    source_model: str,
+    low_resource: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """Return, per task and mode, the difference of each model's zero-shot mean from the source model's.
+
+    "p" is of a two-sided permutation test that swaps the two models' predictions of an item, with all its languages
+    and heads; "p_adjusted" controls the false discovery rate over all rows (Benjamini-Hochberg).
+    """
+    cells = {(task.name, mode, model): (task, counts) for task, mode, model, counts in _cells(tasks, predictions)}
+    rows: list[dict[str, Any]] = []
+    for (name, mode, model), (task, counts) in cells.items():
+        other = cells.get((name, mode, source_model))
+        if other is None or model in (source_model, MAJORITY, BAG_OF_SUBWORDS):
+            continue
+        others, _ = _groups(task, low_resource)
+        samples = [each.item_scores(others) for each in (counts, other[1])]
+        tested = permutation_test(
+            samples,
+            lambda x, y, axis: (x - y).sum(axis),
+            permutation_type="samples",
+            vectorized=True,
+            n_resamples=9999,
+            batch=500,
+            rng=np.random.default_rng(0),
+        )
+        names = {"task": name, "mode": mode, "model": model, "compared_with": source_model}
+        rows.append({**names, "difference": float(tested.statistic), "p": float(tested.pvalue)})
+    if rows:
+        for row, adjusted in zip(rows, false_discovery_control([row["p"] for row in rows]), strict=True):
+            row["p_adjusted"] = float(adjusted)
+    return rows
+
+
+def language_table(task: Task, rows: Sequence[Mapping[str, Any]], mode: str) -> list[dict[str, Any]]:
+    """Return one row per language and one column per model: accuracy, mean over heads ± standard deviation."""
+    lines = []
+    for language, examples in task.test.items():
+        line: dict[str, Any] = {"language": language, "items": len(examples.items)}
+        for row in rows:
+            if row["task"] == task.name and row["language"] == language and row["mode"] in (mode, "control"):
+                line.setdefault(row["model"], []).append(row["accuracy"])
+        lines.append({name: _mean_and_deviation(v) if isinstance(v, list) else v for name, v in line.items()})
+    return lines
+
+
+def _mean_and_deviation(values: Sequence[float]) -> str:
+    mean = f"{np.mean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.1f}"
