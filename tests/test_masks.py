@@ -1,12 +1,18 @@
 import json
+import threading
+from functools import partial
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 
 import neuron_specialization as ns
 from neuron_specialization.analysis.shapes import random_masks
-from neuron_specialization.neurons import adapter_file
+from neuron_specialization.neurons import adapter_file, masks
 from neuron_specialization.neurons.language_pairs import Routes
 
 from .conftest import make_m2m100
@@ -232,3 +238,37 @@ def test_damaged_configs_are_refused_clearly(four, tmp_path, change):
     path.write_text(change if isinstance(change, str) else json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(ValueError, match="damaged|Expected|source_tag"):
         ns.NeuronMasks.from_pretrained(tmp_path)
+
+
+def test_masks_are_pushed_to_the_hub(four, monkeypatch):
+    """Against a local HTTP server that answers as the Hub does to creating a repository, and refuses the upload."""
+    asked = []
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or "{}")
+            asked.append((self.path, body))
+            ok = self.path == "/api/repos/create"
+            answer = json.dumps({"url": "https://huggingface.co/me/masks"} if ok else {"error": "no uploads"}).encode()
+            self.send_response(200 if ok else 403)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *args):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(masks, "HfApi", partial(HfApi, endpoint=f"http://127.0.0.1:{server.server_port}"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    try:
+        with pytest.raises(HfHubHTTPError):
+            four.push_to_hub("me/masks", token="hf_x", private=True)
+    finally:
+        server.shutdown()
+        server.server_close()
+    (created, body), (preupload, sent) = asked[:2]
+    assert created == "/api/repos/create" and body["name"] == "masks" and "private" in json.dumps(body)
+    assert preupload.startswith("/api/models/me/masks/preupload/")
+    assert {file["path"] for file in sent["files"]} == {"adapter_config.json", "adapter_model.safetensors"}

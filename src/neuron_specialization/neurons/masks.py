@@ -1,17 +1,19 @@
 """Masks over FFN neurons: one boolean row per stack for each language pair, or for each language."""
 
 import json
+import tempfile
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
 from safetensors.torch import save_file
 
 from . import adapter_file
 from .ffn import ENCODER, STACKS
-from .files import atomic_directory
+from .files import WRITTEN, atomic_directory
 from .language_pairs import Routes, split_pair
 
 ORIGIN = ("language_token_ids", "base_model_name_or_path", "weights_sample")
@@ -180,6 +182,20 @@ class NeuronMasks:
             save_file(tensors, fresh / adapter_file.WEIGHTS_NAME, metadata={"format": "pt"})
             config["weights_digest"] = adapter_file.file_digest(fresh / adapter_file.WEIGHTS_NAME)
             (fresh / adapter_file.CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+    def push_to_hub(self, repo_id: str, *, token: str | bool | None = None, private: bool | None = None) -> str:
+        """Write the adapter directory into a Hub repository, made if need be, and return its address.
+
+        Args:
+            repo_id: Hub id, such as "me/nllb-masks".
+            token: see `huggingface_hub.HfApi`.
+            private: whether a new repository is private; None for the default of its owner.
+        """
+        api = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=[WRITTEN]))
 
     @classmethod
     def from_pretrained(cls, location: str | PathLike[str], **hub: Any) -> "NeuronMasks":
