@@ -21,9 +21,6 @@ OTHER_HEADS = {"prophetnet", "fsmt"}  # several streams; an embedding is what th
 NAMES = [name for name in ARCHITECTURES if name not in OTHER_HEADS]
 
 
-pytestmark = pytest.mark.skipif(not hasattr(nn, "LinearCrossEntropyOptions"), reason="torch computes it from 2.13 on")
-
-
 @pytest.fixture(autouse=True)
 def chunks_of_two_tokens(monkeypatch):
     monkeypatch.setattr(loss, "CHUNK_LOGITS", 128)

@@ -127,7 +127,7 @@ def find_linear_head(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Lin
     """Return the head of `model` if its logits are shown to be a plain linear layer of what the head is given.
 
     Anything else, and anything that looks on (soft caps, hooks or adapters on the head, other layer types, compiled
-    models, torch before 2.13), is None: the loss is then computed from logits.
+    models), is None: the loss is then computed from logits.
 
     Args:
         model: a seq2seq model, in whatever wrappers it trains in.
@@ -135,7 +135,7 @@ def find_linear_head(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Lin
     """
     base = unwrap(model)
     linear = base.get_output_embeddings()
-    if not hasattr(nn, "LinearCrossEntropyOptions") or type(linear) is not nn.Linear or _is_watched(linear):
+    if type(linear) is not nn.Linear or _is_watched(linear):
         return None
     if isinstance(model, DataParallel) or any(_is_compiled(module) for module in model.modules()):
         return None
