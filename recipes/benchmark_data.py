@@ -40,14 +40,15 @@ class BenchmarkArguments:
 
 def main() -> None:
     args, data = parse(BenchmarkArguments, DataArguments, unused=("pivot", "drop_faulty", "source_tag", "splits"))
+    memory = sampler_memory()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as directory:
         config.HF_DATASETS_CACHE = os.environ["HF_DATASETS_CACHE"] = f"{directory}/cache"  # nothing is cached yet
 
         def timed(what: str, function: Callable[[], Any]) -> Any:
-            wall, cpu = time.perf_counter(), time.process_time()
+            wall, cpu = time.perf_counter(), sum(os.times()[:4])  # with the processes it starts
             result = function()
-            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            wall, cpu = time.perf_counter() - wall, sum(os.times()[:4]) - cpu
             rows.append({"what": what, "seconds": wall, "CPU seconds": cpu})
             print(f"{what}: {wall:.1f} s", flush=True)
             return result
@@ -74,7 +75,6 @@ def main() -> None:
         Dataset.from_dict({code: ["a b", "c d"] for code in languages}).to_parquet(f"{directory}/validation.parquet")
         command = training_command(data, tokens, directory)
         timed("training run of one step", lambda: subprocess.run(command, check=True))
-    memory = sampler_memory()
     print(table(rows))
     print(f"The sampler's arrays for {EC30:,} pairs in {EC30_DIRECTIONS} directions: {memory / 1e9:.2f} GB resident")
     results = {"sentence_pairs": pairs, "times": rows, "sampler_bytes": memory, "load": os.getloadavg()}

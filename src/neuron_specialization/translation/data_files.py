@@ -6,7 +6,7 @@ import gzip
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -158,13 +158,14 @@ def _is_quoted(sample: bytes) -> bool:
 
 
 def _lines(files: Mapping[str, str], version: tuple[Any, ...]) -> Iterator[dict[str, str]]:
-    opened = [_open(file) for file in files.values()]
-    for number, lines in enumerate(zip_longest(*opened), 1):
-        if None in lines:
-            short = [file for file, line in zip(files.values(), lines, strict=True) if line is None]
-            raise ValueError(f"{short[0]} ends before line {number}, which the other file has")
-        text = [line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n") for line in lines]
-        yield dict(zip(files, text, strict=True))
+    with ExitStack() as stack:
+        opened = [stack.enter_context(_open(file)) for file in files.values()]
+        for number, lines in enumerate(zip_longest(*opened), 1):
+            if None in lines:
+                short = [file for file, line in zip(files.values(), lines, strict=True) if line is None]
+                raise ValueError(f"{short[0]} ends before line {number}, which the other file has")
+            text = [line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n") for line in lines]
+            yield dict(zip(files, text, strict=True))
 
 
 @contextmanager
