@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import sacrebleu
+from datasets import Dataset
 from peft import get_peft_model
 from transformers import GenerationConfig
 
@@ -118,7 +119,7 @@ def test_an_adapted_model_translates_under_its_pairs_and_tokens(toy, toy_data, t
 def test_sentences_longer_than_the_model_are_named_truncated_or_split(toy_model, toy_tokenizer):
     sentences = ["ba bu", "bababu " * 20 + "bu " + "babu " * 60, "bu"]
     with pytest.raises(
-        ValueError, match="^Sentence 12, counting .* tokens, but the model has positions for 64: 'bababu "
+        ValueError, match="^Sentence 12 of Pv-Aa, counting .* tokens, but the model has positions for 64: 'bababu "
     ):
         ns.translate(toy_model, toy_tokenizer, sentences, "Pv-Aa", numbers=[11, 12, 14])
     with pytest.raises(ValueError, match="error, truncate or split, got 'cut'"):
@@ -145,6 +146,17 @@ def test_sentences_longer_than_the_model_are_named_truncated_or_split(toy_model,
     assert len(pieces("truncate")) == 1
     split = pieces("split")
     assert len(split) > 2 and sum(text.count("bu") for text in split) == sentences[1].count("bu"), "nothing is lost"
+
+
+def test_evaluate_refuses_long_sentences_before_it_translates(toy_model, toy_tokenizer):
+    short = {"source": ["ba", "bu"], "target": ["ba", "bu"]}
+    data = {"Pv-Aa": Dataset.from_dict(short), "Aa-Pv": Dataset.from_dict({**short, "source": ["ba", "babu " * 99]})}
+    toy_model.generate = None  # must not be reached
+    with pytest.raises(ValueError, match="^Sentence 2 of Aa-Pv, "):
+        evaluate(toy_model, toy_tokenizer, data)
+    del toy_model.generate
+    result = evaluate(toy_model, toy_tokenizer, data, long_sentences="split", num_beams=1, max_new_tokens=3)
+    assert len(result["translations"]["Aa-Pv"]) == 2
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def test_lines_are_translated_in_order_and_blank_ones_stay_blank(toy, toy_model,
     assert [line for i, line in enumerate(found) if i not in (5, 6)] == [one_line(text) for text in expected]
     (rest, *_) = translate_lines(toy_model, toy_tokenizer, lines, "Pv-Aa", done=3, **options)
     assert rest == found[3:7]
-    with pytest.raises(ValueError, match="^Sentence 9, "):
+    with pytest.raises(ValueError, match="^Sentence 9 of Pv-Aa, "):
         list(translate_lines(toy_model, toy_tokenizer, [*lines[:8], "babu " * 99], "Pv-Aa", done=3, **options))
 
 

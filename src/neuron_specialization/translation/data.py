@@ -33,7 +33,8 @@ def load_parallel(
         path: one of these, where "{pair}" stands for each pair, or for the reversed pair if only that exists:
 
             - a .parquet, .jsonl, .csv or .tsv file with a header, the last three also compressed (.gz). Quotes in TSV
-              are text, unless its header is quoted or its quoted cells double their quotes, as CSV writers do;
+              are text, unless its header is quoted or the quoted cells of its first megabyte double
+              their quotes, as CSV writers do;
             - shards of one text: a pattern (data/train-*.parquet), or a directory of files whose names differ in
               numbers only;
             - plain text with "{lang}" for each language: data/train.{lang} has the lines of data/train.en and

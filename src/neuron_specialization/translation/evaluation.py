@@ -11,8 +11,9 @@ from evaluate import load as load_metric
 from tqdm.auto import tqdm
 
 from ..neurons.language_pairs import split_pair
+from .long_sentences import LongSentences
 from .processes import this_process
-from .translate import translate
+from .translate import check_long_sentences, translate
 
 _METRIC = Path(__file__).parent / "metrics" / "translation_scores.py"
 # unsegmented scripts: 13a would count whole sentences as words
@@ -58,6 +59,7 @@ def evaluate(
     language_tokens: Mapping[str, str] | None = None,
     source_tag: str = "source",
     batch_size: int = 32,
+    long_sentences: LongSentences = "error",
     **generate_kwargs: Any,
 ) -> dict[str, Any]:
     """Translate and score every direction; several processes share the sentences.
@@ -70,6 +72,7 @@ def evaluate(
         language_tokens: language code → language token (see `translate`).
         source_tag: what the tag on the source side names (see `translate`).
         batch_size: sentences per batch.
+        long_sentences: what becomes of sentences with more tokens than the model has positions (see `translate`).
         **generate_kwargs: passed to `model.generate`; five beams by default.
 
     Returns:
@@ -77,8 +80,12 @@ def evaluate(
 
     Raises:
         ImportError: if a target language needs a word segmenter that is not installed, before anything is translated.
+        ValueError: if a sentence is too long and `long_sentences` is "error", likewise.
     """
     check_scorers(split_pair(pair)[1] for pair in data)
+    if long_sentences == "error":
+        for pair, rows in data.items():
+            check_long_sentences(model, tokenizer, rows["source"], pair, language_tokens, source_tag)
     generate_kwargs.setdefault("num_beams", 5)
     directions, translations = {}, {}
     process = this_process()
@@ -97,6 +104,7 @@ def evaluate(
                     language_tokens=language_tokens,
                     source_tag=source_tag,
                     batch_size=batch_size,
+                    long_sentences=long_sentences,
                     numbers=[i + 1 for i in share],
                     progress=bar,
                     **generate_kwargs,

@@ -18,6 +18,7 @@ def encode_within(
     limit: int | None,
     sentences: Sequence[str],
     encode: Callable[[Sequence[str], int | None], list[list[int]]],
+    pair: str,
     long_sentences: LongSentences = "error",
     numbers: Sequence[int] | None = None,
 ) -> list[list[list[int]]]:
@@ -27,6 +28,7 @@ def encode_within(
         limit: positions of the model; None for a model that has no limit.
         sentences: text.
         encode: encodes texts, truncated to so many tokens if that is not None.
+        pair: the direction, for errors.
         long_sentences: what becomes of sentences with more tokens: "error", "truncate", or "split" into pieces.
         numbers: what errors call each sentence, such as the numbers of their lines; by default 1, 2, 3, ...
 
@@ -44,9 +46,9 @@ def encode_within(
         assert limit is not None
         if long_sentences == "error":
             raise ValueError(
-                f"Sentence {numbers[i] if numbers else i + 1}, counting every line from 1, has {len(encoded[i][0])} "
-                f"tokens, but the model has positions for {limit}: {sentences[i][:60]!r}... Set long_sentences to "
-                "'truncate', or to 'split', which translates it piece by piece."
+                f"Sentence {numbers[i] if numbers else i + 1} of {pair}, counting every line from 1, has "
+                f"{len(encoded[i][0])} tokens, but the model has positions for {limit}: {sentences[i][:60]!r}... Set "
+                "long_sentences to 'truncate', or to 'split', which translates it piece by piece."
             )
         if long_sentences == "truncate":
             encoded[i] = encode([sentences[i]], limit)

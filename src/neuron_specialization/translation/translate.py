@@ -105,12 +105,7 @@ def _translate_ids(
     if not sentences:  # but an unknown language is an error all the same, in every process that shares the work
         return []
     source_tag = config.source_tag if config is not None else source_tag
-
-    def encode_texts(texts: Sequence[str], max_length: int | None) -> list[list[int]]:
-        return encode(tokenizer, pair, texts, None, tokens, source_tag, max_length)["input_ids"]
-
-    positions = getattr(unwrap(model).config, "max_position_embeddings", None)
-    pieces = encode_within(positions, sentences, encode_texts, long_sentences, numbers)
+    pieces = _encode_sources(model, tokenizer, sentences, pair, tokens, source_tag, long_sentences, numbers)
     encoded = list(chain.from_iterable(pieces))
     kwargs = dict(generate_kwargs)
     if source_tag == "source" and "decoder_input_ids" not in kwargs:
@@ -135,6 +130,38 @@ def _translate_ids(
         model.train(training)
     rest = iter(translations)
     return [list(islice(rest, len(parts))) for parts in pieces]
+
+
+def check_long_sentences(
+    model: Any,
+    tokenizer: Any,
+    sentences: Iterable[str],
+    pair: str,
+    language_tokens: Mapping[str, str] | None = None,
+    source_tag: str = "source",
+) -> None:
+    """Raise ValueError if `translate` would refuse one of the sentences as too long."""
+    config = active_config(model)
+    tokens = pair_tokens(model, tokenizer, pair, language_tokens)
+    tag = config.source_tag if config is not None else source_tag
+    _encode_sources(model, tokenizer, _as_list(sentences), pair, tokens, tag, "error", None)
+
+
+def _encode_sources(
+    model: Any,
+    tokenizer: Any,
+    sentences: list[str],
+    pair: str,
+    tokens: Mapping[str, str],
+    source_tag: str,
+    long_sentences: LongSentences,
+    numbers: Sequence[int] | None,
+) -> list[list[list[int]]]:
+    def encode_texts(texts: Sequence[str], max_length: int | None) -> list[list[int]]:
+        return encode(tokenizer, pair, texts, None, tokens, source_tag, max_length)["input_ids"]
+
+    positions = getattr(unwrap(model).config, "max_position_embeddings", None)
+    return encode_within(positions, sentences, encode_texts, pair, long_sentences, numbers)
 
 
 def _bar(progress: bool | tqdm, pair: str, sentences: Sequence[str], hidden: bool) -> Any:
