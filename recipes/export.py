@@ -42,7 +42,7 @@ class ExportArguments:
     pair: str = field(metadata={"help": "Direction to keep, such as en-de."})
     output_dir: str = field(metadata={"help": "Where the models and results.json go."})
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Replace files of the same names that are not of this package's making."}
+        default=False, metadata={"help": "Replace files of the same names that this package did not write."}
     )
     trim_vocabulary: str | None = field(
         default=None, metadata={"help": "Keep only the tokens of this parallel text of the pair."}

@@ -29,7 +29,7 @@ class IdentifyArguments:
 
     output_dir: str = field(metadata={"help": "Adapter directory to write."})
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Replace files of the same names that are not of this package's making."}
+        default=False, metadata={"help": "Replace files of the same names that this package did not write."}
     )
     k: float = field(default=0.95, metadata={"help": "Share of all activations that the kept neurons make up."})
     encoder_k: float | None = field(default=None, metadata={"help": "Another share for the encoder."})

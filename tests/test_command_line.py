@@ -130,8 +130,13 @@ def test_foreseen_errors_end_with_one_sentence_and_others_keep_their_traceback(c
         with pytest.raises(SystemExit) as stopped:
             run(main)
         assert stopped.value.code == 1
-        said = capsys.readouterr()
-        assert said.err.startswith("Error: ") and message in said.err and said.err.count("\n") == 1 and not said.out
+        printed = capsys.readouterr()
+        assert (
+            printed.err.startswith("Error: ")
+            and message in printed.err
+            and printed.err.count("\n") == 1
+            and not printed.out
+        )
     with pytest.raises(ValueError, match="zip"):
         run(fail_in_zip)
     monkeypatch.setattr(sys, "argv", [__file__])

@@ -110,15 +110,15 @@ def test_auto_runs_compact_only_where_one_pair_is_in_the_batch(training):
     ).train(training)
     seen = widths(adapted.get_base_model())
     full = {name: 20 if "encoder" in name else 28 for name in seen or dict.fromkeys(_downs(adapted))}
-    for said, narrow in (
+    for chosen, is_compact in (
         (PAIRS, False),
         ("en-de", True),
         (torch.tensor([1] * 4), True),
         (torch.tensor([1, 2] * 2), False),
     ):
         seen.clear()
-        adapted(**make_batch(), language_pairs=said)
-        assert all((seen[name] < full[name]) == narrow for name in seen), (said, seen)
+        adapted(**make_batch(), language_pairs=chosen)
+        assert all((seen[name] < full[name]) == is_compact for name in seen), (chosen, seen)
 
 
 def _downs(model) -> list[str]:

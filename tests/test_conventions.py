@@ -180,9 +180,9 @@ def test_every_convention_from_text_to_translation(convention, tmp_path):
     # the tags that translate() gives `generate` lead it to the pair's rows, from the first encoder call
     router = router_of(adapted)
     for pair in corpus:
-        said = ns.translate(adapted, tokenizer, TEXT[:1], pair, max_new_tokens=5)
+        translated = ns.translate(adapted, tokenizer, TEXT[:1], pair, max_new_tokens=5)
         expected = router.resolvers["default"].route(pair)
-        assert not any(token in said[0] for token in tokens.values()), "tags are no text"
+        assert not any(token in translated[0] for token in tokens.values()), "tags are no text"
         calls = []
         generate = type(model).generate
 
@@ -217,5 +217,5 @@ def test_mbart25_starts_the_decoder_with_the_tag_and_the_others_generate_it(tmp_
         make_tokenizer, make_model, _ = CONVENTIONS[convention]
         (tmp_path / convention).mkdir()
         tokenizer, tokens = make_tokenizer(tmp_path / convention)
-        said = _target_tag(make_model(tokenizer), tokenizer, "en-de", tokens)
-        assert said == {expected: tokenizer.convert_tokens_to_ids("de_DE")}
+        tag = _target_tag(make_model(tokenizer), tokenizer, "en-de", tokens)
+        assert tag == {expected: tokenizer.convert_tokens_to_ids("de_DE")}

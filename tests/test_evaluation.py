@@ -236,11 +236,11 @@ def test_what_holds_no_sentences_is_refused_and_a_generator_will_do(toy_model, t
 def test_evaluation_shows_one_bar(toy_data, toy_model, toy_tokenizer, capsys):
     data = {pair: rows.select(range(9)) for pair, rows in toy_data["test"].items()}
     evaluate(toy_model, toy_tokenizer, data, num_beams=1, max_new_tokens=2, batch_size=2)
-    said = capsys.readouterr().err
-    assert f"{9 * len(data)}/{9 * len(data)}" in said and said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert f"{9 * len(data)}/{9 * len(data)}" in printed and printed.count("\n") == 1
 
 
 def test_recording_shows_one_bar(toy_data, toy_model, toy_tokenizer, capsys):
     record_corpus(toy_model, toy_tokenizer, toy_data["validation"])
-    said = capsys.readouterr().err
-    assert len(toy_data["validation"]) > 2 and said.count(" 0%|") == 1
+    printed = capsys.readouterr().err
+    assert len(toy_data["validation"]) > 2 and printed.count(" 0%|") == 1

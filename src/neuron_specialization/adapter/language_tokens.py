@@ -139,9 +139,11 @@ def tokens_of_generate(model: Any, language_ids: set[int], args: tuple, kwargs: 
         return TokenBatch(_ids(source), target)
     given, own = kwargs.get("generation_config"), getattr(model, "generation_config", None)
     for name in ("forced_bos_token_id", "decoder_start_token_id"):
-        said = kwargs.get(name, getattr(given, name, None))
-        value = getattr(own, name, None) if said is None else said
-        if isinstance(value, int) and (value in language_ids or (said is not None and name == "forced_bos_token_id")):
+        chosen = kwargs.get(name, getattr(given, name, None))
+        value = getattr(own, name, None) if chosen is None else chosen
+        if isinstance(value, int) and (
+            value in language_ids or (chosen is not None and name == "forced_bos_token_id")
+        ):
             return TokenBatch(_ids(source), value)
         if isinstance(value, list | torch.Tensor) and name == "decoder_start_token_id":
             return TokenBatch(_ids(source), torch.as_tensor(value).reshape(-1, 1))

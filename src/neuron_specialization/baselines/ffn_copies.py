@@ -17,7 +17,7 @@ def ffn_copies(model: Any, language_pairs: Sequence[str], source_tag: str = "sou
     """Give each pair its own copy of every FFN block, and train all of it with everything else.
 
     Each block is widened in place to one copy of its neurons per pair, and a mask row keeps the pair's copy and
-    silences the others wholly; so a pair starts from exactly what `model` computes. Only the output bias of a block
+    masks all others; so a pair starts from exactly what `model` computes. Only the output bias of a block
     is shared. Multi-task learning calls this language-specific FFNs.
 
     Args:
