@@ -98,11 +98,12 @@ def test_a_finished_run_says_so_and_changes_nothing(train, finished, tmp_path, c
 def test_overwriting_discards_the_run_and_nothing_else(train, finished, tmp_path):
     directory = tmp_path / "run"
     shutil.copytree(finished, directory)
-    (directory / "notes.txt").write_text("mine")
+    for notes in (directory / "notes.txt", directory / "adapter" / "notes.txt"):
+        notes.write_text("mine")
     write_results(directory, {"made": "by the first run"})
     metrics = train(directory, learning_rate=1e-4, overwrite_output_dir=True)[1]
     assert not metrics["finished_before"] and not (directory / "results.json").exists()
-    assert (directory / "notes.txt").read_text() == "mine"
+    assert (directory / "notes.txt").read_text() == (directory / "adapter" / "notes.txt").read_text() == "mine"
     assert json.loads((directory / RUN_FILE).read_text())["depends_on"]["learning_rate"] == 1e-4
 
 
@@ -111,11 +112,10 @@ def test_a_run_does_not_replace_what_is_not_its_own(toy_data, toy_tokenizer, toy
     toy_tokenizer.save_pretrained(tmp_path / "model")
     model, tokenizer = load_checkpoint(str(tmp_path / "model"))
     before = content(tmp_path)
-    with pytest.raises(ValueError, match="holds 'model', which no training run wrote.*--output_dir"):
+    with pytest.raises(ValueError, match="model already holds config.*did not write there.*--overwrite_output_dir"):
         fit(model, tokenizer, toy_data["train"], None, arguments(tmp_path))
     with pytest.raises(ValueError, match="would remove the model that is to be trained"):
         fit(model, tokenizer, toy_data["train"], None, arguments(tmp_path, overwrite_output_dir=True))
-    (tmp_path / "checkpoint-3").mkdir()
     assert content(tmp_path) == before
 
 

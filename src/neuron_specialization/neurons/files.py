@@ -109,6 +109,17 @@ def check_not_input(directory: str | PathLike[str], *inputs: str | PathLike[str]
             raise ValueError(f"{location} is an input, and would be written over. Choose another output directory.")
 
 
+def remove_written(target: str | PathLike[str]) -> None:
+    """Remove the files in a directory that this package wrote, and the directory if nothing else is in it."""
+    target = Path(target)
+    complete_writing(target)
+    for name in _written(target):
+        (target / name).unlink(missing_ok=True)
+    (target / WRITTEN).unlink(missing_ok=True)
+    if target.is_dir() and not any(target.iterdir()):
+        target.rmdir()
+
+
 def complete_writing(target: str | PathLike[str]) -> None:
     """Complete a writing that was interrupted while its files were moved into place, if there is one."""
     target = Path(target)

@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..neurons.adapter_file import MASK
 from ..neurons.base_model import unwrap
+from ..neurons.files import remove_written
 from .processes import this_process
 
 RUN_FILE = "run.json"
@@ -47,7 +48,7 @@ class Run:
         depends_on: name → value that JSON can hold, as `run_dependencies` returns.
 
     Raises:
-        ValueError: if the directory holds a run that depends on something else, or files of no known run.
+        ValueError: if the directory holds a run that depends on something else, or checkpoints of no known run.
     """
 
     def __init__(self, output_dir: str | Path, depends_on: Mapping[str, Any]) -> None:
@@ -59,9 +60,6 @@ class Run:
         if self.result is not None:  # the directory may have been moved since
             self.result["saved"] = str(self.directory / Path(self.result["saved"]).name)
         if self.result is None and self.checkpoint is None:
-            taken = [name for name in ("model", "adapter") if (self.directory / name).exists()]
-            if taken:
-                raise ValueError(f"{self.directory} holds '{taken[0]}', which no training run wrote. {_WAY_OUT}")
             stored = {}  # nothing was learned that could be mislabelled
         elif "depends_on" not in stored:
             raise ValueError(
@@ -104,7 +102,7 @@ def discard_run(output_dir: str | Path, model: nn.Module) -> None:
         for checkpoint in directory.glob("checkpoint-*/"):
             shutil.rmtree(checkpoint)
         if result is not None:
-            shutil.rmtree(directory / Path(result["saved"]).name, ignore_errors=True)
+            remove_written(directory / Path(result["saved"]).name)
             (directory / "results.json").unlink(missing_ok=True)
         (directory / RUN_FILE).unlink(missing_ok=True)
     process.wait_for_everyone()
