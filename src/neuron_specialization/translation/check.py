@@ -40,7 +40,7 @@ def check_parallel(
     Chinese sentence has a third of the characters of its translation into English.
 
     Sentences are compared by 64-bit hashes: among 5 million, two different ones are taken for the same with a
-    probability below 10^-6. At most about 60 bytes per sentence pair of the largest direction are in memory.
+    probability below 10^-6. About 80 bytes per sentence pair of the largest direction are in memory at the peak.
 
     Args:
         train: pair → training data.
