@@ -7,6 +7,7 @@ import pytest
 
 from neuron_specialization.translation.arguments import DataArguments, ModelArguments
 from neuron_specialization.translation.command_line import parse, run
+from neuron_specialization.translation.results import write_results
 from neuron_specialization.translation.training import SpecializationTrainingArguments
 
 UNUSED = ("train_file", "drop_faulty")
@@ -97,7 +98,7 @@ def test_help_shows_ours_and_all_of_the_trainers_only_when_asked(capsys):
         assert stopped.value.code == 0
         shown[option] = capsys.readouterr().out
     short, everything = shown.values()
-    assert len(short.splitlines()) < 90 < len(everything.splitlines())
+    assert len(short.splitlines()) < 100 < len(everything.splitlines())
     for text in (
         "--config FILE.yaml",
         "--help_all",
@@ -142,3 +143,28 @@ def test_foreseen_errors_end_with_one_sentence_and_others_keep_their_traceback(c
     monkeypatch.setattr(sys, "argv", [__file__])
     with pytest.raises(ValueError, match="zip"):
         run(fail_in_zip)
+
+
+@dataclass
+class Output:
+    """Where a test writes."""
+
+    output_dir: str = field(metadata={"help": "A directory."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace what stands there."})
+
+
+@pytest.mark.parametrize("name", ["results of another recipe", "a file of the user's"])
+def test_results_of_others_are_not_replaced(monkeypatch, tmp_path, name):
+    monkeypatch.setattr(sys, "argv", ["recipes/specialize.py"])
+    if name == "a file of the user's":
+        (tmp_path / "results.json").write_text("[1, 2]")
+    else:
+        write_results(tmp_path, {"updates": 3})
+        parse(Output, argv=["--output_dir", str(tmp_path)])
+        write_results(tmp_path, {"updates": 4})
+    monkeypatch.setattr(sys, "argv", ["recipes/score.py"])
+    with pytest.raises(
+        ValueError, match="results.json, written by (specialize|something else), and score would replace"
+    ):
+        parse(Output, argv=["--output_dir", str(tmp_path)])
+    parse(Output, argv=["--output_dir", str(tmp_path), "--overwrite_output_dir", "true"])

@@ -16,6 +16,8 @@ from accelerate.utils import get_int_from_env
 from torch.distributed import distributed_c10d
 from transformers import HfArgumentParser, TrainingArguments
 
+from .results import check_results
+
 _PACKAGE = Path(__file__).resolve().parents[1]
 _SHOWN_OF_TRAINER = {"output_dir", "max_steps", "per_device_train_batch_size", "eval_steps", "seed"}
 _LOCAL_RANK = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
@@ -68,7 +70,8 @@ def parse(*types: Any, unused: Collection[str] = (), argv: Sequence[str] | None 
         argv: the command line, by default that of the process.
 
     Raises:
-        ValueError: if an option or a key of the file is unknown or unused, or a value does not fit.
+        ValueError: if an option or a key of the file is unknown or unused, a value does not fit, or the output
+            directory holds the results of another recipe.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     config = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -86,6 +89,9 @@ def parse(*types: Any, unused: Collection[str] = (), argv: Sequence[str] | None 
     )
     if stray:
         raise ValueError(f"Unexpected {' '.join(stray)}: every option starts with its name, such as --config FILE.")
+    overwrite = any(getattr(each, "overwrite_output_dir", False) for each in parsed)
+    for directory in {each.output_dir for each in parsed if getattr(each, "output_dir", None) and not overwrite}:
+        check_results(directory)
     return tuple(parsed)
 
 

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,28 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return tabulate(rows, headers="keys", tablefmt="github", floatfmt=".2f")
 
 
+def check_results(directory: str | Path, name: str = "results.json") -> None:
+    """Check that a directory holds no results but this recipe's own, which it may replace.
+
+    Raises:
+        ValueError: if the file there was written by another recipe, or by something else.
+    """
+    path = Path(directory) / name
+    if not path.is_file():
+        return
+    try:
+        author = json.loads(path.read_text())["recipe"]
+    except (ValueError, KeyError, TypeError):
+        author = "something else"
+    if author != _recipe():
+        raise ValueError(
+            f"{path.parent} already holds {name}, written by {author}, and {_recipe()} would replace it. Choose "
+            "another --output_dir, or move that file away."
+        )
+
+
 def write_results(directory: str | Path, results: Mapping[str, Any], name: str = "results.json") -> Path:
-    """Write results with the versions and the device that made them, replacing the file at once.
+    """Write results with the recipe, the versions and the device that made them, replacing the file at once.
 
     Args:
         directory: created if missing.
@@ -42,7 +63,8 @@ def write_results(directory: str | Path, results: Mapping[str, Any], name: str =
     path = Path(directory) / name
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({**results, "environment": environment()}, indent=2, ensure_ascii=False) + "\n")
+    written = {"recipe": _recipe(), **results, "environment": environment()}
+    partial.write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n")
     os.replace(partial, path)
     return path
 
@@ -74,6 +96,10 @@ def environment() -> dict[str, str | int | None]:
     versions = {name: _version(name) for name in _VERSIONED}
     used = {"device": device, "processes": this_process().num_processes, "threads": torch.get_num_threads()}
     return {"python": platform.python_version(), **used, **versions}
+
+
+def _recipe() -> str:
+    return Path(sys.argv[0]).stem
 
 
 def _version(name: str) -> str | None:
