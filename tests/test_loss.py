@@ -192,11 +192,6 @@ def test_other_heads_keep_their_logits(name):
     assert find_linear_head(make(name), make_batch(name)) is None
 
 
-def test_without_the_function_of_torch_logits_are_computed(monkeypatch):
-    monkeypatch.delattr(nn, "LinearCrossEntropyOptions")
-    assert find_linear_head(make_m2m100(), text_batch()) is None
-
-
 def test_an_error_in_the_forward_leaves_the_head_as_it_was():
     model, batch = copy.deepcopy(make("mbart")), make_batch("mbart")
     head = find_linear_head(model, batch)
