@@ -18,7 +18,7 @@ from neuron_specialization.translation.runs import RUN_FILE, last_complete_check
 from neuron_specialization.translation.tokenization import resolve_tokens
 from neuron_specialization.translation.training import SpecializationTrainer, fit
 
-from .test_training import arguments, toy_masks, weights
+from .test_training import arguments, toy_masks, weights, with_dropout
 
 RUN = {"max_steps": 4, "save_steps": 2, "eval_steps": 2, "learning_rate": 1e-3, "save_total_limit": 3}
 
@@ -33,6 +33,7 @@ def train(toy_data, toy_checkpoint):
 
     def run(directory, k=0.3, trainable="delta", pairs=None, sentences=300, seed=None, **changes):
         model, tokenizer = load_checkpoint(str(toy_checkpoint))
+        with_dropout(model)
         config = {"masks": toy_masks(model, tokenizer, toy_data, k), "trainable": trainable}
         if seed is not None:
             torch.manual_seed(seed)
@@ -168,7 +169,7 @@ def test_losses_before_training_are_of_the_base_and_under_the_masks(train, toy_d
     first = metrics["log"][0]["loss"]
     model, tokenizer = load_checkpoint(str(toy_checkpoint))
     model = get_peft_model(
-        model,
+        with_dropout(model),
         ns.NeuronSpecializationConfig(masks=toy_masks(model, tokenizer, toy_data, 0.3), task_type="SEQ_2_SEQ_LM"),
     )
     alone = fit(model, tokenizer, toy_data["train"], None, arguments(tmp_path / "alone", learning_rate=1e-12))
