@@ -23,7 +23,7 @@ from neuron_specialization.translation.arguments import DataArguments, ModelArgu
 from neuron_specialization.translation.checkpoints import load_checkpoint
 from neuron_specialization.translation.command_line import parse, run
 from neuron_specialization.translation.results import table, write_results
-from neuron_specialization.translation.training import SpecializationTrainingArguments
+from neuron_specialization.translation.trainer import SpecializationTrainingArguments
 
 UNUSED = ("adapter", "drop_faulty", "learning_rate", "patience", "eval_steps", "num_train_epochs")
 

@@ -20,7 +20,8 @@ from neuron_specialization.translation.identification import record_corpus
 from neuron_specialization.translation.results import table, write_results
 from neuron_specialization.translation.tokenization import train_tokenizer
 from neuron_specialization.translation.toy import PIVOT, ToyLanguages
-from neuron_specialization.translation.training import SpecializationTrainingArguments, fit
+from neuron_specialization.translation.trainer import SpecializationTrainingArguments
+from neuron_specialization.translation.training import fit
 
 UNUSED = ("max_steps", "num_train_epochs")
 

@@ -13,7 +13,8 @@ from neuron_specialization.translation.checkpoints import load_checkpoint, new_m
 from neuron_specialization.translation.command_line import parse, run
 from neuron_specialization.translation.results import report_training, table
 from neuron_specialization.translation.tokenization import train_tokenizer
-from neuron_specialization.translation.training import SpecializationTrainingArguments, fit
+from neuron_specialization.translation.trainer import SpecializationTrainingArguments
+from neuron_specialization.translation.training import fit
 
 UNUSED = ("pivot",)
 

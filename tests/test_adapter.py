@@ -82,7 +82,7 @@ def test_delta_acts_in_weight_space_under_the_mask(make):
 
 
 @pytest.mark.usefixtures("each_batch_size")
-def test_mask_bias_silences_neurons_wholly():
+def test_with_mask_bias_masked_neurons_output_zero():
     model, batch = make_m2m100().double(), make_batch()
     masks = make_masks(model)
     reference = zero_masked_rows(model, masks, "en-de")

@@ -190,11 +190,11 @@ def test_an_expert_without_tokens_stays_dense_with_a_warning():
     with torch.no_grad():  # every token to the first expert
         router.classifier.weight.zero_()
     counts = ns.record_activations(model, {"en-de": [make_batch("switch_transformers")]}, progress=False)
-    silent = "encoder.block.1.layer.1.mlp.experts.expert_1.wi"
-    assert counts.counts[silent].sum() == 0
+    unused = "encoder.block.1.layer.1.mlp.experts.expert_1.wi"
+    assert counts.counts[unused].sum() == 0
     with pytest.warns(UserWarning, match="expert_1.wi.*stay dense"):
         masks = ns.CumulativeThreshold(0.6).select(counts)
-    assert masks.row("en-de", silent).all()
+    assert masks.row("en-de", unused).all()
 
 
 def test_time_major_models_are_recognized_even_where_shapes_cannot_tell():

@@ -8,7 +8,7 @@ import pytest
 from neuron_specialization.translation.arguments import DataArguments, ModelArguments
 from neuron_specialization.translation.command_line import parse, run
 from neuron_specialization.translation.results import write_results
-from neuron_specialization.translation.training import SpecializationTrainingArguments
+from neuron_specialization.translation.trainer import SpecializationTrainingArguments
 
 UNUSED = ("train_file", "drop_faulty")
 

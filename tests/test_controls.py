@@ -130,7 +130,7 @@ def test_specificity_weighs_activity_by_its_share_of_the_mean(gamma):
 
 
 @pytest.mark.parametrize("selector", [ns.GeneralSpecific(0.5, 0.9), ns.Specificity(0.9, 1)])
-def test_a_silent_pair_stays_dense_and_a_dead_neuron_is_not_kept(selector):
+def test_a_pair_without_counts_stays_dense_and_a_dead_neuron_is_not_kept(selector):
     counts = counts_of({"encoder.0": [[0, 0, 0, 0], [9, 5, 0, 0]]}, TWO)
     with pytest.warns(UserWarning, match="stay dense"):
         masks = selector.select(counts)

@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import neuron_specialization as ns
 from neuron_specialization.export.compaction import save_compact
 from neuron_specialization.translation.sharding import shard
-from neuron_specialization.translation.training import SpecializationTrainingArguments, fit
+from neuron_specialization.translation.trainer import SpecializationTrainingArguments
+from neuron_specialization.translation.training import fit
 
 from .conftest import PAIRS, make_batch, make_m2m100, make_masks, make_t5
 

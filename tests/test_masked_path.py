@@ -83,9 +83,9 @@ def test_dynamically_quantized_layers_run_masked(when):
 
 def two_adapters(mask_bias=(False, False), **first):
     model = make_m2m100()
-    for name, seed, silences, config in (("a", 0, mask_bias[0], first), ("b", 5, mask_bias[1], {})):
+    for name, seed, masks_bias, config in (("a", 0, mask_bias[0], first), ("b", 5, mask_bias[1], {})):
         torch.manual_seed(seed)
-        settings = {"masks": make_masks(make_m2m100(), seed=seed), "mask_bias": silences, **config}
+        settings = {"masks": make_masks(make_m2m100(), seed=seed), "mask_bias": masks_bias, **config}
         model.add_adapter(ns.NeuronSpecializationConfig(init_weights=False, **settings), name)
     return model.eval()
 

@@ -1,4 +1,4 @@
-"""Which neurons each criterion prunes, and that pruning them silences them for every pair."""
+"""Which neurons each criterion prunes, and that pruned neurons output 0 for every pair."""
 
 import copy
 
@@ -46,7 +46,7 @@ def test_the_highest_scores_go_first(mass, criterion):
         assert not (general & pruned).any()
 
 
-def test_pruned_neurons_are_silent_whatever_the_pair(model, mass):
+def test_pruned_neurons_output_zero_whatever_the_pair(model, mass):
     masks = prune(pruning_scores(mass, "least_activated"), 0.3, mass.stacks, fingerprint=mass.fingerprint)
     reference, batch = copy.deepcopy(model), make_batch()
     with torch.no_grad():

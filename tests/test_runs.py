@@ -16,7 +16,8 @@ from neuron_specialization.translation.encoding import encode_parallel
 from neuron_specialization.translation.results import report_training, write_results
 from neuron_specialization.translation.runs import RUN_FILE, last_complete_checkpoint
 from neuron_specialization.translation.tokenization import resolve_tokens
-from neuron_specialization.translation.training import SpecializationTrainer, fit
+from neuron_specialization.translation.trainer import SpecializationTrainer
+from neuron_specialization.translation.training import fit
 
 from .test_training import arguments, toy_masks, weights, with_dropout
 

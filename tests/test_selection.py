@@ -78,7 +78,7 @@ def test_any_share_is_met_and_not_exceeded(share):
     assert len(kept(top, "en-de", "encoder.0")) == {1 / 3: 10, 2 / 3: 20, 1e-9: 1, 1: 30}.get(share, 4)
 
 
-def test_k_1_keeps_every_active_neuron_and_no_silent_one():
+def test_k_1_keeps_every_active_neuron_and_no_inactive_one():
     masks = ns.CumulativeThreshold(1.0).select(counts_of({"encoder.0": [[3, 0, 1, 10**12, 0]]}, ["en-de"]))
     assert kept(masks, "en-de", "encoder.0") == [0, 2, 3]
 
@@ -98,7 +98,7 @@ def test_stacks_may_differ_in_k():
 
 
 @pytest.mark.parametrize("selector", [ns.CumulativeThreshold(0.5), ns.TopShare(0.3)])
-def test_a_silent_block_stays_dense_with_a_warning(selector):
+def test_a_block_without_counts_stays_dense_with_a_warning(selector):
     counts = counts_of({"encoder.0": [[0, 0, 0], [1, 0, 0]]}, ["en-de", "en-fr"])
     with pytest.warns(UserWarning, match="encoder.0.*stay dense"):
         masks = selector.select(counts)

@@ -14,7 +14,8 @@ from neuron_specialization.translation.encoding import encode_parallel
 from neuron_specialization.translation.identification import record_corpus
 from neuron_specialization.translation.runs import last_complete_checkpoint
 from neuron_specialization.translation.tokenization import resolve_tokens
-from neuron_specialization.translation.training import SpecializationTrainer, SpecializationTrainingArguments, fit
+from neuron_specialization.translation.trainer import SpecializationTrainer, SpecializationTrainingArguments
+from neuron_specialization.translation.training import fit
 
 from .conftest import PAIRS, make_batch, make_m2m100, make_masks
 

@@ -19,7 +19,8 @@ from neuron_specialization.translation.checkpoints import load_checkpoint
 from neuron_specialization.translation.command_line import parse
 from neuron_specialization.translation.data import load_parallel
 from neuron_specialization.translation.processes import this_process
-from neuron_specialization.translation.training import SpecializationTrainingArguments, fit
+from neuron_specialization.translation.trainer import SpecializationTrainingArguments
+from neuron_specialization.translation.training import fit
 
 written: set[str] = set()
 

@@ -2,7 +2,7 @@
 
 A masked neuron emits the constant `act(b1)`, so it can be cut out of a block without changing what the block computes:
 the up projection computes the kept rows of W1, the down projection reads the kept columns of W2, and
-`W2[:, off] · act(b1[off])` joins the bias. In gated blocks a masked neuron is silent. Outputs and gradients are those
+`W2[:, off] · act(b1[off])` joins the bias. In gated blocks a masked neuron outputs 0. Outputs and gradients are those
 of the masked path.
 
 A few masked neurons are computed too, with zero rows of W1, to pad the width to a multiple for which products are
@@ -79,16 +79,16 @@ class CompactWeights:
             weight = (weight + delta).to(weight.dtype)
         if len(self.filler):
             weight = weight.index_fill(0, self.filler, 0)
-            if bias is not None and self.block.layer.silences_masked():
+            if bias is not None and self.block.layer.zeroes_masked():
                 bias = bias.index_fill(0, self.filler, 0)
         return weight, bias
 
     def _gather_down(self) -> Weights:
         block, down = self.block, self.block.down
         weight = self._take(down.weight, 1)
-        # silent neurons add nothing; in gated blocks they all are, or the block does not run compact
-        bias = None if block.layer.silences_masked() else block.layer.base_layer.bias
-        if self.computed is None or block.other is not None or (bias is None and block.silent_at_zero):
+        # neurons that output 0 add nothing; in a gated block that runs compact, all masked neurons do
+        bias = None if block.layer.zeroes_masked() else block.layer.base_layer.bias
+        if self.computed is None or block.other is not None or (bias is None and block.zero_at_zero):
             return weight, down.bias
         emitted = block.activation(down.weight.new_zeros(down.in_features) if bias is None else bias)
         constant = down.weight @ emitted.index_fill(0, self.computed, 0)
@@ -117,7 +117,7 @@ class CompactBlock:
         self.parents = list({id(parent): parent for parent, _, _ in self.places}.values())
         self.looked_up: dict[tuple[str, int], _LookedUp] = {}
         self.elementwise = not any(_mixes_neurons(child, block.d_ff) for p in self.parents for child in p.children())
-        # what is no plain linear layer stays what it is, and the block runs masked for good
+        # what is no plain linear layer stays what it is, and the block always runs masked
         self.installed = all(type(part) is nn.Linear and "forward" not in vars(part) for part in parts)
         if self.installed:
             for part in parts:
@@ -125,7 +125,7 @@ class CompactBlock:
                 part.compact_block = self
 
     @cached_property
-    def silent_at_zero(self) -> bool:
+    def zero_at_zero(self) -> bool:
         """Whether the activation is zero at zero."""
         return not bool(self.activation(self.down.weight.new_zeros(1)).any())
 

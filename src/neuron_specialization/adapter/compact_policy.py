@@ -102,10 +102,10 @@ def why_not_compact(block: "CompactBlock") -> WhyMasked | None:
         return WhyMasked("hooks on its projections or activation", warns=True)
     if any(getattr(parent, name) is not part for parent, name, part in block.places):
         return WhyMasked("another adapter on its projections", warns=True)
-    if block.other is not None and base.bias is not None and not layer.silences_masked():
+    if block.other is not None and base.bias is not None and not layer.zeroes_masked():
         return WhyMasked("a gate with a bias, whose masked neurons emit no constant", warns=True)
-    if block.other is not None and not block.silent_at_zero:
-        return WhyMasked("a gated activation that is not zero at zero, so masked neurons are not silent", warns=True)
+    if block.other is not None and not block.zero_at_zero:
+        return WhyMasked("a gated activation that is not zero at zero, so masked neurons do not output 0", warns=True)
     if layer.training and any(_drops_activations(parent) for parent in block.parents):
         return WhyMasked("activation dropout", warns=True)
     return None

@@ -20,15 +20,11 @@ from .call import Call, innermost_call
 from .compact import CompactBlock, CompactWeights
 from .compact_policy import active_adapters, compact_row
 from .config import NeuronSpecializationConfig
-from .merging import is_plain_linear, merged_weights
-from .pair_resolver import BASE_ROW
+from .masked import forward_masked, forward_per_sample_adapters
+from .merging import merged_weights
 from .routing import CallRouter
 
 RANDOM_INIT_STD = 0.1
-_NO_SAMPLES = (
-    "in one batch need inputs of shape [batch, length, d_model], but this layer got {}, from which samples cannot be "
-    "told apart (an expert gets tokens in another order). Run one per batch."
-)
 
 
 class NeuronSpecializationLayer(BaseTunerLayer):
@@ -117,8 +113,8 @@ class NeuronSpecializationLayer(BaseTunerLayer):
         if self.compact_block is not None:
             self.compact_block.release()
 
-    def silences_masked(self) -> bool:
-        """Whether masked neurons emit 0 under the active adapter."""
+    def zeroes_masked(self) -> bool:
+        """Whether masked neurons output 0, their bias masked too, under the active adapter."""
         return any(self.mask_bias[name] for name in self.active_adapters if name in self.mask_bias)
 
     def unselected_rows(self) -> torch.Tensor:
@@ -158,7 +154,7 @@ class Linear(nn.Module, NeuronSpecializationLayer):
         self._check_place()
         call = self.call(x.device)
         if call.adapter_names is not None:
-            return self._forward_per_sample_adapters(x, call.adapter_names)
+            return forward_per_sample_adapters(self, x, call.adapter_names)
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
         if self.trains_base and self.training:
@@ -166,7 +162,7 @@ class Linear(nn.Module, NeuronSpecializationLayer):
         weights = self._compact_weights(x, call)
         if weights is not None:
             return F.linear(x, *weights.up())
-        return self._forward_masked(x, active_adapters(self))
+        return forward_masked(self, x, active_adapters(self))
 
     def _check_place(self) -> None:
         """Raise ValueError where another adapter was put around this layer, whose output would not be masked."""
@@ -187,118 +183,6 @@ class Linear(nn.Module, NeuronSpecializationLayer):
         if not torch.compiler.is_compiling():
             compact_row(self, call, x)  # raises where compact execution is requested
         return None
-
-    def _forward_masked(
-        self, x: torch.Tensor, adapters: list[str], samples: torch.Tensor | None = None, batch: int | None = None
-    ) -> torch.Tensor:
-        """Run some adapters together: their deltas add up, and a neuron must be kept by each of them.
-
-        Args:
-            x: [batch, ..., d_model] ([length, batch, d_model] in time-major models), or some samples of it.
-            adapters: names of the adapters.
-            samples: where x is part of a batch, int64 indices of its samples in the whole.
-            batch: size of the whole batch, beams counted.
-        """
-        keeps: dict[str, torch.Tensor] = {}
-        on_base: dict[str, torch.Tensor] = {}
-        for adapter in adapters:
-            rows = self.call(x.device).rows_in(adapter, self.stack, x.device)
-            if len(rows.index) > 1 and x.ndim < 3:
-                raise ValueError(f"Several language pairs {_NO_SAMPLES.format(list(x.shape))}")
-            index = self._per_sample(rows.index, batch or x.shape[self._batch_dim])
-            if samples is not None and len(index) > 1:
-                index = index[samples]
-            packed = self.neuron_specialization_mask[adapter].to(x.device)[index.clamp_min(0)]
-            keeps[adapter] = self._align(unpack_rows(packed, self.out_features), x)
-            if rows.has_base:
-                on_base[adapter] = self._align((index == BASE_ROW)[:, None], x)
-                keeps[adapter] = keeps[adapter] | on_base[adapter]
-        out = self._project(x, adapters, on_base)
-        # where adapters differ, a neuron that one of them silences is silent, in whatever order they were activated
-        for adapter in sorted(adapters, key=lambda adapter: self.mask_bias[adapter]):
-            bias = None if self.mask_bias[adapter] else self._base_bias(x)
-            out = torch.where(keeps[adapter], out, 0 if bias is None else bias.to(out.dtype))
-        return out
-
-    def _project(self, x: torch.Tensor, adapters: list[str], on_base: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return x (W1 + Σ ΔW1)ᵀ + b1: in weight space, unless the weight is not plainly at hand.
-
-        Args:
-            x: input.
-            adapters: names of the adapters that add up.
-            on_base: adapter name → bool, broadcastable over x: samples that it leaves to the untouched base.
-        """
-        named = {name: delta for name in adapters if (delta := self.delta(name)) is not None}
-        deltas = [delta for name, delta in named.items() if name not in on_base]
-        if not deltas:
-            out = self.base_layer(x)
-        else:
-            total = deltas[0] if len(deltas) == 1 else torch.stack(deltas).sum(0)
-            if is_plain_linear(self.base_layer) and "forward" not in vars(self.base_layer):
-                out = F.linear(x, (self.weight + total).to(self.weight.dtype), self.bias)
-            else:
-                out = self.base_layer(x) + F.linear(x, total.to(x))
-        for name, base in on_base.items():
-            if name in named:
-                out = out + torch.where(base, 0, F.linear(x, named[name].to(x)))
-        return out
-
-    def _base_bias(self, x: torch.Tensor) -> torch.Tensor | None:
-        """Return b1 [d_ff]; where it is not at hand (offloaded, or in a quantized module), what zeros project to."""
-        base: Any = self.get_base_layer()
-        bias = getattr(base, "bias", None)
-        if bias is None or (isinstance(bias, torch.Tensor) and not bias.is_meta):
-            return bias
-        return base(x.new_zeros(1, self.in_features))[0]
-
-    def _forward_per_sample_adapters(self, x: torch.Tensor, names: list[str]) -> torch.Tensor:
-        """PEFT's `adapter_names`: one adapter per sample, "__base__" for none. Errors read as those of PEFT's LoRA."""
-        if self.merged:
-            raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-            )
-        if self.compact_block is not None and x.ndim < 3:  # an FFN block without samples is an expert
-            if len(set(names)) > 1:
-                raise ValueError(f"Several adapters {_NO_SAMPLES.format(list(x.shape))}")
-            names = names[:1]
-        dim = self._batch_dim
-        batch = x.shape[dim]
-        if batch % len(names):
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(names)} and {batch} respectively."
-            )
-        out = self.base_layer(x)
-        known = {name: i for i, name in enumerate(self.mask_bias)}
-        ids = torch.tensor([known.get(name, -1) for name in names], device=x.device)
-        ids = ids.repeat_interleave(batch // len(names))  # once per beam
-        for adapter in dict.fromkeys(name for name in names if name in known):
-            samples = (ids == known[adapter]).nonzero().flatten()
-            masked = self._forward_masked(x.index_select(dim, samples), [adapter], samples, batch)
-            out = out.index_copy(dim, samples, masked.to(out.dtype))
-        return out
-
-    @staticmethod
-    def _per_sample(values: torch.Tensor, batch: int) -> torch.Tensor:
-        """Repeat each sample's value for each of its beams; a single value, for the whole batch, stays one."""
-        if batch % len(values):
-            raise ValueError(
-                f"Got language pairs for {len(values)} samples, but a batch of {batch}. Pass one per sample, or a "
-                "single one for the whole batch."
-            )
-        return values if len(values) in (1, batch) else values.repeat_interleave(batch // len(values))
-
-    @property
-    def _batch_dim(self) -> int:
-        return 1 if self.router.time_major else 0
-
-    def _align(self, per_sample: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Shape [1 or batch, width] so that it broadcasts over x's projection."""
-        if len(per_sample) == 1:
-            return per_sample[0]
-        if self.router.time_major:
-            return per_sample
-        return per_sample.reshape(len(per_sample), *[1] * (x.ndim - 2), per_sample.shape[-1])
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write the masked, trained projection of one language pair into the base layer; see `merged_weights`."""

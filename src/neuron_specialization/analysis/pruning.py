@@ -1,6 +1,6 @@
 """Choose FFN neurons to prune, by what they did on validation text, and mask them for every language pair.
 
-Each criterion scores neurons; the highest scores are pruned first. Pruned neurons are silenced (`mask_bias=True` in
+Each criterion scores neurons; the highest scores are pruned first. Pruned neurons output 0 (`mask_bias=True` in
 the adapter's config), so that a compact export leaves them out and computes the same.
 """
 

@@ -25,7 +25,8 @@ from ..translation.identification import record_corpus
 from ..translation.results import write_results
 from ..translation.runs import digest
 from ..translation.token_loss import token_losses
-from ..translation.training import SpecializationTrainingArguments, fit
+from ..translation.trainer import SpecializationTrainingArguments
+from ..translation.training import fit
 from .methods import PER_DIRECTION, UNTRAINED, MethodArguments, build_model
 
 PART, FAILED, SETTINGS = "part.json", "failed.json", "comparison.json"

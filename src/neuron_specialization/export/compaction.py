@@ -59,7 +59,7 @@ def compact(model: nn.Module, pair: str) -> Any:
 def save_compact(model: Any, directory: str | PathLike[str], tokenizer: Any = None, overwrite: bool = False) -> Any:
     """Write a compact model as a checkpoint that transformers loads without this package, and return that model.
 
-    transformers knows one width per stack, so narrower layers are filled up with neurons that are always silent.
+    transformers knows one width per stack, so narrower layers are padded with neurons that always output 0.
 
     Args:
         model: what `compact` returned; it is left as it is.

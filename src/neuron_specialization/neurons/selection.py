@@ -189,13 +189,13 @@ def exact_share(share: float) -> Fraction:
 
 def per_pair_masks(rows: dict[str, torch.Tensor], counts: ActivationCounts, selector: Any) -> NeuronMasks:
     """Return masks of these rows, but dense where a pair has no activation to choose by."""
-    silent = {name: count.sum(1, keepdim=True) == 0 for name, count in counts.counts.items()}
-    if any(bool(pairs.any()) for pairs in silent.values()):
-        names = ", ".join(name for name, pairs in silent.items() if bool(pairs.any()))
+    inactive = {name: count.sum(1, keepdim=True) == 0 for name, count in counts.counts.items()}
+    if any(bool(pairs.any()) for pairs in inactive.values()):
+        names = ", ".join(name for name, pairs in inactive.items() if bool(pairs.any()))
         warnings.warn(
             f"No neuron was ever active in {names} for some pairs; these blocks stay dense there.", stacklevel=3
         )
-    rows = {name: row | silent[name] for name, row in rows.items()}
+    rows = {name: row | inactive[name] for name, row in rows.items()}
     routes = Routes.per_pair(counts.language_pairs, counts.source_tag)
     return NeuronMasks(rows=rows, routes=routes, selector=_describe(selector), **counts.origin)
 

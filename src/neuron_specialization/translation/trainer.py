@@ -1,0 +1,205 @@
+"""transformers' Seq2SeqTrainer for multilingual specialization: its arguments, batches and loss."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import EarlyStoppingCallback, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
+
+from ..adapter.active import active_config
+from ..adapter.routing import router_of
+from ..neurons.base_model import unwrap
+from .arrow import numpy_column
+from .batching import DirectionBatchSampler, TranslationCollator
+from .loss import IGNORED, LinearHead, find_linear_head, logits_cross_entropy
+from .runs import MarkComplete
+from .sharding import shard
+
+
+@dataclass
+class SpecializationTrainingArguments(Seq2SeqTrainingArguments):
+    """Seq2SeqTrainingArguments with the paper's settings (section 4.2) as defaults."""
+
+    temperature: float = field(default=5.0, metadata={"help": "Sampling temperature T over directions."})
+    patience: int | None = field(
+        default=None, metadata={"help": "Stop after this many evaluations without a better validation loss."}
+    )
+    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate."})
+    lr_scheduler_type: str = field(default="inverse_sqrt", metadata={"help": "Learning rate schedule."})
+    adam_beta2: float = field(default=0.98, metadata={"help": "Second momentum of Adam."})
+    adam_epsilon: float = field(default=1e-6, metadata={"help": "Epsilon of Adam."})
+    label_smoothing_factor: float = field(default=0.1, metadata={"help": "Label smoothing while training."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: batches carry their pairs."})
+    ddp_broadcast_buffers: bool = field(default=False, metadata={"help": "Off: masks never change."})
+    ddp_find_unused_parameters: bool = field(default=False, metadata={"help": "Off: every layer trains every step."})
+    preprocessing_num_workers: int = field(default=1, metadata={"help": "Processes that tokenize."})
+    save_total_limit: int = field(default=2, metadata={"help": "Checkpoints to keep, the best among them."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Discard the run that output_dir holds, and start anew."}
+    )
+
+
+class SpecializationTrainer(Seq2SeqTrainer):
+    """Seq2SeqTrainer with direction-homogeneous batches and a loss that accumulation and processes do not change.
+
+    Args:
+        model: the model to train, with adapters (then each sample runs under its pair's masks) or without.
+        args: training arguments; `max_steps` must be set, because temperature sampling has no epochs.
+        tokenizer: the model's tokenizer, saved with every checkpoint.
+        train_dataset: what `encode_parallel` returns.
+        eval_dataset: likewise; both list the directions in the order of `language_pairs`.
+        language_pairs: names of the directions that the data's "language_pair" column counts.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: SpecializationTrainingArguments,
+        tokenizer: Any,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None,
+        language_pairs: list[str],
+    ) -> None:
+        if args.max_steps <= 0:
+            raise ValueError("Set max_steps: with temperature sampling there are no epochs.")
+        if not len(train_dataset):
+            raise ValueError("The training data is empty.")
+        switch_off_layerdrop(model)
+        self._head: LinearHead | None = None  # the one that computes the loss of the current call
+        self._plain_head: LinearHead | None = None
+        self._looked_for_head = self._loss_only = False
+        callbacks: list[TrainerCallback] = [MarkComplete()]
+        if args.patience is not None:
+            callbacks.append(EarlyStoppingCallback(args.patience))
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=TranslationCollator(tokenizer, model, pair_ids(model, language_pairs)),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            compute_loss_func=self._token_loss,
+        )
+        if self.accelerator.is_fsdp2:
+            shard(model, self.accelerator.state.fsdp_plugin)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return batches of one direction each; the sampler spans the whole run of all processes."""
+        args: Any = self.args
+        data: Any = self.train_dataset
+        sampler = DirectionBatchSampler(
+            numpy_column(data, "language_pair"),
+            numpy_column(data, "length"),
+            args.per_device_train_batch_size,
+            args.max_steps * args.gradient_accumulation_steps * args.world_size,
+            args.temperature,
+            args.data_seed if args.data_seed is not None else args.seed,
+        )
+        loader = DataLoader(
+            data,
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # gathered from shards, tied weights come as tensors of their own, and would be written once per name
+        tied = getattr(self.model, "all_tied_weights_keys", {})
+        if state_dict is not None:
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
+        super()._save(output_dir, state_dict)
+
+    def validation_loss(self) -> float:
+        """Return the validation loss of the model as it stands, without a trace in the log or the random state."""
+        with torch.random.fork_rng(devices=[]):  # a data loader draws a seed
+            loop = self.evaluation_loop(self.get_eval_dataloader(), "Validation", prediction_loss_only=True)
+        found = loop.metrics or {}
+        self.callback_handler.on_predict(self.args, self.state, self.control, found)  # closes the progress bar
+        return found["eval_loss"]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        state: Any = self.state
+        epoch, state.epoch = state.epoch, None  # the sampler spans the run, so it would end at 1
+        super().log(logs, start_time)
+        state.epoch = epoch
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        tied = getattr(self.model, "all_tied_weights_keys", {})  # saved once, under another name
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """As the Trainer's, but without logits where the head is a plain linear layer and nobody asks for them."""
+        self._head = None
+        if self._loss_only or not return_outputs:
+            if not self._looked_for_head:
+                self._plain_head, self._looked_for_head = find_linear_head(model, inputs), True
+            self._head = self._plain_head
+        with self._head.computes_loss(inputs["labels"], self._smoothing) if self._head else nullcontext():
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+        **gen_kwargs: Any,
+    ) -> Any:
+        self._loss_only = prediction_loss_only
+        try:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
+        finally:
+            self._loss_only = False
+
+    @property
+    def _smoothing(self) -> float:
+        """Labels are smoothed while training; the validation loss is not, so that it compares across settings."""
+        return self.args.label_smoothing_factor if self.model is not None and self.model.training else 0.0
+
+    def _token_loss(
+        self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Sum the cross-entropy over target tokens and divide by those of the whole accumulated, gathered batch."""
+        if self._head is not None:
+            loss = outputs["logits"].sum()
+        else:
+            logits = outputs["logits"].flatten(0, 1)
+            loss = logits_cross_entropy(logits, labels.flatten(), self._smoothing)
+        return loss / (labels.ne(IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+def pair_ids(model: Any, language_pairs: list[str]) -> torch.Tensor | None:
+    """Return the adapter's id of each direction, int64 [directions], or None for a model without routing.
+
+    Raises:
+        ValueError: if the adapter has no route for a direction.
+    """
+    config = active_config(model)
+    if config is None:
+        return None
+    resolvers = router_of(model).resolvers
+    resolver = next(resolver for name, resolver in resolvers.items() if model.peft_config[name] is config)
+    return torch.tensor([resolver.pair_id(pair) for pair in language_pairs])
+
+
+def switch_off_layerdrop(model: Any) -> None:
+    """Train every layer in every step: dropped layers leave parameters without gradient, which DDP refuses."""
+    base = unwrap(model)
+    for stack in ("encoder", "decoder"):
+        if getattr(base.config, f"{stack}_layerdrop", 0):
+            setattr(base.config, f"{stack}_layerdrop", 0.0)
+            getattr(base, f"get_{stack}")().layerdrop = 0.0
