@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from neuron_specialization.analysis.mass_activation import MassActivation, record_mass
+from neuron_specialization.analysis.mass_activation import MassActivation
 from neuron_specialization.analysis.mass_comparison import compare_mass
+from neuron_specialization.analysis.mass_recording import record_mass
 
 from . import architectures
 from .conftest import make_batch, make_m2m100, make_t5

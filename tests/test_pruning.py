@@ -7,7 +7,7 @@ import torch
 from peft import get_peft_model
 
 import neuron_specialization as ns
-from neuron_specialization.analysis.mass_activation import record_mass
+from neuron_specialization.analysis.mass_recording import record_mass
 from neuron_specialization.analysis.pruning import CRITERIA, mass_matched, prune, pruning_scores
 
 from .conftest import make_batch, make_m2m100

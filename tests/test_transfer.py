@@ -15,15 +15,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
 from neuron_specialization.translation import transfer as transfer_module
 from neuron_specialization.translation.checkpoints import load_checkpoint
-from neuron_specialization.translation.encoder_heads import (
-    EncoderHead,
-    HeadTraining,
-    cache_states,
-    collate,
-    encode_examples,
-    language_tag,
-    train_and_predict,
-)
+from neuron_specialization.translation.encoder_heads import EncoderHead, HeadTraining, train_and_predict
+from neuron_specialization.translation.encoders import cache_states, collate, encode_examples, language_tag
 from neuron_specialization.translation.transfer import Predictions, bag_of_subwords, transfer
 from neuron_specialization.translation.transfer_statistics import (
     ItemCounts,

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from ..neurons.language_pairs import split_pair
+from ..neurons.positions import IGNORED
 from .call import Call
 from .language_tokens import TagReader
 from .pair_resolver import PairResolver
@@ -74,7 +75,7 @@ def label_shift(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     def shift_right(labels: torch.Tensor) -> torch.Tensor:
         shifted = labels.new_full(labels.shape, start)
         shifted[:, 1:] = labels[:, :-1]
-        return shifted.masked_fill(shifted == -100, pad)
+        return shifted.masked_fill(shifted == IGNORED, pad)
 
     return shift_right
 

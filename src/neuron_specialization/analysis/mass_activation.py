@@ -14,7 +14,7 @@ All are sums, so batches, recordings and processes add up; memory does not grow 
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any
@@ -22,18 +22,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
-from tqdm.auto import tqdm
 
-from ..neurons.base_model import unwrap
-from ..neurons.ffn import DECODER, ENCODER, STACKS, find_ffn_blocks, fingerprint, is_time_major
-from ..neurons.observation import observed, sum_over_processes
-from ..neurons.positions import fit_positions, source_positions, target_positions
-from .sites import Place, attached, find_places
+from ..neurons.observation import sum_over_processes
 
-IGNORED_TAG = -100
-MOST_CELLS = 1 << 27  # of token credit: 1 GB of float64
-_SUMS = ("positive", "negative", "active", "credit", "wins", "token_credit", "tag_credit")
+SUMS = ("positive", "negative", "active", "credit", "wins", "token_credit", "tag_credit")
 
 
 @dataclass
@@ -113,7 +105,7 @@ class MassActivation:
             raise ValueError(f"These recordings hold other sets of text: {self.names} and {other.names}.")
         sums: dict[str, Any] = {
             what: {key: tensor + getattr(other, what)[key] for key, tensor in getattr(self, what).items()}
-            for what in (*_SUMS, "positions")
+            for what in (*SUMS, "positions")
         }
         return replace(self, **sums)
 
@@ -121,7 +113,7 @@ class MassActivation:
         """Sum over the processes of `torch.distributed`, which must all hold the same sets."""
         sums: dict[str, Any] = {
             what: {key: sum_over_processes(tensor) for key, tensor in getattr(self, what).items()}
-            for what in (*_SUMS, "positions")
+            for what in (*SUMS, "positions")
         }
         return replace(self, **sums)
 
@@ -138,7 +130,7 @@ class MassActivation:
         """Write everything to one safetensors file."""
         tensors = {
             f"{what}.{key}": tensor.contiguous()
-            for what in (*_SUMS, "positions")
+            for what in (*SUMS, "positions")
             for key, tensor in getattr(self, what).items()
         }
         about = {what: getattr(self, what) for what in ("names", "site", "stacks", "token_ids", "tags", "fingerprint")}
@@ -155,7 +147,7 @@ class MassActivation:
             about = (file.metadata() or {}).get("mass_activation")
             if about is None:
                 raise ValueError(f"{path} holds no mass activation; expected what MassActivation.save writes.")
-            sums: dict[str, Any] = {what: {} for what in (*_SUMS, "positions")}
+            sums: dict[str, Any] = {what: {} for what in (*SUMS, "positions")}
             for key in file.keys():
                 what, _, name = key.partition(".")
                 sums[what][name] = file.get_tensor(key)
@@ -164,154 +156,3 @@ class MassActivation:
     def _need(self, recorded: Sequence[Any], argument: str) -> None:
         if not recorded:
             raise ValueError(f"This was not recorded: pass {argument}=... to record_mass.")
-
-
-def record_mass(
-    model: nn.Module,
-    batches: Mapping[str, Iterable[Mapping[str, Any]]],
-    site: str = "neurons",
-    *,
-    layers: Sequence[int] | None = None,
-    stack: str | None = None,
-    token_ids: Iterable[int] = (),
-    tags: Sequence[str] = (),
-    progress: bool = True,
-) -> MassActivation:
-    """Run `model` over each set's batches with teacher forcing and add up the mass of its units.
-
-    Args:
-        model: an encoder-decoder model; also one with adapters, which then runs under their masks.
-        batches: name → iterable of batches as `record_activations` takes them, such as the batches of one direction.
-            With `tags`, a batch also holds "token_tags", int64 like `input_ids`: positions in `tags`, -100 for none.
-        site: "pre_activation" (what enters the activation function of an FFN), "neurons" (what its down projection
-            reads) or "residual" (what a Transformer layer returns).
-        layers: which layers of a stack, counted from 0; all of them by default.
-        stack: "encoder" or "decoder" only.
-        token_ids: tokens to keep credit by. An encoder position stands for its input token, a decoder position for the
-            token it predicts, or reads where there are no labels.
-        tags: names of the tags in "token_tags"; credit by tag is kept for the encoder.
-        progress: show a progress bar.
-
-    Returns:
-        The sums of this process; see `MassActivation.all_reduce`.
-
-    Raises:
-        ValueError: if the site, a layer or the stack is unknown, if a set has no batch, if credit by token would take
-            more than 1 GB, or if a layer does not see whole sentences (experts).
-    """
-    base = unwrap(model)
-    places = find_places(base, site, layers, stack)
-    tracked = sorted(set(token_ids))
-    cells = len(batches) * sum(place.units for place in places) * (len(tracked) + 1 if tracked else 0)
-    if cells > MOST_CELLS:
-        raise ValueError(
-            f"Credit by token for {len(batches)} sets, {len(places)} layers and {len(tracked)} tokens needs {cells:,} "
-            f"numbers, more than the {MOST_CELLS:,} allowed. Name fewer token_ids, layers, or sets at a time."
-        )
-    recorder = _Recorder(base, places, list(batches), tracked, list(tags))
-    device = next(base.parameters()).device
-    with attached(places, recorder.add), observed(model) as run:
-        for row, name in enumerate(batches):
-            seen = 0
-            for batch in tqdm(batches[name], desc=f"recording {name}", disable=not progress, leave=False):
-                moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-                recorder.start_batch(row, moved)
-                run({key: value for key, value in moved.items() if key != "token_tags"})
-                seen += 1
-            if not seen:
-                raise ValueError(f"{name} has no batch to record.")
-    return recorder.result(site, fingerprint(base, find_ffn_blocks(base)))
-
-
-class _Recorder:
-    """Adds each layer's sums up, on its device."""
-
-    def __init__(self, model: Any, places: list[Place], names: list[str], tracked: list[int], tags: list[str]) -> None:
-        self.model, self.places, self.names, self.tracked, self.tags = model, places, names, tracked, tags
-        self.time_major = is_time_major(model)
-        self.sums = {place.name: self._zeros(place) for place in places}
-        self.total = {stack: torch.zeros(len(names), dtype=torch.int64) for stack in STACKS}
-        # of the batch that runs
-        self.row = 0
-        self.positions: dict[str, torch.Tensor] = {}
-        self.columns: dict[str, torch.Tensor] = {}
-        self.batch_tags: torch.Tensor | None = None
-
-    def _zeros(self, place: Place) -> dict[str, torch.Tensor]:
-        def zeros(*more: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-            return torch.zeros(len(self.names), place.units, *more, dtype=dtype, device=place.device)
-
-        sums = {what: zeros() for what in ("positive", "negative", "credit")}
-        sums |= {what: zeros(dtype=torch.int64) for what in ("active", "wins")}
-        if self.tracked:
-            sums["token_credit"] = zeros(len(self.tracked) + 1)
-        if self.tags and place.stack == ENCODER:
-            sums["tag_credit"] = zeros(len(self.tags))
-        return sums
-
-    def start_batch(self, row: int, batch: Mapping[str, Any]) -> None:
-        """Find out where the coming batch counts, and what its positions stand for: [batch, length] per stack."""
-        self.row = row
-        source, _ = source_positions(batch, self.model.config)
-        target, _ = target_positions(batch, self.model.config)
-        tokens = {ENCODER: batch["input_ids"], DECODER: batch.get("labels", batch.get("decoder_input_ids"))}
-        source = torch.ones_like(tokens[ENCODER]) if source is None else source
-        self.positions = {ENCODER: source.bool(), DECODER: target.bool()}
-        for stack in STACKS:
-            self.total[stack][row] += int(self.positions[stack].sum())
-        if self.tracked:
-            known = torch.tensor(self.tracked, device=source.device)
-            self.columns = {stack: _columns(known, ids) for stack, ids in tokens.items()}
-        if self.tags:
-            if "token_tags" not in batch:
-                raise ValueError('tags were named, but a batch has no "token_tags", int64 of the shape of input_ids.')
-            self.batch_tags = batch["token_tags"]
-
-    def add(self, place: Place, values: torch.Tensor) -> None:
-        """Add what one layer computed for the batch: [batch, length, units]."""
-        if values.ndim != 3:
-            raise ValueError(
-                f"{place.name} sees {list(values.shape)} instead of [batch, length, width]: tokens of an expert, "
-                "which cannot be told apart. Record another site or layer."
-            )
-        values = values.transpose(0, 1) if self.time_major else values
-        counted = fit_positions(self.positions[place.stack], values, place.stack).bool()
-        rows = values[counted].double()  # [positions, units]
-        sums = {what: tensor[self.row] for what, tensor in self.sums[place.name].items()}
-        sums["positive"] += rows.clamp_min(0).sum(0)
-        sums["negative"] += (-rows).clamp_min(0).sum(0)
-        sums["active"] += (rows > 0).sum(0)
-        best, unit = rows.max(1)
-        on = best > 0
-        best, unit = best[on], unit[on]
-        sums["credit"].index_add_(0, unit, best)
-        sums["wins"] += torch.bincount(unit, minlength=place.units)
-        for what, columns in (("token_credit", self.columns.get(place.stack)), ("tag_credit", self.batch_tags)):
-            if what in sums and columns is not None:
-                column = fit_positions(columns, values, place.stack)[counted][on]
-                named = column != IGNORED_TAG
-                sums[what].index_put_((unit[named], column[named]), best[named], accumulate=True)
-
-    def result(self, site: str, fingerprint: dict[str, str | int]) -> MassActivation:
-        """Return the sums, on the CPU."""
-        sums: dict[str, Any] = {what: {} for what in _SUMS}
-        for layer, tensors in self.sums.items():
-            for what, tensor in tensors.items():
-                sums[what][layer] = tensor.cpu()
-        stacks = {place.name: place.stack for place in self.places}
-        return MassActivation(
-            names=self.names,
-            site=site,
-            stacks=stacks,
-            **sums,
-            positions=self.total,
-            token_ids=self.tracked,
-            tags=self.tags,
-            fingerprint=fingerprint,
-        )
-
-
-def _columns(known: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Return each token's place among the known ones, in ascending order, or their number: for others."""
-    place = torch.searchsorted(known, ids.contiguous()).clamp_max(len(known) - 1)
-    return torch.where(known[place] == ids, place, len(known))

@@ -9,6 +9,7 @@ from torch.utils.data import Sampler
 
 from ..adapter.target_tag import label_shift
 from ..neurons.base_model import unwrap
+from ..neurons.positions import IGNORED
 
 _POOL = 64  # batches that are sorted by length together
 
@@ -97,7 +98,7 @@ class TranslationCollator:
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         input_ids = self._pad([example["input_ids"] for example in examples], self.pad_token_id)
-        labels = self._pad([example["labels"] for example in examples], -100)
+        labels = self._pad([example["labels"] for example in examples], IGNORED)
         batch = {
             "input_ids": input_ids,
             "attention_mask": (input_ids != self.pad_token_id).long(),

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from torch.nn.parallel import DataParallel
 
 from ..neurons.base_model import unwrap
+from ..neurons.positions import IGNORED
 
-IGNORED = -100
 CHUNK_LOGITS = 2**26  # logits computed at a time: 256 MB in float32
 # So many are computed at once: chunks pay above it (measured on a CPU, forward and backward, for 2**25 to 2**28
 # logits: 0.6 to 0.96 of the time), and below it logits are small, and chunks take 1.0 to 1.5 of their time.

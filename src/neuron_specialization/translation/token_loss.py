@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from ..adapter.routing import is_routed
 from ..neurons.language_pairs import split_pair
+from ..neurons.positions import IGNORED
 from .batching import TranslationCollator
 from .tokenization import encode, resolve_tokens
 
@@ -56,11 +57,11 @@ def token_losses(
             for start in range(0, len(examples), batch_size):
                 batch = {name: t.to(device) for name, t in collate(examples[start : start + batch_size]).items()}
                 labels = batch.pop("labels")
-                labels = labels.masked_fill(labels == tag, -100)
+                labels = labels.masked_fill(labels == tag, IGNORED)
                 with torch.no_grad():
                     logits = model(**batch, **route).logits.float()
                 nats += F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
-                count += int(labels.ne(-100).sum())
+                count += int(labels.ne(IGNORED).sum())
             losses[pair] = nats / count
     finally:
         model.train(training)

@@ -13,9 +13,10 @@ from transformers import EarlyStoppingCallback, Seq2SeqTrainer, Seq2SeqTrainingA
 from ..adapter.active import active_config
 from ..adapter.routing import router_of
 from ..neurons.base_model import unwrap
+from ..neurons.positions import IGNORED
 from .arrow import numpy_column
 from .batching import DirectionBatchSampler, TranslationCollator
-from .loss import IGNORED, LinearHead, find_linear_head, logits_cross_entropy
+from .loss import LinearHead, find_linear_head, logits_cross_entropy
 from .runs import MarkComplete
 from .sharding import shard
 

@@ -14,8 +14,8 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from transformers import AutoTokenizer
 
-from .encoder_heads import (
-    HeadTraining,
+from .encoder_heads import HeadTraining, train_and_predict
+from .encoders import (
     cache_states,
     check_has_encoder,
     encode_examples,
@@ -23,7 +23,6 @@ from .encoder_heads import (
     load_encoder,
     random_encoder,
     subwords,
-    train_and_predict,
 )
 from .text_files import weights_of
 from .understanding import Task
