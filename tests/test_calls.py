@@ -127,7 +127,7 @@ def test_recomputation_that_carries_no_call_is_refused():
     )
     loss = model(**make_batch(), language_pairs=PAIRS).loss
     ns.set_language_pair(model, "fr-en")
-    with pytest.raises(RuntimeError, match="gradient_checkpointing_enable"):
+    with pytest.raises(RuntimeError, match="activation_checkpointing_enable"):
         loss.backward()
 
 

@@ -74,8 +74,10 @@ def test_wrong_pair_refuses_what_is_no_exchange():
 @pytest.mark.parametrize("pivot", [None, "en"])
 def test_pooled_masks_are_one_for_a_group_of_matched_size(pivot):
     counts = random_counts()
+    counts.language_token_ids = {"en": 1}
     like = ns.CumulativeThreshold(0.6).select(counts)
     pooled = ns.Pooled(like, pivot).select(counts)
+    assert pooled.language_token_ids == like.language_token_ids == {"en": 1}
     groups = [PAIRS] if pivot is None else [PAIRS[0::2], PAIRS[1::2]]
     for group in groups:
         for name in counts.counts:

@@ -200,7 +200,7 @@ def test_recording_parts_adds_up_to_the_whole(toy_data, toy_model, toy_tokenizer
     assert all(0 < iou <= 1 for iou in found["halves"].values())
     with pytest.raises(ValueError, match="two or more"):
         stability(parts[:1], ns.CumulativeThreshold(0.9))
-    with pytest.raises(ValueError, match="cannot be cut into 99 parts"):
+    with pytest.raises(ValueError, match="cannot be split into 99 parts"):
         record_corpus_parts(model, toy_tokenizer, toy_data["validation"], parts=99)
 
 

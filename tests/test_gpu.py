@@ -15,6 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import neuron_specialization as ns
+from neuron_specialization.analysis.memory import step_peak
+from neuron_specialization.analysis.timing import TrainingStep
 from neuron_specialization.export.compaction import save_compact
 from neuron_specialization.translation.sharding import shard
 from neuron_specialization.translation.trainer import SpecializationTrainingArguments
@@ -110,6 +112,12 @@ def test_compact_execution_computes_what_masked_does(device, make):
     theirs = dict(masked.named_parameters())
     for name, parameter in compact.named_parameters():
         torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_the_peak_of_a_step_is_measured_on_the_models_device(device):
+    steps = [TrainingStep(make_m2m100().to(device), batch_on(device, batch=size)) for size in (2, 32)]
+    small, large = (step_peak(step) for step in steps)
+    assert large > small, "memory of another device would not grow with the batch"
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])

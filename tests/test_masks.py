@@ -215,7 +215,7 @@ def test_masks_print_as_a_short_table(four):
     text = repr(four)
     assert "en-de, en-fr, de-en, fr-en" in text and "56.2%" in text and "tensor" not in text
     assert len(text.splitlines()) == 4
-    with pytest.raises(ValueError, match="masks are NeuronMasks.*got a dict"):
+    with pytest.raises(ValueError, match="masks must be NeuronMasks.*got a dict"):
         ns.NeuronSpecializationConfig(masks={"encoder.0": four.rows["encoder.0"]})
 
 

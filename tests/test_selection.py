@@ -108,9 +108,9 @@ def test_a_block_without_counts_stays_dense_with_a_warning(selector):
 
 @pytest.mark.parametrize("k", [0, -0.1, 1.01, None, "0.5"])
 def test_k_outside_its_range_is_refused(k):
-    with pytest.raises(ValueError, match=r"k is a share in \(0, 1\]"):
+    with pytest.raises(ValueError, match=r"k must be a share in \(0, 1\]"):
         ns.CumulativeThreshold(k)
-    with pytest.raises(ValueError, match=r"share is a share in \(0, 1\]"):
+    with pytest.raises(ValueError, match=r"share must be a share in \(0, 1\]"):
         ns.TopShare(k)
 
 

@@ -1,7 +1,7 @@
 """Attach the router to a base model, so that its calls find their pairs however the adapter was injected.
 
-Instance attributes stand in for `forward` and `generate` of the base model, and for `forward` of its two stacks. Hooks
-would not do: torch runs none of them when a call is interrupted, and users may call `forward` directly.
+Instance attributes replace `forward` and `generate` of the base model, and `forward` of its two stacks. Hooks would
+not do: torch runs none of them when a call is interrupted, and users may call `forward` directly.
 """
 
 import inspect
@@ -22,7 +22,7 @@ _INPUTS = ("input_ids", "inputs", "inputs_embeds", "input_features", "decoder_in
 
 
 class _Entry:
-    """Stands in for a method of the base model, or of one of its stacks, through which a call may begin."""
+    """Replaces a method of the base model, or of one of its stacks, with which a call may begin."""
 
     method = "forward"
 
@@ -87,7 +87,7 @@ class _Entry:
 
     @torch.compiler.disable
     def _carry_calls_through_checkpoints(self) -> None:
-        """Layers get their checkpointing function when a user switches it on, which may be at any time."""
+        """Wrap the layers' checkpointing functions, which users may switch on at any time."""
         for module in self.checkpointed if torch.is_grad_enabled() else ():
             function = getattr(module, "_gradient_checkpointing_func", None)
             if function is not None and not isinstance(function, CarriesCall):
@@ -164,7 +164,7 @@ def attach(model: nn.Module) -> CallRouter:
 
 
 def detach(model: nn.Module) -> None:
-    """Take the router of a base model away again."""
+    """Remove the router of a base model."""
     router = vars(model).pop(ATTRIBUTE, None)
     for entry in [entry for part in model.modules() for entry in _entries(part) if entry.router is router]:
         entry.remove()

@@ -1,8 +1,8 @@
 """One object per call of a model: which mask rows its samples use.
 
-A call is made when a model's `forward` or `generate` begins, and is gone when it ends, however it ends. Calls nest,
-and each thread has its own; a masked layer uses the innermost one. Nothing about a call is kept on the model, so
-there is nothing to reset after errors, in copies, or in pickles.
+A call is made when a model's `forward` or `generate` begins, and dropped when that returns or raises. Calls nest, and
+each thread has its own; a masked layer uses the innermost one. Nothing about a call is kept on the model, so nothing
+has to be reset after errors, in copies, or in pickles.
 """
 
 import threading
@@ -85,8 +85,8 @@ class _Calls(threading.local):
 
 _calls = _Calls()
 
-# Outputs that a later call may go on from (encoder states, caches) → the call that made them. The dictionary holds
-# neither of them longer than the caller does.
+# Outputs that a later call may go on from (encoder states, caches) → the call that made them. The references are weak:
+# an entry goes when the caller drops the output.
 _origins: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -106,7 +106,7 @@ def run_in(call: Call | None, function: Callable[..., Any], *args: Any, **kwargs
 
 
 def steps_in(call: Call, steps: Iterator[Any]) -> Iterator[Any]:
-    """Run each step of a generator as a part of `call`, which is not open while the generator waits."""
+    """Run each step of a generator as a part of `call`, which is not the innermost one between steps."""
     end = object()
     while (item := run_in(call, next, steps, end)) is not end:
         yield item
@@ -141,10 +141,10 @@ def origin_of(value: Any) -> Call | None:
 
 
 class CarriesCall:
-    """Stands in for a model's gradient checkpointing function: what it recomputes runs under the call that made it.
+    """Replaces a model's gradient checkpointing function: what it recomputes runs under the call that made it.
 
     The backward pass recomputes layers after their call has ended, possibly together with those of other calls, and on
-    GPUs in a thread of autograd's.
+    GPUs in one of autograd's threads.
     """
 
     def __init__(self, checkpoint: Callable[..., Any]) -> None:

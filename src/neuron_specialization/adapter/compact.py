@@ -5,8 +5,8 @@ the up projection computes the kept rows of W1, the down projection reads the ke
 `W2[:, off] · act(b1[off])` joins the bias. In gated blocks a masked neuron outputs 0. Outputs and gradients are those
 of the masked path.
 
-A few masked neurons are computed too, with zero rows of W1, to pad the width to a multiple for which products are
-fast; where that is the whole block, nothing is gathered.
+A few masked neurons are computed too, with zero rows of W1, to pad the width to a multiple for which matrix products
+are fast; where that is the whole block, nothing is gathered.
 
 Whether a block runs compact is decided in compact_policy.
 """
@@ -38,8 +38,8 @@ class CompactWeights:
         block: the block.
         adapter: name of the adapter.
         computed: indices of the neurons that are computed, int64 [computed]; None for all of the block's.
-        filler: indices among them of masked neurons, which only fill the width up, int64.
-        gathered: where what is gathered is kept for later steps; None to gather anew.
+        filler: indices among them of masked neurons, which only pad the width, int64.
+        gathered: keeps what is gathered for later steps; None to gather each time.
     """
 
     block: "CompactBlock"
@@ -137,10 +137,15 @@ class CompactBlock:
                 del part.compact_block
         self.installed = False
 
-    def decide(self, asking: nn.Module, x: torch.Tensor, call: Call) -> CompactWeights | None:
+    def decide(self, projection: nn.Module, x: torch.Tensor, call: Call) -> CompactWeights | None:
         """Decide how the block runs on inputs like `x`, and hand that on to the projections that come after.
 
         In gated blocks two projections see `x`; the one that comes first decides for both.
+
+        Args:
+            projection: the projection that asks.
+            x: its input, [..., d_model].
+            call: the call that is running.
 
         Returns:
             The weights to run with, or None for all of the block's own.
@@ -150,12 +155,12 @@ class CompactBlock:
         handed_on = call.handed_on.get(id(self))
         # what the same projection decided is left from a pass that was cut off: by an error, or in recomputation,
         # which stops as soon as the backward pass has what it needs
-        if handed_on is not None and asking not in handed_on.seen_by:
-            handed_on.seen_by.append(asking)
+        if handed_on is not None and projection not in handed_on.seen_by:
+            handed_on.seen_by.append(projection)
             return handed_on.weights
         row = compact_policy.compact_row(self.layer, call, x)
         weights = None if row is None else self._weights(call, *row)
-        call.handed_on[id(self)] = HandedOn(weights, [asking])
+        call.handed_on[id(self)] = HandedOn(weights, [projection])
         return weights
 
     def _weights(self, call: Call, adapter: str, row: int) -> CompactWeights:
@@ -178,7 +183,7 @@ class CompactBlock:
         return unpack_rows(self.layer.neuron_specialization_mask[adapter][row], self.layer.out_features)
 
     def _computed(self, adapter: str, row: int) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Return what CompactWeights asks for: kept neurons and filler, remembered for the last few rows of masks."""
+        """Return what CompactWeights needs: kept neurons and filler, remembered for the last few rows of masks."""
         packed = self.layer.neuron_specialization_mask[adapter]
         version = 0 if packed.is_inference() else packed._version
         known = self.looked_up.get((adapter, row))
@@ -187,7 +192,7 @@ class CompactBlock:
                 known = _LookedUp(packed, version, *_fill_up(self._mask(adapter, row)))
             self.looked_up[adapter, row] = known
             if len(self.looked_up) > LOOKED_UP:
-                self.looked_up.pop(list(self.looked_up)[0], None)  # threads may do so at once
+                self.looked_up.pop(list(self.looked_up)[0], None)  # None: another thread may have removed it
         return known.computed, known.filler
 
 

@@ -17,8 +17,8 @@ from .pair_resolver import BASE_ROW
 if TYPE_CHECKING:
     from .compact import CompactBlock
 
-# What pays, measured on a CPU at d_model 1,024. Not measured on a GPU yet; if one says otherwise, figures per kind of
-# device belong here. `make benchmark-gpu` measures.
+# When compact execution pays, measured on a CPU at d_model 1,024. Not measured on a GPU yet (`make benchmark-gpu`
+# does); if its figures differ, there should be one per kind of device here.
 WIDTH_MULTIPLE = 16  # in float32, one 64-byte line; matrix products of other widths were 6 % slower
 FEW_TOKENS = 256  # below, gathering weights for one use costs more than it saves
 
@@ -28,13 +28,13 @@ class WhyMasked(NamedTuple):
 
     Attributes:
         reason: what stands in the way, for messages.
-        warns: whether execution="auto" says so, once per model.
-        insists: whether the block runs masked even with execution="compact", instead of raising.
+        warns: whether execution="auto" gives a warning, once per model.
+        overrides: whether the block runs masked even with execution="compact", instead of raising.
     """
 
     reason: str
     warns: bool = False
-    insists: bool = False
+    overrides: bool = False
 
 
 def compact_row(layer: Any, call: Call, x: torch.Tensor) -> tuple[str, int] | None:
@@ -47,7 +47,7 @@ def compact_row(layer: Any, call: Call, x: torch.Tensor) -> tuple[str, int] | No
     if why is None:
         return single_row(layer, call)
     requested = any(layer.execution[name] == "compact" for name in active_adapters(layer))
-    if requested and not why.insists:
+    if requested and not why.overrides:
         raise ValueError(
             f"execution='compact' is not possible here because of {why.reason}: it needs an FFN block with plain "
             "weights and one language pair in the batch. Use execution='auto' to run masked in such cases."
@@ -62,21 +62,21 @@ def why_masked(layer: Any, call: Call, x: torch.Tensor) -> WhyMasked | None:
     """Return why the block of a masked projection runs masked on inputs like `x`, or None where it runs compact."""
     active = active_adapters(layer)
     if layer.disable_adapters or layer.merged:
-        return WhyMasked("the adapter being disabled or merged", insists=True)
+        return WhyMasked("the adapter being disabled or merged", overrides=True)
     if call.adapter_names is not None:
-        return WhyMasked("adapter_names", insists=True)
+        return WhyMasked("adapter_names", overrides=True)
     if all(layer.execution[name] == "masked" for name in active):
-        return WhyMasked("execution='masked'", insists=True)
+        return WhyMasked("execution='masked'", overrides=True)
     if layer.compact_block is None:
         return WhyMasked("a masked projection outside of any FFN block")
-    # before the batch is looked at: a warning does not depend on what the first batch holds
+    # before the batch is looked at: whether a warning is given must not depend on the first batch
     why = why_not_compact(layer.compact_block)
     if why is not None:
         return why
     if call.alone:
         return WhyMasked("a layer that is called by itself, outside of its model")
     if single_row(layer, call) is None:
-        return WhyMasked("several active adapters, several language pairs in the batch, or the base's")
+        return WhyMasked("several active adapters, several language pairs in the batch, or the untouched base")
     if layer.execution[active[0]] == "auto" and not _pays(layer, call, x):
         return WhyMasked("few tokens")
     return None
@@ -85,7 +85,7 @@ def why_masked(layer: Any, call: Call, x: torch.Tensor) -> WhyMasked | None:
 def why_not_compact(block: "CompactBlock") -> WhyMasked | None:
     """Return what in the model keeps a block from running compact, whatever the batch, or None.
 
-    It must be by itself and have plain weights, and what stands between its projections must be elementwise.
+    Nothing else may be attached to it, its weights must be plain, and all between its projections elementwise.
     """
     layer, base = block.layer, block.layer.base_layer
     projections: list[Any] = [part for part in (base, block.down, block.other) if part is not None]
@@ -96,7 +96,7 @@ def why_not_compact(block: "CompactBlock") -> WhyMasked | None:
     if not block.elementwise:
         return WhyMasked("an operation between the projections that is not elementwise", warns=True)
     if any(_records(part) for part in [*projections, layer]):
-        return WhyMasked("activations being recorded", insists=True)
+        return WhyMasked("activations being recorded", overrides=True)
     activation = [block.activation] if isinstance(block.activation, nn.Module) else []
     if any(_has_hooks(part) for part in [*projections, *activation, layer]):
         return WhyMasked("hooks on its projections or activation", warns=True)
@@ -155,6 +155,6 @@ def _records(module: nn.Module) -> bool:
 
 
 def _drops_activations(parent: nn.Module) -> bool:
-    """Whether dropout may stand between the projections: it would drop the masked neurons' constants too."""
+    """Whether there is dropout between the projections: it would drop the constants of masked neurons too."""
     rates = [child.p for child in parent.children() if isinstance(child, nn.Dropout)]
     return any(rate > 0 for rate in [*rates, getattr(parent, "activation_dropout", 0.0)])

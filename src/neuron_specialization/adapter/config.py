@@ -1,4 +1,4 @@
-"""The adapter's configuration: what the user chooses, and what adapter_config.json keeps beside the tensors."""
+"""The adapter's configuration: what the user chooses, and what adapter_config.json stores about the tensors."""
 
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
@@ -28,24 +28,24 @@ class NeuronSpecializationConfig(PeftConfig):
     Args:
         masks: the neurons of each pair: `NeuronMasks`, or the directory or Hub id of an adapter that holds them. Never
             written to JSON.
-        language_pairs: names of the pairs; a pair's id is its position. Masks bring their own. Without masks, these
-            pairs keep every neuron. Pairs that factorized masks imply are not listed.
+        language_pairs: names of the pairs; a pair's id is its position. Masks name their own. Without masks, these
+            pairs keep every neuron. Pairs that only follow from factorized rows are not listed.
         trainable: what trains under the masks. "none": nothing. "delta": one ΔW1 per FFN block, shared by all pairs
             and masked per pair; the base stays intact. "low_rank": ΔW1 = B·A. "full": every base parameter (the
             paper's continued training); the adapter directory then holds them all.
         r: rank of "low_rank".
-        mask_bias: masked neurons emit 0. By default they emit the constant act(b1), as in the paper.
-        execution: "masked" computes all neurons and then masks; "compact" computes those kept (and a few, to fill up
-            the width), and is an error where that is not possible; "auto" takes compact where it is possible (one pair
-            in the batch, plain weights, nothing else attached to the block, no activation dropout in training) and
-            pays: from 256 tokens on, and in the decoder steps of a `generate`.
+        mask_bias: masked neurons output 0. By default they output the constant act(b1), as in the paper.
+        execution: "masked" computes all neurons and then masks; "compact" computes only those kept (and a few more,
+            to pad the width) and raises an error where that is not possible; "auto" runs compact where it is possible
+            (one pair in the batch, plain weights, nothing else attached to the block, no activation dropout in
+            training) and pays: from 256 tokens on, and in the decoder steps of a `generate`.
         language_token_ids: language code → id of its token in the tokenizer (see `ns.language_token_ids`).
         source_tag: what the tag on the source side names: "source" (NLLB, M2M100, mBART) or "target" (Marian, T5).
-        default_pair: pair to fall back to; "base" runs the untouched base.
+        default_pair: pair to fall back to; "base" runs the base model without masks.
         target_modules: modules to mask instead of every FFN block: a list of names or suffixes, or a regular
             expression. May name any linear layer.
         exclude_modules: modules to leave out although `target_modules` matches them.
-        modules_to_save: other modules to train and to save whole.
+        modules_to_save: other modules to train, and to save with all their weights.
         trainable_token_indices: embedding rows to train and to save.
         init_weights: False fills masks and deltas at random, to make their effect visible in tests.
 
@@ -96,8 +96,8 @@ class NeuronSpecializationConfig(PeftConfig):
             self.masks = NeuronMasks.from_pretrained(self.masks)
         if self.masks is not None and not isinstance(self.masks, NeuronMasks):
             raise ValueError(
-                "masks are NeuronMasks, as a selector's select(counts) returns them, or the directory or Hub id of an "
-                f"adapter; got a {type(self.masks).__name__}."
+                "masks must be NeuronMasks, as a selector's select(counts) returns them, or the directory or Hub id "
+                f"of an adapter; got a {type(self.masks).__name__}."
             )
         if self.masks is not None:
             self._take_masks(self.masks)
@@ -117,7 +117,7 @@ class NeuronSpecializationConfig(PeftConfig):
         return Routes.from_metadata(vars(self))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return every field but `masks`, whose place is the weights file."""
+        """Return every field but `masks`, which are stored in the weights file."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "masks"}
         if isinstance(values["target_modules"], set):
             values["target_modules"] = sorted(values["target_modules"])
@@ -141,7 +141,7 @@ class NeuronSpecializationConfig(PeftConfig):
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> "NeuronSpecializationConfig":
         """Read adapter_config.json, and check that the weights beside it are the ones it was written for."""
-        with suppress(OSError):  # where it may only be read, the digest tells
+        with suppress(OSError):  # of a read-only directory; the digest then differs
             complete_writing(Path(pretrained_model_name_or_path, subfolder or ""))
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if not isinstance(config, cls):
@@ -173,12 +173,12 @@ class NeuronSpecializationConfig(PeftConfig):
         texts = {code: token for code, token in (self.language_token_ids or {}).items() if not isinstance(token, int)}
         if texts:
             raise ValueError(
-                f"language_token_ids in the config are token ids, got {texts}. Look them up with "
+                f"language_token_ids must map codes to token ids, got {texts}. Look them up with "
                 "ns.language_token_ids(tokenizer, {code: token})."
             )
         if self.trainable == "full" and (self.modules_to_save or self.trainable_token_indices):
             raise ValueError(
-                "trainable='full' already trains and saves every parameter of the base: leave out modules_to_save and "
+                "trainable='full' already trains and saves every parameter of the base; leave out modules_to_save and "
                 "trainable_token_indices."
             )
         if self.trainable == "full" and self.default_pair == BASE_PAIR:
@@ -188,13 +188,13 @@ class NeuronSpecializationConfig(PeftConfig):
         if masks.routes.source_tag != self.source_tag:
             raise ValueError(
                 f"These masks were identified with source_tag={masks.routes.source_tag!r}, but the config says "
-                f"{self.source_tag!r}. Pass the one that the tokenizer follows to both."
+                f"{self.source_tag!r}. Pass the tokenizer's convention to both."
             )
         listed = list(masks.routes.listed)
         if self.language_pairs is not None and self.language_pairs != listed:
             raise ValueError(
                 f"The masks list the language pairs {listed}, but language_pairs says {self.language_pairs}. Leave "
-                "language_pairs out: masks bring their own."
+                "language_pairs out: the masks name their own."
             )
         given = {name: getattr(self, name) for name in ("language_token_ids", "base_model_name_or_path")}
         vars(self).update(masks.metadata())

@@ -37,8 +37,8 @@ def check_language_tokens(tokenizer: Any, tokens: Mapping[str, str]) -> dict[str
     """Return language code → id of its token, after checking that each is a language token of the tokenizer.
 
     Language tokens are special or added tokens other than the usual ones, the tags that M2M100's tokenizer keeps
-    beside its vocabulary, and entries of the vocabulary that look like Marian's and MADLAD's tags. Other entries are
-    pieces of words: "de" is one in many vocabularies, and no model was trained to take it for a tag.
+    outside its vocabulary, and entries of the vocabulary that look like Marian's and MADLAD's tags. Other entries are
+    pieces of words: "de" is one in many vocabularies, and no model was trained to read it as a tag.
 
     Args:
         tokenizer: the model's tokenizer.
@@ -172,8 +172,11 @@ class TagReader:
     source_tag: str
 
     def sides(self, batch: TokenBatch) -> tuple[list[str | None] | None, list[str | None] | None]:
-        """Return the source and the target language of each sample: None where a row has no tag, or several different
-        ones; and None for a whole side that the tokens do not tell."""
+        """Return the source and the target language of each sample.
+
+        A language is None where a row has no tag, or several different ones; a whole side is None where the tokens do
+        not name it.
+        """
         on_source = None if batch.source is None else self.read(batch.source)
         if self.source_tag == "target":
             return None, on_source
@@ -184,7 +187,7 @@ class TagReader:
         return on_source, None if batch.target is None else self.read(batch.target)
 
     def read(self, tokens: torch.Tensor) -> list[str | None]:
-        """Return the one language of each sample, wherever its token stands: None where there is none, or several."""
+        """Return the one language of each sample, wherever its token is; None where there is none, or several."""
         codes = list(self.ids)
         ids = torch.tensor([self.ids[code] for code in codes], device=tokens.device)
         found = (tokens[:, :, None] == ids).any(1)

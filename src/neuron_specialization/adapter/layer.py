@@ -91,7 +91,7 @@ class NeuronSpecializationLayer(BaseTunerLayer):
         return set(self.neuron_specialization_mask.keys())
 
     def delta(self, adapter_name: str, rows: torch.Tensor | None = None) -> torch.Tensor | None:
-        """Return ΔW1 [d_ff, d_model] of one adapter, or some rows of it; None where nothing of its own is trained."""
+        """Return ΔW1 [d_ff, d_model] of one adapter, or some rows of it; None where the adapter has none."""
         if adapter_name in self.neuron_specialization_delta:
             delta = _loaded(self.neuron_specialization_delta, adapter_name)
             return delta if rows is None else delta.index_select(0, rows)
@@ -104,11 +104,11 @@ class NeuronSpecializationLayer(BaseTunerLayer):
         return None
 
     def call(self, device: torch.device | None = None) -> Call:
-        """Return the call of the model that is running; outside of any, a layer is called by itself."""
+        """Return the call that is running, or a new one where this layer is called outside its model."""
         return innermost_call(self.router) or self.router.begin_alone(device)
 
     def release(self) -> None:
-        """Undo what reaches beyond this layer, before it goes."""
+        """Undo what this layer changed outside itself, before it is removed."""
         frozen_rows.release(self)
         if self.compact_block is not None:
             self.compact_block.release()
@@ -223,7 +223,7 @@ class Linear(nn.Module, NeuronSpecializationLayer):
 
 
 def _loaded(parameters: nn.ParameterDict, adapter: str) -> torch.Tensor:
-    """Return a parameter, loading it where accelerate offloaded it: its hook waits for a forward that never comes."""
+    """Return a parameter, loading it where accelerate offloaded it: its hook runs in `forward` only."""
     if parameters[adapter].is_meta and hasattr(parameters, "_hf_hook"):
         hook: Any = parameters._hf_hook
         hook.pre_forward(parameters)

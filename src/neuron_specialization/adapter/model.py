@@ -29,7 +29,7 @@ from .rollback import rolled_back_on_error
 class NeuronSpecializationModel(BaseTuner):
     """Masks the FFN neurons of a model per language pair (Neuron Specialization, arXiv 2404.11201).
 
-    Users get one from `get_peft_model` and rarely touch it.
+    `get_peft_model` creates one; users rarely call it directly.
     """
 
     prefix = PREFIX

@@ -62,10 +62,10 @@ class PairResolver:
         raise ValueError(f"There is no language pair {pair!r} in the adapter. {self.routes.known()}")
 
     def fallback(self) -> str:
-        """Return the pair to use when none was passed or selected, and tokens tell none.
+        """Return the pair to use when none was passed or selected and the tokens do not name one.
 
         Raises:
-            ValueError: if there are several pairs and no default.
+            ValueError: if there are several pairs and no default pair.
         """
         if len(self.pairs) == 1:
             return self.pairs[0]
@@ -77,12 +77,12 @@ class PairResolver:
             f"`with ns.language_pair(model, ...)`. {self.routes.known()}"
         )
 
-    def rows_of_ids(self, ids: torch.Tensor, mine: Sequence[bool] | None = None) -> tuple[torch.Tensor, bool]:
-        """Return the rows of pairs given as ids, and whether the base's may be among them.
+    def rows_of_ids(self, ids: torch.Tensor, own_samples: Sequence[bool] | None = None) -> tuple[torch.Tensor, bool]:
+        """Return the rows of pairs given as ids, and whether the base's row may be among them.
 
         Args:
             ids: int64 [1 or samples], on the device of the result.
-            mine: which samples are this adapter's, or None for all; the others get the first rows.
+            own_samples: which samples run under this adapter, or None for all; the others get the first rows.
 
         Returns:
             Rows, int64 [1 or samples, 2]: one where all samples have the same.
@@ -90,9 +90,10 @@ class PairResolver:
         Raises:
             ValueError: if an id is none of the adapter's.
         """
-        if mine is not None and len(mine) == len(ids):
-            ids = torch.where(torch.tensor(mine, device=ids.device), ids, 0)
-        ids = ids[:1] if bool((ids == ids[:1]).all()) else ids  # one transfer per batch buys compact execution
+        if own_samples is not None and len(own_samples) == len(ids):
+            ids = torch.where(torch.tensor(own_samples, device=ids.device), ids, 0)
+        # one read by the host per batch, without which no batch could run compact
+        ids = ids[:1] if bool((ids == ids[:1]).all()) else ids
         with_base = self.default_pair == BASE_PAIR
         lowest, count = BASE_ROW if with_base else 0, len(self.rows)
         if bool(((ids < lowest) | (ids >= count)).any()):
@@ -104,32 +105,33 @@ class PairResolver:
         self,
         pairs: Sequence[str] | None,
         batch: TokenBatch,
-        mine: Sequence[bool] | None = None,
+        own_samples: Sequence[bool] | None = None,
         side: int | None = None,
     ) -> list[tuple[int, int]]:
-        """Return the rows of pairs given as names or, without any, of what the tokens tell; else of the fallback.
+        """Return the rows of pairs given as names, else of those that the tokens name, else of the fallback.
 
         Args:
             pairs: names, one or one per sample.
             batch: tokens of the call.
-            mine: which samples are this adapter's, or None for all; the others get the first rows.
+            own_samples: which samples run under this adapter, or None for all; the others get the first rows.
             side: 0 or 1 where only encoder rows or only decoder rows matter.
 
         Returns:
             (encoder row, decoder row), once or per sample.
 
         Raises:
-            ValueError: if a pair has no route, or nothing tells which it is.
+            ValueError: if a pair has no route, or the pair cannot be determined.
         """
         if pairs is not None:
-            one_each = mine is not None and len(mine) == len(pairs)
+            one_each = own_samples is not None and len(own_samples) == len(pairs)
             return [
-                self.route(pair) if not one_each or mine is None or mine[i] else (0, 0) for i, pair in enumerate(pairs)
+                self.route(pair) if own_samples is None or not one_each or own_samples[i] else (0, 0)
+                for i, pair in enumerate(pairs)
             ]
         sources, targets = (None, None) if self.reader is None else self.reader.sides(batch)
         if sources is None and targets is None:
             return [self.route(self.fallback())]
-        routes = self._read(batch, sources, targets, mine, side)
+        routes = self._read(batch, sources, targets, own_samples, side)
         return routes[:1] if len(set(routes)) == 1 else routes
 
     def _read(
@@ -137,7 +139,7 @@ class PairResolver:
         batch: TokenBatch,
         sources: list[str | None] | None,
         targets: list[str | None] | None,
-        mine: Sequence[bool] | None,
+        own_samples: Sequence[bool] | None,
         side: int | None,
     ) -> list[tuple[int, int]]:
         """Return the rows of each sample from its languages."""
@@ -150,7 +152,7 @@ class PairResolver:
         routed: dict[tuple[str | None, str | None], tuple[int, int]] = {}
         routes = []
         for sample in range(samples):
-            if mine is not None and not mine[sample * len(mine) // samples]:
+            if own_samples is not None and not own_samples[sample * len(own_samples) // samples]:
                 routes.append((0, 0))
                 continue
             source = sources[sample] if sources is not None else None
@@ -185,7 +187,7 @@ class PairResolver:
             return self.route(self.default_pair)
         known = f"from {source}" if source is not None else f"into {target}"
         raise ValueError(
-            f"Sample {sample} of the batch is {known}, and its language tokens tell no more. "
+            f"Sample {sample} of the batch is {known}, and its language tokens do not say more. "
             + (f"Of the pairs that fit, rows differ: {', '.join(fits[:20])}. " if fits else f"{self.routes.known()} ")
             + "Pass language_pairs=[...]."
         )

@@ -27,8 +27,8 @@ def register(config_class: type, tuner_class: type, checked: Callable[[Callable]
     Args:
         config_class: the method's config.
         tuner_class: its tuner.
-        checked: wraps transformers' `load_adapter`, which offers a method no hook: it would load what fits of a file
-            and leave an adapter that is refused injected.
+        checked: wraps transformers' `load_adapter`, which has no hook for methods: it would load the tensors that fit
+            and leave a refused adapter injected.
     """
     PEFT_TYPE_TO_CONFIG_MAPPING[NATIVE_OR_OWN] = config_class
     PEFT_TYPE_TO_TUNER_MAPPING[NATIVE_OR_OWN] = tuner_class

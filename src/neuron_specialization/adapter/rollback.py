@@ -12,11 +12,11 @@ from .routing import CallRouter
 
 @contextmanager
 def rolled_back_on_error(model: nn.Module) -> Iterator[None]:
-    """Put every module of `model` back into the state it is in now if the body raises.
+    """Restore every module of `model` to its present state if the body raises.
 
     Injection replaces children, adds parameters and buffers to existing layers, registers hooks, sets attributes,
-    freezes parameters and adds language pairs to the router. But for the last two, all of it is kept in the
-    dictionaries of modules, and these are what is put back; the values of tensors are not copied.
+    freezes parameters and adds language pairs to the router. Except for the last two, all of this is stored in the
+    dictionaries of modules, and these are restored; the values of tensors are not copied.
     """
     classes = [(module, type(module)) for module in model.modules()]
     attributes = [(vars(module), dict(vars(module))) for module in model.modules()]

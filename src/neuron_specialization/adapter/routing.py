@@ -124,9 +124,10 @@ class CallRouter:
         """
         if torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
-                "A masked layer is being recomputed by the backward pass, but the call it belongs to is over. Use the "
-                "model's own gradient checkpointing, model.gradient_checkpointing_enable() (in Trainer: "
-                "gradient_checkpointing=True), which carries the pairs of each call; torch's and FSDP's do not."
+                "A masked layer is being recomputed by the backward pass, but the call it belongs to has ended. Use "
+                "the model's own checkpointing, model.activation_checkpointing_enable() (Trainer: "
+                "activation_checkpointing=True; both say gradient_checkpointing before transformers 5.23), which "
+                "recomputes under the pairs of each call; torch's and FSDP's do not."
             )
         return replace(self.begin(device=device), alone=True)
 
@@ -162,16 +163,16 @@ def _found(
     resolver: PairResolver,
     pairs: LanguagePairs | None,
     tokens: TokenBatch,
-    mine: list[bool] | None,
+    own_samples: list[bool] | None,
     side: int | None,
     device: torch.device | None,
 ) -> tuple[MaskRows, MaskRows] | ValueError:
     """Return one adapter's rows for a call, or why there are none."""
     try:
         if isinstance(pairs, torch.Tensor):
-            both, has_base = resolver.rows_of_ids(pairs if device is None else pairs.to(device), mine)
+            both, has_base = resolver.rows_of_ids(pairs if device is None else pairs.to(device), own_samples)
         else:
-            routes = resolver.routes_of(pairs, tokens, mine, side)
+            routes = resolver.routes_of(pairs, tokens, own_samples, side)
             both, has_base = torch.tensor(routes, device=device), any(row[0] == BASE_ROW for row in routes)
     except ValueError as error:
         return error

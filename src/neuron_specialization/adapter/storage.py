@@ -89,9 +89,9 @@ def check_file(model: nn.Module, config: Any, adapter_name: str, path: Path) -> 
 
 
 class CheckedLoad:
-    """Stands in for a model's `_load_pretrained_model` while transformers loads an adapter, and checks it first.
+    """Replaces a model's `_load_pretrained_model` while transformers loads an adapter, and checks the adapter first.
 
-    transformers injects an adapter and then loads whatever fits, without a hook for the adapter's method.
+    transformers injects an adapter and then loads the tensors that fit, without a hook for the adapter's method.
     """
 
     def __init__(self, model: Any) -> None:
@@ -113,7 +113,7 @@ class CheckedLoad:
 
 
 def checked_load_adapter(load_adapter: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap transformers' `load_adapter`: adapters of this method are checked, and a refused one is not left behind."""
+    """Wrap transformers' `load_adapter`: adapters of this method are checked, and a refused one is removed again."""
 
     @functools.wraps(load_adapter)
     def load(model: Any, *args: Any, **kwargs: Any) -> Any:

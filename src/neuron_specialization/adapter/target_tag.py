@@ -17,15 +17,15 @@ def target_arguments(
 ) -> dict[str, Any]:
     """Return the arguments that make `generate` translate into the languages of the call's pairs.
 
-    Nothing is set where the caller says how to begin (`decoder_input_ids`, `forced_bos_token_id`, or a
-    `decoder_start_token_id` that is a language's), where the source carries the target's tag, or where the adapter
-    does not know the language's token.
+    Nothing is set where the caller says how the target begins (`decoder_input_ids`, `forced_bos_token_id`, or a
+    language token as `decoder_start_token_id`), where the source carries the target's tag, or where the adapter does
+    not know the language's token.
 
     Args:
         model: the base model.
         call: the call, with its pairs.
         resolvers: those of the model's adapters.
-        kwargs: arguments of the caller's, which hold.
+        kwargs: the caller's arguments, which take precedence.
 
     Raises:
         ValueError: if the tag of a source contradicts the pair that was chosen.
@@ -34,13 +34,13 @@ def target_arguments(
     if resolver is None or resolver.reader is None:
         return {}
     pairs = _names(resolver, call)
-    if not pairs or any("-" not in pair for pair in pairs):  # untold, the base, or an adapter without names
+    if not pairs or any("-" not in pair for pair in pairs):  # unknown, the base, or pairs without language codes
         return {}
     reader = resolver.reader
     if call.pairs is not None and call.tokens.source is not None:
         _check_source_tags(reader, call.tokens.source, pairs)
     tags = [reader.ids.get(split_pair(pair)[1]) for pair in pairs]
-    if reader.source_tag == "target" or None in tags or _is_told(kwargs, reader):
+    if reader.source_tag == "target" or None in tags or _says_how_to_begin(kwargs, reader):
         return {}
     opens = tag_opens_decoder(model, reader, call.tokens.source)
     if len(set(tags)) == 1:
@@ -81,7 +81,7 @@ def label_shift(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def _names(resolver: PairResolver, call: Call) -> list[str]:
-    """Return the names of the call's pairs, or the adapter's only one; none where tokens tell or it is the base."""
+    """Return the names of the call's pairs, or the adapter's only one; [] where tokens decide or the base runs."""
     if call.pairs is None:
         return resolver.pairs if len(resolver.pairs) == 1 else []
     if not isinstance(call.pairs, torch.Tensor):
@@ -102,7 +102,7 @@ def _check_source_tags(reader: TagReader, source: torch.Tensor, pairs: list[str]
             )
 
 
-def _is_told(kwargs: Mapping[str, Any], reader: TagReader) -> bool:
+def _says_how_to_begin(kwargs: Mapping[str, Any], reader: TagReader) -> bool:
     """Whether the caller says how the target begins. Every generation config has some `decoder_start_token_id`."""
     if kwargs.get("decoder_input_ids") is not None:
         return True

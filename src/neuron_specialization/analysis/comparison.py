@@ -12,12 +12,12 @@ ENOUGH_LOSS, ENOUGH_CHRF = 0.01, 0.5  # of the loss, and in chrF++
 
 
 def headroom(rows: Rows) -> dict[str, Any]:
-    """Measure what could be gained over joint fine-tuning: is there interference to remove at all?
+    """Measure what could be gained over joint fine-tuning, that is, whether there is interference to remove.
 
     Returns:
         "ceilings": one row for each ceiling that has been run, with its gain over joint fine-tuning as a share of the
         loss and in chrF++; "met": whether any of them gains 1 % of the loss or 0.5 chrF++ on average over directions
-        (None while nothing can be said).
+        (None without a ceiling).
     """
     methods = {row["method"] for row in rows}
     ceilings = []
@@ -34,30 +34,30 @@ def headroom(rows: Rows) -> dict[str, Any]:
 
 
 def premise(measured: Mapping[str, Any]) -> str:
-    """Say in a line what the headroom means for the table under it."""
+    """Return one line on what the headroom means for the table below it."""
     if measured["met"] is None:
         return (
             "Premise not tested: no ceiling (bilingual, fine_tune_single, ffn_copies) has been run beside fine_tune."
         )
     if measured["met"]:
-        return "Premise met: directions disturb each other, and a ceiling gains on joint fine-tuning."
-    return "Premise NOT met: no ceiling gains 1 % of loss or 0.5 chrF++ on joint fine-tuning. Nothing can be gained."
+        return "Premise met: directions interfere with each other, and a ceiling improves on joint fine-tuning."
+    return "Premise NOT met: no ceiling improves on joint fine-tuning by 1 % of loss or 0.5 chrF++."
 
 
 def main_table(rows: Rows, stages: Rows, pivot: str | None) -> list[dict[str, Any]]:
     """Return one row per method: losses and scores by group, the difference from joint fine-tuning, and what it costs.
 
-    Losses are test losses in nats per token, averaged over directions and seeds. A stage that failed, or that has only
-    some of its parts, is said in the column "unfinished"; the averages are then over fewer directions.
+    Losses are test losses in nats per token, averaged over directions and seeds. Stages that failed, or have only some
+    of their parts, are listed in the column "unfinished"; the averages are then over fewer directions.
     """
     table = []
     for method in dict.fromkeys(stage["method"] for stage in stages):
-        mine = [stage for stage in stages if stage["method"] == method]
-        unfinished = [stage for stage in mine if stage["status"] != "done"]
-        line: dict[str, Any] = {"method": method, "seeds": len(mine) - len(unfinished)}
+        own_stages = [stage for stage in stages if stage["method"] == method]
+        unfinished = [stage for stage in own_stages if stage["status"] != "done"]
+        line: dict[str, Any] = {"method": method, "seeds": len(own_stages) - len(unfinished)}
         if any(row["method"] == method for row in rows):
             line |= _scores(rows, method, pivot) | _difference(rows, method)
-            begun = [stage for stage in mine if "parts" in stage]
+            begun = [stage for stage in own_stages if "parts" in stage]
             line |= {"extra parameters": begun[0]["extra_parameters"], "mask bytes": begun[0]["mask_bytes"]}
             line |= {"models": begun[0]["parts"], "seconds": sum(stage["seconds"] for stage in begun) / len(begun)}
         states = [f"seed {stage['seed']}: {stage.get('error', stage['status'])}" for stage in unfinished]
@@ -67,7 +67,7 @@ def main_table(rows: Rows, stages: Rows, pivot: str | None) -> list[dict[str, An
 
 
 def interference(rows: Rows, method: str) -> list[dict[str, Any]]:
-    """Set each direction's gain by a method against the interference measured there.
+    """Return each direction's gain by a method together with the interference measured there.
 
     Returns:
         One row per direction: "interference", the loss of joint fine-tuning minus that of the bilingual model

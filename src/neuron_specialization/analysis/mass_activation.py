@@ -120,9 +120,9 @@ class MassActivation:
     def check_comparable(self, other: "MassActivation") -> None:
         """Raise ValueError unless `other` is a recording of the same site, layers, tokens and tags of such a model."""
         for what in ("site", "fingerprint", "token_ids", "tags"):
-            mine, theirs = getattr(self, what), getattr(other, what)
-            if mine != theirs:
-                raise ValueError(f"These recordings differ in {what}: {mine!r:.200} and {theirs!r:.200}.")
+            first, second = getattr(self, what), getattr(other, what)
+            if first != second:
+                raise ValueError(f"These recordings differ in {what}: {first!r:.200} and {second!r:.200}.")
         if list(self.credit) != list(other.credit):
             raise ValueError(f"These recordings hold other layers: {list(self.credit)} and {list(other.credit)}.")
 

@@ -102,7 +102,7 @@ class _Recorder:
         return sums
 
     def start_batch(self, row: int, batch: Mapping[str, Any]) -> None:
-        """Find out where the coming batch counts, and what its positions stand for: [batch, length] per stack."""
+        """Look up where the coming batch counts, and the token of each position: [batch, length] per stack."""
         self.row = row
         source, _ = source_positions(batch, self.model.config)
         target, _ = target_positions(batch, self.model.config)
@@ -164,6 +164,6 @@ class _Recorder:
 
 
 def _columns(known: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Return each token's place among the known ones, in ascending order, or their number: for others."""
+    """Return each token's position among the known ones, in ascending order; for others, their number."""
     place = torch.searchsorted(known, ids.contiguous()).clamp_max(len(known) - 1)
     return torch.where(known[place] == ids, place, len(known))

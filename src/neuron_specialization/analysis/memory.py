@@ -32,7 +32,7 @@ def training_memory(model: nn.Module) -> dict[str, int]:
 
 
 def measured_memory(step: TrainingStep) -> dict[str, int]:
-    """Train one step, save, and return what `training_memory` computes as it then really is, and the "peak" of a step.
+    """Train one step, save, and return what `training_memory` computes as measured, and the "peak" of a step.
 
     The peak counts every allocation of a further step, on top of weights and optimizer states.
     """
@@ -50,7 +50,7 @@ def measured_memory(step: TrainingStep) -> dict[str, int]:
 
 
 def step_peak(step: TrainingStep) -> int:
-    """Return the bytes that a further step holds at most: weights, optimizer states, and what it allocates."""
+    """Return the bytes that a further step holds at most: weights, optimizer states, and what the step allocates."""
     return sum(_held(step)) + _peak_allocation(step)
 
 
@@ -66,12 +66,13 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def _peak_allocation(step: TrainingStep) -> int:
-    """Return the most bytes that a step has allocated at one time."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    """Return the most bytes that a step has allocated at one time, on the device of its model."""
+    device = step.model.device
+    if device.type != "cpu":
+        torch.accelerator.reset_peak_memory_stats(device)
+        before = torch.accelerator.memory_allocated(device)
         step()
-        return torch.cuda.max_memory_allocated() - before
+        return torch.accelerator.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     with tempfile.TemporaryDirectory() as directory:

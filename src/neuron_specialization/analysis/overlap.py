@@ -1,4 +1,4 @@
-"""Overlap of specialized neurons per layer, and whether it follows the distance between languages.
+"""Overlap of specialized neurons per layer, and whether it correlates with the distance between languages.
 
 Encoder overlap is measured between directions into one pivot language and decoder overlap between directions out of it
 (Neuron Specialization, section 5.3), so that the side compared differs and the other does not.
@@ -96,7 +96,7 @@ def mantel(
         overlap: [n, n], symmetric; the IoU of one layer.
         distances: [n, n], symmetric.
         controlled: further distances [n, n] whose ranks are regressed out of both first (partial Mantel test).
-        permutations: random draws of labels; all orders are taken where there are no more than that.
+        permutations: random draws of labels; with no more possible orders than that, all of them.
         seed: of the draws.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Figures of a comparison, as SVG. Every point is computed from the rows beside them."""
+"""Figures of a comparison, as SVG, all computed from its rows."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,7 +29,7 @@ def plot_differences(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Pat
 
 
 def plot_interference(rows: Sequence[Mapping[str, Any]], methods: Sequence[str], path: str | Path) -> Path:
-    """Draw, per direction, what methods change over joint fine-tuning against the interference measured there."""
+    """Draw, per direction, each method's difference from joint fine-tuning against the interference measured there."""
     figure, axes = _figure(height=4)
     for i, method in enumerate(methods):
         points = interference(rows, method)

@@ -27,9 +27,9 @@ Scores = dict[str, torch.Tensor]
 
 
 def pruning_scores(mass: MassActivation, criterion: str, seed: int = 0) -> Scores:
-    """Score neurons by what a recording says of them, summed over its sets of text.
+    """Score neurons by a recording of their mass, summed over its sets of text.
 
-    - "dead": neurons that are never the arg-max of their layer, those active at the fewest positions first. They alone
+    - "dead": neurons that are never the arg-max of their layer, those active at the fewest positions first. Only these
       can be pruned, however high the rate.
     - "most_activated", "least_activated": by the number of positions with a value above zero.
     - "most_positive", "most_negative": by positive and negative mass. After a ReLU nothing is negative.
@@ -43,7 +43,7 @@ def pruning_scores(mass: MassActivation, criterion: str, seed: int = 0) -> Score
         seed: of "random"; ties are broken by the lower index elsewhere.
 
     Returns:
-        block → float64 [d_ff]; -inf for neurons that the criterion leaves alone.
+        block → float64 [d_ff]; -inf for neurons that the criterion never prunes.
 
     Raises:
         ValueError: if the criterion is unknown, the recording is of the residual stream or, for "specialized" and
@@ -98,7 +98,7 @@ def prune(
         ValueError: if the rate is not in [0, 1), or the scope is unknown.
     """
     if not 0 <= rate < 1:
-        raise ValueError(f"The pruning rate is a share in [0, 1), got {rate!r}.")
+        raise ValueError(f"The pruning rate must be a share in [0, 1), got {rate!r}.")
     if scope not in ("layer", "global"):
         raise ValueError(f"scope must be 'layer' or 'global', got {scope!r}.")
     if scope == "layer":
@@ -118,14 +118,14 @@ def prune(
 def mass_matched(masks: NeuronMasks, mass: MassActivation, seed: int = 0, nearest: int = 10) -> NeuronMasks:
     """Return masks that prune, for each neuron pruned in `masks`, a random other one of about the same positive mass.
 
-    The control that tells whether it matters which neurons go, or only how much mass goes with them.
+    A control: does it matter which neurons are pruned, or only how much mass?
 
     Args:
         masks: what `prune` returned.
         mass: the recording it was chosen by.
         seed: of the draw.
-        nearest: each substitute is drawn from so many unpruned neurons of the block next to the pruned one in mass.
-            Where none is left, the neuron itself is pruned.
+        nearest: each substitute is drawn from this many unpruned neurons of the block that are closest in mass. Where
+            none is left, the neuron itself is pruned.
     """
     generator = torch.Generator().manual_seed(seed)
     rows = {}
@@ -146,7 +146,7 @@ def mass_matched(masks: NeuronMasks, mass: MassActivation, seed: int = 0, neares
 
 
 def _highest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Return which entries have the highest scores, bool [n]: so many, or all that have a score."""
+    """Return which entries have the `count` highest scores, bool [n]; fewer where fewer have a score."""
     order = scores.argsort(descending=True, stable=True)[:count]
     chosen = torch.zeros(len(scores), dtype=torch.bool)
     chosen[order] = True
@@ -154,5 +154,5 @@ def _highest(scores: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def _keep_one(score: torch.Tensor) -> torch.Tensor:
-    """Return the scores with the lowest one taken out, so that no block is pruned wholly."""
+    """Return the scores without the lowest one, so that no block loses all of its neurons."""
     return score.clone().index_fill_(0, score.argmin(keepdim=True), -torch.inf)

@@ -112,7 +112,7 @@ class _Sums:
         return cls(len(x), x.T @ y, x.sum(0), y.sum(0), a.sum(), b.sum(), b @ x, a @ y, a @ b)
 
     def __add__(self, other: "_Sums") -> "_Sums":
-        return _Sums(*(mine + theirs for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True)))
+        return _Sums(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
     def hsic(self, debiased: bool) -> float:
         if self.n < _FEWEST:

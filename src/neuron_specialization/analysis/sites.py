@@ -1,4 +1,4 @@
-"""Places in a model where hidden states are looked at, found by structure."""
+"""Places in a model where hidden states are recorded, found by structure."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -81,15 +81,17 @@ def _place(site: str, block: FfnBlock, modules: dict[str, nn.Module]) -> Place:
 
 
 @contextmanager
-def attached(places: Sequence[Place], see: Callable[[Place, torch.Tensor], None]) -> Iterator[None]:
-    """Hand the hidden states of every place to `see`, for the length of the context."""
+def attached(places: Sequence[Place], record: Callable[[Place, torch.Tensor], None]) -> Iterator[None]:
+    """Pass the hidden states of every place to `record`, for the length of the context."""
     handles = []
     for place in places:
         if place.reads_input:
-            hook = place.module.register_forward_pre_hook(lambda module, args, place=place: see(place, args[0]))
+            hook = place.module.register_forward_pre_hook(lambda module, args, place=place: record(place, args[0]))
         else:
             hook = place.module.register_forward_hook(
-                lambda module, args, output, place=place: see(place, output if torch.is_tensor(output) else output[0])
+                lambda module, args, output, place=place: record(
+                    place, output if torch.is_tensor(output) else output[0]
+                )
             )
         handles.append(hook)
     try:

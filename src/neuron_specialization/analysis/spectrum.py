@@ -1,7 +1,7 @@
 """Singular values of a model's weight matrices, comparable across models and norms.
 
-A norm's gain scales the columns of the matrix that reads its output, and training can move size between the two
-without changing what the model computes. Gains are therefore folded into the matrices that read them first.
+A norm's gain scales the columns of the matrix that reads its output, and training can shift scale between the two
+without changing what the model computes. Gains are therefore first folded into the matrices that read them.
 """
 
 import copy
@@ -19,7 +19,7 @@ def singular_values(model: nn.Module, fold_norms: bool = True) -> dict[str, torc
     """Return the singular values of every linear layer and embedding, largest first.
 
     Args:
-        model: a seq2seq model; adapters are not looked into, merge or unload them first.
+        model: a seq2seq model; adapters are ignored, so merge or unload them first.
         fold_norms: multiply the gain of a norm into the matrices that read its output directly.
 
     Returns:
@@ -43,7 +43,7 @@ def singular_values(model: nn.Module, fold_norms: bool = True) -> dict[str, torc
 
 
 def spectrum_statistics(sigma: torch.Tensor) -> dict[str, float]:
-    """Return what describes a spectrum, given as singular values [r] of a matrix W.
+    """Return statistics of a spectrum, given as singular values [r] of a matrix W.
 
     Returns:
         "frobenius" ‖W‖_F; "spectral" σ₁; "mean" of σ; "effective_rank", the exponential of the entropy of σ² / Σσ²
@@ -69,13 +69,14 @@ def spectrum_statistics(sigma: torch.Tensor) -> dict[str, float]:
 def _gains(base: Any) -> dict[nn.Module, torch.Tensor]:
     """Return linear layer → gain [d] of the norm whose output it reads.
 
-    Found by running a few tokens: a layer reads a norm where its input is the very tensor that the norm returned.
+    Found by running a few tokens: a layer reads a norm where its input is the same tensor object that the norm
+    returned.
     """
     outputs: dict[int, tuple[torch.Tensor, nn.Module]] = {}
     found: dict[nn.Module, nn.Module] = {}
 
     def remember(norm: nn.Module, args: tuple, output: torch.Tensor) -> None:
-        outputs[id(output)] = output, norm  # holding the tensor keeps its id from being given to another
+        outputs[id(output)] = output, norm  # while the tensor lives, no other gets its id
 
     def look_up(linear: nn.Module, args: tuple) -> None:
         if args and id(args[0]) in outputs:
@@ -99,7 +100,7 @@ def _gains(base: Any) -> dict[nn.Module, torch.Tensor]:
 def _gain(norm: Any) -> torch.Tensor:
     """Return what a norm multiplies normalized values with: its weight, or 1 + weight as in Gemma.
 
-    The latter kind lets its input through where the weight is zero.
+    The latter does not output zero where the weight is zero.
     """
     probe = copy.deepcopy(norm)
     with torch.no_grad():

@@ -51,7 +51,7 @@ def hierarchical_bootstrap(
 
     Directions and seeds are crossed, so each draw resamples both with replacement (the pigeonhole bootstrap; Owen,
     2007), which errs on the side of wide intervals. With one seed only directions are resampled: the interval then
-    says nothing about training again.
+    does not cover the variation between training runs.
 
     Args:
         differences: float [seeds, directions].

@@ -1,4 +1,4 @@
-"""Timings that can be compared: measured side by side in one run, in turns, as ratios within each round."""
+"""Comparable timings: functions take turns in one run, and ratios are taken within each round."""
 
 import statistics
 import time
@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 def side_by_side(
     functions: Mapping[str, Callable[[], Any]], repeats: int = 5, warmup: int = 1
 ) -> dict[str, list[float]]:
-    """Time functions in turns, A B C C B A A B C ..., so that drift of the machine hits all of them alike.
+    """Time functions in turns, A B C C B A A B C ..., so that the machine's drift affects all of them equally.
 
     Args:
         functions: name → function.
@@ -47,7 +47,7 @@ def compare(
     Args:
         what: what is timed.
         functions: name → function, timed by `side_by_side`; the first is compared with the others.
-        targets: name of another function → the ratio aimed at, for people.
+        targets: name of another function → the intended ratio, as text for the table.
         repeats: counted rounds.
     """
     times = side_by_side(functions, repeats)
@@ -63,8 +63,8 @@ def compare(
 
 
 def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
 
 
 class TrainingStep:

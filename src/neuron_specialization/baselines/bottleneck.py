@@ -1,4 +1,4 @@
-"""Bottleneck adapters behind every Transformer layer (Bapna & Firat, 2019), per language pair or language family."""
+"""Bottleneck adapters after every Transformer layer (Bapna & Firat, 2019), per language pair or language family."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from ..neurons.masks import NeuronMasks
 
 
 class Bottleneck(nn.Module):
-    """`x + up(relu(down(norm(x))))`, with the neurons of all adapters side by side; a mask keeps those of one.
+    """`x + up(relu(down(norm(x))))` with the neurons of all adapters; a mask keeps those of one.
 
     Args:
         d_model: width of the model.
@@ -27,7 +27,7 @@ class Bottleneck(nn.Module):
         self.down = nn.Linear(d_model, neurons)
         self.activation = nn.ReLU()
         self.up = nn.Linear(neurons, d_model, bias=False)
-        nn.init.zeros_(self.up.weight)  # the model starts as it was
+        nn.init.zeros_(self.up.weight)  # the model starts with its own outputs
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return hidden states of the same shape, [batch, length, d_model]."""
@@ -45,8 +45,8 @@ def bottleneck_adapters(
 
     Without families each pair has adapters of its own in both stacks (the paper's Adapter_LP). With them an encoder
     layer has one adapter per family of source languages and a decoder layer one per family of target languages
-    (Adapter_Fam). Adapters of one layer stand side by side in one block whose neurons our masks route, so batches,
-    decoding and saving are those of every routed model; they share the normalization in front of them.
+    (Adapter_Fam). Adapters of one layer share one block, whose neurons our masks route, so batches, decoding and
+    saving are those of every routed model; they also share the normalization before them.
 
     Args:
         model: a seq2seq model without adapters, whose stacks keep their layers in `layers`; it is changed.
@@ -93,9 +93,9 @@ def _routes(pairs: list[str], families: Mapping[str, str] | None, source_tag: st
     if families is None:
         return Routes.per_pair(pairs, source_tag)
     codes = [split_pair(pair) for pair in pairs]
-    homeless = sorted({code for pair in codes for code in pair} - families.keys())
-    if homeless:
-        raise ValueError(f"Name the family of every language; missing: {', '.join(homeless)}.")
+    missing = sorted({code for pair in codes for code in pair} - families.keys())
+    if missing:
+        raise ValueError(f"Expected the family of every language; missing: {', '.join(missing)}.")
     rows = [list(dict.fromkeys(f"family {families[pair[side]]}" for pair in codes)) for side in (0, 1)]
     listed = {
         name: (rows[0].index(f"family {families[source]}"), rows[1].index(f"family {families[target]}"))

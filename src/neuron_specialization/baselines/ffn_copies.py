@@ -1,4 +1,4 @@
-"""Full modularity: every direction has a copy of each FFN to itself, the ceiling of what masks over one FFN can do."""
+"""Full modularity: every direction has its own copy of each FFN, the ceiling of what masks over one FFN can do."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,8 +17,8 @@ def ffn_copies(model: Any, language_pairs: Sequence[str], source_tag: str = "sou
     """Give each pair its own copy of every FFN block, and train all of it with everything else.
 
     Each block is widened in place to one copy of its neurons per pair, and a mask row keeps the pair's copy and
-    masks all others; so a pair starts from exactly what `model` computes. Only the output bias of a block
-    is shared. Multi-task learning calls this language-specific FFNs.
+    masks all others, so a pair starts from exactly what `model` computes. Only the output bias of a block is shared.
+    In multi-task learning these are called language-specific FFNs.
 
     Args:
         model: a seq2seq model without adapters; it is changed.
@@ -26,8 +26,8 @@ def ffn_copies(model: Any, language_pairs: Sequence[str], source_tag: str = "sou
         source_tag: what the tag on the source side names.
 
     Returns:
-        The model with an adapter of ours, `trainable="full"`. An adapter directory saved from it loads onto a base
-        that was widened alike.
+        The model with a neuron specialization adapter, `trainable="full"`. An adapter directory saved from it loads
+        onto a base that was widened in the same way.
     """
     pairs = list(language_pairs)
     rows, stacks = {}, {}

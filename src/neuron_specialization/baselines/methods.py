@@ -29,7 +29,7 @@ METHODS = (
 
 @dataclass
 class MethodArguments:
-    """The knobs of the methods."""
+    """Settings of the methods."""
 
     k: float = field(default=0.95, metadata={"help": "Share of activations that the kept neurons make up."})
     rho: float = field(default=0.7, metadata={"help": "Share of general neurons in general_specific."})
@@ -52,8 +52,8 @@ def masks_of(
     Args:
         method: one of METHODS that has masks.
         counts: activations of the baseline on validation data.
-        args: the knobs.
-        pivot: language whose two groups of directions "group" tells apart.
+        args: settings of the methods.
+        pivot: language whose two groups of directions "group" distinguishes.
         seed: of the random controls.
 
     Raises:
@@ -95,9 +95,9 @@ def build_model(
         method: one of METHODS.
         baseline: the multilingual model that all methods start from; "bilingual" takes its architecture only.
         counts: activations of the baseline on validation data.
-        args: the knobs.
+        args: settings of the methods.
         pivot: see `masks_of`.
-        seed: of the random controls. A model that starts from scratch takes torch's random state.
+        seed: of the random controls. Models that start from scratch are drawn from torch's random state.
     """
     if method == "bilingual":
         fresh = type(baseline)(copy.deepcopy(baseline.config))

@@ -1,8 +1,8 @@
 """Run a comparison in stages: one method with one seed each, in a directory of its own, resumable, skipped when done.
 
 A stage has one part, or a part for each direction where the method trains a model for each. A part keeps its final
-model and `part.json` (rows of scores, translations of the test set); checkpoints with optimizer states go when it is
-done. A stage that fails leaves `failed.json` and the others go on; it is tried again when asked for again.
+model and `part.json` (rows of scores, translations of the test set); checkpoints with optimizer states are removed
+when it is done. A stage that fails leaves `failed.json`, and the others continue; the next run tries it again.
 """
 
 import copy
@@ -38,21 +38,21 @@ _TRAINING = (
 
 @dataclass
 class StageArguments:
-    """What is compared, and with which budget; `max_steps` of the Trainer is the updates of a joint method."""
+    """What is compared, and with which budget; the Trainer's `max_steps` is the number of updates of joint methods."""
 
     methods: list[str] = field(default_factory=list, metadata={"help": "method=number of seeds."})
     learning_rates: list[float] = field(
         default_factory=lambda: [3e-4], metadata={"help": "Tried by each trained method for a third of the updates."}
     )
     scratch_learning_rates: list[float] = field(
-        default_factory=lambda: [1e-3], metadata={"help": "Likewise, by the models trained from scratch."}
+        default_factory=lambda: [1e-3], metadata={"help": "The same, for models trained from scratch."}
     )
     single_updates: int = field(default=1000, metadata={"help": "Updates of a model or LoRA of one direction."})
     bilingual_updates: int = field(default=5000, metadata={"help": "Updates of a bilingual model from scratch."})
     tuning_directions: int = field(
-        default=2, metadata={"help": "Directions on which methods with a model for each are tuned."}
+        default=2, metadata={"help": "Directions to tune on, for methods with a model per direction."}
     )
-    evaluations: int = field(default=5, metadata={"help": "Validations of a run, of which the best is kept."})
+    evaluations: int = field(default=5, metadata={"help": "Evaluations in a run, the best of which is kept."})
     num_beams: int = field(default=5, metadata={"help": "Beams on the test set."})
 
 
@@ -65,12 +65,12 @@ class Comparison:
         tokenizer: its tokenizer.
         data: "train", "validation", "test" → pair → Dataset with columns "source" and "target".
         stage: the budget.
-        method: the knobs of the methods.
+        method: settings of the methods.
         training: arguments of the Trainer; each run sets the output directory, seed, updates and learning rate itself.
         language_tokens: language code → language token.
         source_tag: what the tag on the source side names.
         pivot: language of the one-to-many and many-to-one groups.
-        max_length: truncate training text to so many tokens.
+        max_length: truncate training text to this many tokens.
 
     Raises:
         ValueError: if the output directory holds stages of a comparison with other settings.
@@ -93,7 +93,7 @@ class Comparison:
         self._check_settings()
 
     def run(self, method: str, seed: int) -> bool:
-        """Run one stage unless it is done; return whether its results stand. A failure is written down, not raised."""
+        """Run one stage unless it is done; return whether it is complete. A failure is recorded, not raised."""
         directory = self.directory / method / f"seed-{seed}"
         try:
             rate = None if method in UNTRAINED else self.learning_rate(method)
@@ -108,7 +108,7 @@ class Comparison:
     def learning_rate(self, method: str) -> float:
         """Return the learning rate with the lowest validation loss after a third of the updates with seed 0.
 
-        Every trained method gets as many trials as there are rates; only one rate needs none. Trials never see test
+        Every trained method gets as many trials as there are rates; a single rate needs none. Trials never see test
         data, and their results are kept beside the stages.
         """
         scratch = method == "bilingual"
@@ -129,7 +129,7 @@ class Comparison:
         return ActivationCounts.load(path)
 
     def _check_settings(self) -> None:
-        """Write down what every stage depends on, or refuse to mix stages that depend on something else."""
+        """Record what every stage depends on; raise if the directory holds stages that depend on something else."""
         settings = {
             "baseline": digest(self.baseline.state_dict().items()),
             "language_pairs": self.language_pairs,
@@ -146,8 +146,8 @@ class Comparison:
             changed = [name for name in settings if before.get(name) != settings[name]]
             if changed:
                 raise ValueError(
-                    f"{self.directory} holds stages of a comparison with other settings ({', '.join(changed)}). Go on "
-                    "with those settings, or name another output directory."
+                    f"{self.directory} holds stages of a comparison with other settings ({', '.join(changed)}). "
+                    "Continue with those settings, or choose another output directory."
                 )
         write_results(self.directory, {"settings": settings}, SETTINGS)
 
@@ -256,7 +256,7 @@ class Comparison:
 
 
 def collect(directory: str | Path) -> dict[str, Any]:
-    """Read whatever stages are there.
+    """Read the stages that a directory holds, finished or not.
 
     Returns:
         "rows": one per method, seed and direction; "stages": one per method and seed, with its "status" ("done",

@@ -27,8 +27,8 @@ def compact(model: nn.Module, pair: str) -> Any:
         pair: the language pair to keep.
 
     Raises:
-        ValueError: if the pair is unknown (default pairs do not count), or the model has other adapters or an FFN that
-            cannot be cut.
+        ValueError: if the pair is unknown (the default pair is not used), or the model has other adapters or an FFN
+            that cannot be made compact.
     """
     router = router_of(model)
     for adapter in _active_adapters(unwrap(model)):

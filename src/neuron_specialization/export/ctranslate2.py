@@ -1,4 +1,4 @@
-"""Compact models for CTranslate2, converted from memory: it reads each layer's width, so nothing is filled up."""
+"""Compact models for CTranslate2, converted from memory: it reads each layer's width, so nothing is padded."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -39,7 +39,7 @@ def save_ctranslate2(
         """CTranslate2's own converter reads from the disk, where layers of one stack cannot differ in width."""
 
         def _load(self) -> Any:
-            with _facts_where_expected(model.config, tokenizer):
+            with _config_for_ctranslate2(model.config, tokenizer):
                 return loader(model, _WholeVocabulary(tokenizer, len(model.get_input_embeddings().weight)))
 
     with atomic_directory(directory, overwrite) as fresh:
@@ -50,7 +50,7 @@ def save_ctranslate2(
 def load_ctranslate2(directory: str | PathLike[str], threads: int = 0) -> Any:
     """Return a `ctranslate2.Translator` on the CPU, and leave torch's number of threads as it is.
 
-    The two share OpenMP, whose number of threads making a translator would change for torch as well.
+    The two share OpenMP: creating a translator would change torch's number of threads as well.
 
     Args:
         directory: what `save_ctranslate2` wrote.
@@ -120,7 +120,7 @@ class _WholeVocabulary:
     mBART-50's vocabulary has a hole, and M2M100's tags are not in its own.
     """
 
-    num_madeup_words = 0  # M2M100's tokenizer knows how many entries CTranslate2 has to add: none are left
+    num_madeup_words = 0  # how many entries CTranslate2 adds for M2M100; here none are missing
 
     def __init__(self, tokenizer: Any, rows: int) -> None:
         self._tokenizer, self._rows = tokenizer, rows
@@ -130,7 +130,7 @@ class _WholeVocabulary:
 
     @property
     def bos_token(self) -> str:
-        """mBART-50's tokenizer has none, and CTranslate2 cannot read a model without; it is never put anywhere."""
+        """mBART-50's tokenizer has none, and CTranslate2 cannot read a model without one; it is never inserted."""
         return self._tokenizer.bos_token or self._tokenizer.eos_token
 
     def get_vocab(self) -> dict[str, int]:
@@ -140,23 +140,23 @@ class _WholeVocabulary:
 
 
 @contextmanager
-def _facts_where_expected(config: Any, tokenizer: Any) -> Iterator[None]:
-    """Put what CTranslate2 has to know of a model into the fields of its config where CTranslate2 looks for it."""
-    facts: dict[str, Any] = {}
+def _config_for_ctranslate2(config: Any, tokenizer: Any) -> Iterator[None]:
+    """Set the fields of a model's config that CTranslate2 reads and transformers 5 leaves unset or sets otherwise."""
+    values: dict[str, Any] = {}
     if config.model_type in ("t5", "mt5"):
-        # Whether the decoder's output is scaled before the LM head: read from `tie_word_embeddings`, which
-        # transformers 5 sets for all of the family; the answer is in `scale_decoder_outputs` (mT5 never scales).
-        facts["tie_word_embeddings"] = config.model_type == "t5" and config.scale_decoder_outputs
+        # CTranslate2 scales the decoder's output before the LM head if `tie_word_embeddings`, which transformers 5
+        # sets for the whole family; `scale_decoder_outputs` is what decides (mT5 never scales).
+        values["tie_word_embeddings"] = config.model_type == "t5" and config.scale_decoder_outputs
     if config.model_type == "mbart":
-        # The code of transformers is pre-norm, and its config need not say so.
-        facts["normalize_before"] = True
-        # Whether the tag opens the decoder's input itself (mBART-25: it ends the labels, and the last label is moved
+        # mBART is always pre-norm in transformers, whose config may not say so.
+        values["normalize_before"] = True
+        # Whether the tag itself opens the decoder's input (mBART-25: it ends the labels, and the last label is moved
         # to the front) or follows the end token (mBART-50).
         follows = tokenizer("")["input_ids"][-1] == tokenizer.eos_token_id
-        facts["tokenizer_class"] = "MBart50Tokenizer" if follows else "MBartTokenizer"
-    before = {name: vars(config).get(name) for name in facts}
+        values["tokenizer_class"] = "MBart50Tokenizer" if follows else "MBartTokenizer"
+    before = {name: vars(config).get(name) for name in values}
     try:
-        vars(config).update(facts)
+        vars(config).update(values)
         yield
     finally:
         for name, value in before.items():

@@ -40,9 +40,9 @@ def trim_vocabulary(
 ) -> tuple[Any, Any, VocabularyCut]:
     """Return copies of a plain model and its tokenizer that know only the tokens of some text.
 
-    Kept are the tokens that `sentences` are cut into, the language tokens named, all special tokens but the tags of
-    other languages, and what the tokenizer needs to build the kept ones (merges) or to fall back to (single characters
-    and bytes). Embeddings and LM head are cut alike.
+    Kept are the tokens of `sentences`, the given language tokens, all special tokens except the tags of other
+    languages, and what the tokenizer needs to build the kept ones (merges) or to fall back to (single characters and
+    bytes). Embeddings and LM head are cut in the same way.
 
     Args:
         model: a plain transformers model, such as `ns.compact` returns.
@@ -51,7 +51,7 @@ def trim_vocabulary(
         language_tokens: tags of the pair; those of other languages are dropped.
 
     Raises:
-        ValueError: if the tokenizer is of another kind, or the trimmed one would cut the text differently.
+        ValueError: if the tokenizer is of another kind, or the trimmed one would tokenize the text differently.
     """
     check_trimmable(tokenizer)
     text = list(dict.fromkeys(sentences))
@@ -81,7 +81,7 @@ def check_trimmable(tokenizer: Any) -> None:
 
 
 def unknown_rate(tokenizer: Any, trimmed: Any, sentences: Sequence[str]) -> float:
-    """Return the share of the tokens of some text that the trimmed tokenizer cuts differently or does not know."""
+    """Return the share of a text's tokens that the trimmed tokenizer does not produce."""
     total, unknown = 0, 0
     for before, after in zip(_cut(tokenizer, sentences), _cut(trimmed, sentences), strict=True):
         known = set(after)
@@ -99,7 +99,7 @@ def _cut(tokenizer: Any, sentences: Sequence[str]) -> Iterator[list[str]]:
 
 
 def _tags(tokenizer: Any) -> list[str]:
-    """Return special tokens that are none of the usual ones: language tags."""
+    """Return the special tokens that are language tags: those without a usual role."""
     usual = {value for value in tokenizer.special_tokens_map.values() if isinstance(value, str)}
     return [token for token in tokenizer.all_special_tokens if token not in usual]
 
@@ -142,8 +142,8 @@ def _rewrite(written: dict[str, Any], used: set[str], wanted_tags: set[str], tag
 def _parts(merges: list[tuple[str, str, str]], kept: set[str]) -> set[str]:
     """Return every token that a kept one can be merged from (left, right, whole), however deep.
 
-    Tokenizers made from sentencepiece hold several merges for one token, and which of them applies depends on the
-    merges before: all have to stay for the same text to be cut the same.
+    Tokenizers converted from sentencepiece have several merges for one token, and which of them applies depends on the
+    merges before: all must be kept for the text to be tokenized the same.
     """
     halves: dict[str, set[str]] = {}
     for left, right, whole in merges:

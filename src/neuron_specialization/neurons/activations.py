@@ -70,10 +70,10 @@ class ActivationCounts:
         self._check_same_model(other)
         pairs = [*self.language_pairs, *(p for p in other.language_pairs if p not in self.language_pairs)]
 
-        def total(mine: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
-            out = mine.new_zeros(len(pairs), *mine.shape[1:])
-            out[: len(mine)] = mine
-            return out.index_add_(0, torch.tensor([pairs.index(p) for p in other.language_pairs]), theirs)
+        def total(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+            out = first.new_zeros(len(pairs), *first.shape[1:])
+            out[: len(first)] = first
+            return out.index_add_(0, torch.tensor([pairs.index(p) for p in other.language_pairs]), second)
 
         ids = {**(self.language_token_ids or {}), **(other.language_token_ids or {})}
         return replace(
@@ -128,20 +128,19 @@ class ActivationCounts:
         return cls(counts=counts, tokens=tokens, **json.loads(about))
 
     def _check_same_model(self, other: "ActivationCounts") -> None:
-        mine = {name: tensor.shape[1] for name, tensor in self.counts.items()}
-        theirs = {name: tensor.shape[1] for name, tensor in other.counts.items()}
-        if mine != theirs or self.fingerprint != other.fingerprint or self.source_tag != other.source_tag:
+        widths, others = ({n: t.shape[1] for n, t in counts.counts.items()} for counts in (self, other))
+        if widths != others or self.fingerprint != other.fingerprint or self.source_tag != other.source_tag:
             raise ValueError(
-                f"These counts come from different models: {self.fingerprint} with {len(mine)} blocks and "
-                f"{other.fingerprint} with {len(theirs)} blocks. Record them on the same checkpoint."
+                f"These counts come from different models: {self.fingerprint} with {len(widths)} blocks and "
+                f"{other.fingerprint} with {len(others)} blocks. Record them on the same checkpoint."
             )
         if not same_weights(self.weights_sample, other.weights_sample):
             raise ValueError(
                 "These counts come from two checkpoints of one architecture. Record them on the same one."
             )
-        ids, others = self.language_token_ids or {}, other.language_token_ids or {}
-        if any(ids.get(code, token) != token for code, token in others.items()):
-            raise ValueError(f"These counts know languages by different tokens: {ids} and {others}.")
+        ids, other_ids = self.language_token_ids or {}, other.language_token_ids or {}
+        if any(ids.get(code, token) != token for code, token in other_ids.items()):
+            raise ValueError(f"These counts have different tokens for a language: {ids} and {other_ids}.")
 
 
 def record_activations(
@@ -159,8 +158,8 @@ def record_activations(
 
     An encoder position counts where `attention_mask` is 1, a decoder position where its label is neither -100 nor
     padding; without labels, by `decoder_attention_mask`, else where `decoder_input_ids` is not padding. Labels that
-    are the padding token, and sources that are without an `attention_mask`, give a warning. Where the padding token is
-    the end-of-sentence token too, the first one behind a sentence is its end and counts.
+    are the padding token, and padded sources without an `attention_mask`, give a warning. Where the padding token is
+    the end-of-sentence token too, the first one after a sentence is its end and counts.
 
     Args:
         model: an encoder-decoder model; also one with adapters, which then runs under their masks.
@@ -170,7 +169,7 @@ def record_activations(
         source_tag: what the tag on the source side names, "source" or "target"; kept with the counts.
         progress: show a progress bar.
         language_token_ids: language code → id of its token; kept with the counts, so that adapters made from them can
-            tell a sample's pair by its tokens.
+            read a sample's pair from its tokens.
 
     Raises:
         ValueError: if a pair's name is malformed, if there is no pair, if a pair has no batch, or if a batch has no

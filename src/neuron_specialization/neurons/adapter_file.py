@@ -135,7 +135,7 @@ def fetch(location: str | PathLike[str], filename: str, **hub: Any) -> Path:
     """
     directory = Path(location)
     if directory.is_dir():
-        with suppress(OSError):  # where it may only be read, what follows tells
+        with suppress(OSError):  # of a read-only directory; what follows reports what is missing
             complete_writing(directory)
         if not (directory / filename).is_file():
             raise ValueError(

@@ -1,8 +1,8 @@
-"""Controls: masks that differ from those of a method in one respect, to isolate the effect of that one.
+"""Controls: masks that differ from those of a method in one property, to isolate its effect.
 
-What is left out: the identity of the neurons (RandomOverlap), that a pair gets its own masks (WrongPair), that pairs
+What they remove: the identity of the neurons (RandomOverlap), that a pair gets its own masks (WrongPair), that pairs
 differ at all (Pooled), or that they differ beyond the direction (Pooled with a pivot). `RandomMatched` in `selection`
-leaves out the overlap between pairs as well as the identity.
+removes the overlap between pairs as well as the identity.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from .masks import NeuronMasks
 
 @dataclass(frozen=True)
 class RandomOverlap:
-    """`like` with the neurons of each block renumbered at random, all pairs alike.
+    """`like` with the neurons of each block renumbered at random, in the same way for all pairs.
 
     Every row keeps its size and every two rows their intersection; only which neurons they are changes.
 
@@ -54,8 +54,8 @@ class WrongPair:
     def __post_init__(self) -> None:
         if set(self.exchange) != set(self.exchange.values()):
             raise ValueError(
-                f"exchange must be a permutation of languages, such as {{'de': 'zh', 'zh': 'de'}}, so that all masks "
-                f"stay in use; got {dict(self.exchange)}."
+                "exchange must be a permutation of languages, such as {'de': 'zh', 'zh': 'de'}, so that every mask is "
+                f"still used; got {dict(self.exchange)}."
             )
 
     def select(self, counts: ActivationCounts | None = None) -> NeuronMasks:
@@ -110,7 +110,7 @@ class Pooled:
                 rows[name][torch.tensor(members).unsqueeze(1), kept] = True
         routes = Routes.per_pair(pairs, counts.source_tag)
         selector = _describe(self, pivot=self.pivot)
-        return NeuronMasks(rows, dict(counts.stacks), routes, selector, dict(counts.fingerprint))
+        return NeuronMasks(rows=rows, routes=routes, selector=selector, **counts.origin)
 
     def _group(self, pair: str) -> str:
         if self.pivot is None:

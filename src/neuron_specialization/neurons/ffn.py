@@ -29,7 +29,7 @@ class FfnBlock:
         layer: index of the Transformer layer inside its stack.
         up: projection from d_model to d_ff.
         gate: for gated blocks, the projection whose output goes through the activation.
-        down: projection from d_ff to d_model; its input is what neurons emit.
+        down: projection from d_ff to d_model; its input is the output of the neurons.
         activation: elementwise function between the projections.
         d_ff: number of neurons.
     """
@@ -89,10 +89,10 @@ def fingerprint(model: nn.Module, blocks: list[FfnBlock]) -> dict[str, str | int
 
 
 def sample_weights(blocks: list[FfnBlock]) -> list[float]:
-    """Return a few weights of the base model, by which another checkpoint of the same architecture shows.
+    """Return a few weights of the base model, to recognize another checkpoint of the same architecture.
 
-    They are read from down projections, which adapters of this method leave alone. Values instead of a hash survive
-    a cast to another type (see `same_weights`). Empty where the weights are not plain (quantized, sharded, offloaded).
+    They are read from down projections, which adapters of this method do not change. Values, unlike a hash, survive a
+    cast to another type (see `same_weights`). Empty where the weights are not plain (quantized, sharded, offloaded).
     """
     values: list[float] = []
     for block in (blocks[0], blocks[len(blocks) // 2], blocks[-1]):

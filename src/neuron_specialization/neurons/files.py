@@ -29,7 +29,7 @@ def atomic_directory(directory: str | PathLike[str], overwrite: bool = False) ->
     ones are removed. All other files stay. If the body raises, nothing changes.
 
     Args:
-        directory: where to write; made if need be.
+        directory: where to write; created if missing.
         overwrite: also replace files of the same names that this package did not write.
 
     Raises:
@@ -48,7 +48,7 @@ def atomic_directory(directory: str | PathLike[str], overwrite: bool = False) ->
 
 
 def begin_writing(target: Path) -> Path:
-    """Return an empty folder inside `target` to write into, for `finish_writing`; `target` is made if need be."""
+    """Return an empty folder inside `target` to write into, for `finish_writing`; `target` is created if missing."""
     if target.is_file():
         raise ValueError(f"{target} is a file; expected the path of a directory to write.")
     complete_writing(target)
@@ -80,7 +80,7 @@ def check_replaceable(target: str | PathLike[str], files: Iterable[str], overwri
     Args:
         target: the directory.
         files: paths of the files, relative to it.
-        overwrite: whether files that this package did not write may be replaced all the same.
+        overwrite: whether files that this package did not write may be replaced too.
 
     Raises:
         ValueError: naming those that may not.

@@ -184,7 +184,7 @@ class NeuronMasks:
             (fresh / adapter_file.CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     def push_to_hub(self, repo_id: str, *, token: str | bool | None = None, private: bool | None = None) -> str:
-        """Write the adapter directory into a Hub repository, made if need be, and return its address.
+        """Write the adapter directory to a Hub repository, created if missing, and return its address.
 
         Args:
             repo_id: Hub id, such as "me/nllb-masks".

@@ -16,8 +16,7 @@ class _BeforeHead(Exception):
 
 @contextmanager
 def observed(model: nn.Module) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Yield a function that runs one batch through a model for the sake of hooks: in eval mode, without gradients, up
-    to its LM head, never compiled."""
+    """Yield a function that runs a batch for its hooks: in eval mode, without gradients, LM head or compiled code."""
 
     def run(batch: Mapping[str, Any]) -> None:
         try:
@@ -65,8 +64,8 @@ def _headless(model: Any) -> Iterator[None]:
 def _plain_execution(model: nn.Module) -> Iterator[None]:
     """Run a model in eval mode, module by module and each FFN in one piece, so that hooks see every position.
 
-    Compiled code that exists already does not know hooks attached after it. BERT's layers may cut the positions into
-    chunks (`chunk_size_feed_forward`), which saves memory and changes no result.
+    Code that was compiled before hooks were attached does not run them. BERT's layers may split the positions into
+    chunks (`chunk_size_feed_forward`), which saves memory and does not change results.
     """
     modules: list[Any] = list(model.modules())
     training = [module for module in modules if module.training]

@@ -47,8 +47,8 @@ def target_positions(batch: Mapping[str, Any], config: Any) -> tuple[torch.Tenso
 def _outer_padding(tokens: torch.Tensor, config: Any) -> torch.Tensor:
     """Return where rows begin or end with padding tokens or ignored labels: bool [batch, length].
 
-    Where the padding token also closes sentences, the first one behind a sentence is its end and not padding. Inside
-    a sentence it is a token like others: some models use their unknown token for padding.
+    Where the padding token also ends sentences, the first one after a sentence is its end and not padding. Inside a
+    sentence it is an ordinary token: some models use their unknown token for padding.
     """
     empty = (tokens == config.pad_token_id) | (tokens == IGNORED)
     trailing = empty.int().flip(1).cumprod(1).flip(1).bool()
@@ -62,8 +62,8 @@ def _outer_padding(tokens: torch.Tensor, config: Any) -> torch.Tensor:
 def fit_positions(positions: torch.Tensor | None, computed: torch.Tensor, stack: str) -> torch.Tensor:
     """Return positions of the shape that a block computes, [batch, length].
 
-    Blocks may compute more positions than the batch has (windows are filled up; ProphetNet's future streams follow
-    the main one), which do not count, or fewer (speech is shortened), which then stand for several each.
+    Blocks may compute more positions than the batch has (windows are padded; ProphetNet's future streams follow the
+    main one), which do not count, or fewer (speech is shortened), each of which then stands for several.
 
     Args:
         positions: where to count, [batch, length of the batch], or None: everywhere.

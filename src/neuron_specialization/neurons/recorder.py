@@ -15,7 +15,7 @@ from .positions import fit_positions, source_positions, target_positions
 
 
 class CountingHook:
-    """Forward (pre-)hook that hands a block's activations on; a class, so that layers know it from others' hooks."""
+    """Forward (pre-)hook that counts a block's activations; a class, so that layers can tell it from other hooks."""
 
     def __init__(self, count: Callable[[torch.Tensor], None]) -> None:
         self.count = count
@@ -58,7 +58,7 @@ class Recorder:
             return
         self.positions = {ENCODER: source, DECODER: target}
         for name, padding in (("input_ids", source_padding), ("labels", target_padding)):
-            if padding is not None:  # added up on the device: asking for each batch would wait for it
+            if padding is not None:  # added up on the device: reading it in each batch would wait for the device
                 self.padding_tokens[name] = self.padding_tokens.get(name, 0) + padding.sum()
 
     def check_batch(self) -> None:
@@ -72,13 +72,13 @@ class Recorder:
                 )
 
     def warn_about_padding(self) -> None:
-        """Warn where padding had to be told by its token."""
+        """Warn where padding had to be recognized by its token."""
         remedy = {"labels": "Make padding -100 in labels", "input_ids": "Pass the tokenizer's attention_mask"}
         for name, count in self.padding_tokens.items():
             if count:
                 warnings.warn(
                     f"The {name} end or begin with {int(count)} padding tokens (id {self.model.config.pad_token_id}), "
-                    f"which were taken for padding and not counted. {remedy[name]}, so that the model knows as well.",
+                    f"which were taken for padding and not counted. {remedy[name]}, so that the model ignores it too.",
                     stacklevel=3,
                 )
 
@@ -111,7 +111,7 @@ class Recorder:
         """Make padding rows NaN before the experts read them: NaN is not above zero, so no expert counts them.
 
         Experts get tokens in an order of their own, so positions cannot be told apart there. The rows are cleared
-        behind the experts, and no real position attends to padding.
+        after the experts, and no real position attends to padding.
         """
         positions = self.positions[stack]
         if positions is None:
@@ -122,12 +122,12 @@ class Recorder:
     def _count(self, block: FfnBlock, values: torch.Tensor) -> None:
         """Add the number of counted positions at which each neuron is active; `values` are what neurons emit.
 
-        Where a block runs again in the same pass, what it sees then is not the tokens (PEGASUS-X's global positions).
+        A block that runs again in the same pass sees something other than tokens (PEGASUS-X's global positions).
         """
         if block.name in self.counted_blocks:
             return
         self.counted_blocks.add(block.name)
-        # into float32 at once: a bool tensor in between would have to be converted for the product
+        # straight into float32: a bool tensor would have to be converted for the product
         active = torch.gt(values, 0, out=torch.empty(values.shape, dtype=torch.float32, device=values.device))
         if values.ndim == 2:  # tokens routed to an expert; padding is marked
             self.counts[block.name][self.pair] += active.sum(0, dtype=torch.float64).long()

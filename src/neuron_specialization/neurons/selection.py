@@ -106,7 +106,7 @@ class LAPE:
     Counts are added up by source language in the encoder and by target language in the decoder. A neuron is language
     specific if its activation probability is high for some language and the entropy of its probabilities over
     languages is among the lowest. A language keeps every neuron that is not assigned exclusively to other languages,
-    so a model goes on working under these masks.
+    so a model keeps working under these masks.
 
     Attributes:
         entropy_share: share of a stack's neurons, lowest entropy first, that count as language specific.
@@ -181,7 +181,7 @@ def smallest_prefix(counts: torch.Tensor, k: float) -> torch.Tensor:
 def exact_share(share: float) -> Fraction:
     """Return the fraction that a float stands for: 7/100 for .07, 1/3 for 1 / 3, 3/10 for 1 - .7.
 
-    Products of floats are off by a little, and then a neuron too many is kept.
+    Products of floats are slightly off, and would sometimes keep one neuron too many.
     """
     simple = Fraction(share).limit_denominator(10**6)
     return simple if abs(simple - Fraction(share)) < 2**-52 else Fraction(str(share))
@@ -205,5 +205,6 @@ def _describe(selector: Any) -> dict[str, Any]:
 
 
 def check_share(name: str, share: Any) -> None:
+    """Raise ValueError unless `share` is a number in (0, 1]."""
     if not isinstance(share, int | float) or not 0 < share <= 1:
-        raise ValueError(f"{name} is a share in (0, 1], got {share!r}.")
+        raise ValueError(f"{name} must be a share in (0, 1], got {share!r}.")

@@ -48,8 +48,8 @@ class GeneralSpecific:
 class Specificity:
     """The paper's cumulative rule on activity weighted by specificity: s = p · (p / mean of p over pairs)^gamma.
 
-    p is the activation rate. `gamma=0` is `CumulativeThreshold(k)`; the larger gamma, the more a neuron that is active
-    for all pairs gives way to one that is active for this pair above all.
+    p is the activation rate. `gamma=0` is `CumulativeThreshold(k)`; the larger gamma, the more neurons that are active
+    mainly for this pair are preferred to those that are active for all pairs.
 
     Attributes:
         k: share in (0, 1] of the sum of s that the kept neurons make up.
@@ -70,6 +70,6 @@ class Specificity:
         for name, count in counts.counts.items():
             rates = activation_rates(counts, name)
             relative = rates / rates.mean(0).clamp_min(torch.finfo(torch.float64).tiny)
-            # counts instead of rates: the rule is blind to a pair's scale, and with gamma=0 the sums stay exact
+            # counts instead of rates: the rule does not depend on a pair's scale, and with gamma=0 sums stay exact
             rows[name] = smallest_prefix(count.double() * relative**self.gamma, self.k)
         return per_pair_masks(rows, counts, self)

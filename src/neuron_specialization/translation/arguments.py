@@ -36,8 +36,12 @@ class DataArguments:
     source_tag: str = field(default="source", metadata={"help": "What the source side's tag names: source or target."})
     pivot: str | None = field(default=None, metadata={"help": "Language of the one-to-many and many-to-one averages."})
     max_length: int = field(default=128, metadata={"help": "Training text is truncated to this many tokens."})
-    max_sentences: int | None = field(default=None, metadata={"help": "Maximum of sentence pairs per direction."})
-    drop_faulty: bool = field(default=False, metadata={"help": "Drop what the data check finds, not only report it."})
+    max_sentences: int | None = field(
+        default=None, metadata={"help": "Maximum number of sentence pairs per direction."}
+    )
+    drop_faulty: bool = field(
+        default=False, metadata={"help": "Drop what the data check finds, instead of reporting."}
+    )
 
     def load(self, split: str, **changes: Any) -> dict[str, Dataset]:
         """Load every direction of one split: "train" (up to `max_sentences`), "validation" or "test".
@@ -48,7 +52,7 @@ class DataArguments:
         path = getattr(self, f"{split}_file")
         if path is None:
             raise ValueError(
-                f"Name the {split} data: --{split}_file FILE ({FORMATS}, or plain text as train.{{lang}}) or a "
+                f"Pass the {split} data: --{split}_file FILE ({FORMATS}, or plain text as train.{{lang}}) or a "
                 "dataset on the Hub."
             )
         limit = self.max_sentences if split == "train" else None

@@ -41,7 +41,7 @@ class DirectionBatchSampler(Sampler[list[int]]):
     ) -> None:
         if temperature <= 0:
             raise ValueError(f"The sampling temperature T must be above 0 (1 follows the data), got {temperature}.")
-        # not named batch_size: accelerate would then deal parts of batches to processes instead of whole ones
+        # not named batch_size, or accelerate would give each process parts of batches instead of whole ones
         self._examples_per_batch = batch_size
         self._lengths = lengths
         # positions fit into 32 bits, which halves the memory: 8 bytes per example in all, these and the shuffled ones

@@ -14,7 +14,7 @@ from xxhash import xxh3_64_intdigest
 from .arrow import arrow_batches
 
 MAX_LENGTH_RATIO = 3.0
-_LENGTH_SLACK = 20  # characters; short sentences differ by more than their ratio says
+_LENGTH_SLACK = 20  # characters; the ratio of short sentences varies more
 
 
 @dataclass
@@ -34,9 +34,9 @@ def check_parallel(
 ) -> tuple[dict[str, Dataset], dict[str, DataCheck]]:
     """Count what should not be in training data, and drop it only if asked.
 
-    Counted are empty sides, repeated sentence pairs, pairs with a side more than three times as long as the other
-    side lets expect, and pairs either side of which is a held-out sentence of that direction. Lengths are characters,
-    beyond a slack of 20 for short sentences, and what to expect is the direction's own median ratio of lengths: a
+    Counted are empty sides, repeated sentence pairs, pairs with a side more than three times as long as expected from
+    the other side, and pairs either side of which is a held-out sentence of that direction. Lengths are in characters,
+    with a slack of 20 for short sentences, and the expected length follows from the direction's own median ratio: a
     Chinese sentence has a third of the characters of its translation into English.
 
     Sentences are compared by 64-bit hashes: among 5 million, two different ones are taken for the same with a
@@ -109,7 +109,7 @@ def _lengths(data: Dataset) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _repeated(sources: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Return which sentence pairs stand further up already."""
+    """Return which sentence pairs occur earlier already."""
     with np.errstate(over="ignore"):
         both = sources * np.uint64(0x9E3779B97F4A7C15) ^ targets  # odd, so that no source is lost; order matters
     repeated = np.ones(len(both), bool)

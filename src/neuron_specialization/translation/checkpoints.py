@@ -20,7 +20,7 @@ def load_checkpoint(location: str) -> tuple[Any, Any]:
         ValueError: if a directory holds no checkpoint, or an adapter beside it, or the model is not a seq2seq model.
     """
     directory = Path(location)
-    with suppress(OSError):  # where it may only be read, loading tells
+    with suppress(OSError):  # of a read-only directory; loading then reports what is missing
         complete_writing(directory)
     if directory.is_dir() and not (directory / "config.json").is_file():
         hint = (
@@ -85,8 +85,7 @@ def new_m2m100(
         "dropout": dropout,
         "attention_dropout": dropout,
         "activation_dropout": 0.0,
-        "init_std": d_model
-        ** -0.5,  # as in fairseq; with the library's 0.02 narrow models learn to align words far later
+        "init_std": d_model**-0.5,  # as in fairseq; with 0.02, the default, small models learn to align far later
     }
     return M2M100ForConditionalGeneration(M2M100Config(**{**settings, **config}))
 

@@ -32,15 +32,15 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except Exception as error:
-        if not _foreseen(error):
+        if not _is_expected(error):
             raise
-        if _speaks():
+        if _prints_errors():
             print(f"Error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
 
 
-def _speaks() -> bool:
-    """Return whether this process prints the error: of several that fail, the first, so that it is printed once."""
+def _prints_errors() -> bool:
+    """Return whether this process prints the error: the first of those that fail, so that it is printed once."""
     if not torch.distributed.is_initialized():
         return get_int_from_env(_LOCAL_RANK, 0) == 0
     try:
@@ -49,7 +49,7 @@ def _speaks() -> bool:
         return False
 
 
-def _foreseen(error: Exception) -> bool:
+def _is_expected(error: Exception) -> bool:
     if isinstance(error, OSError) and error.filename is not None:
         return True
     raised = traceback.extract_tb(error.__traceback__)[-1]
@@ -66,7 +66,7 @@ def parse(*types: Any, unused: Collection[str] = (), argv: Sequence[str] | None 
 
     Args:
         *types: dataclasses, such as DataArguments and Seq2SeqTrainingArguments.
-        unused: fields of theirs that the recipe does not use; they keep their defaults, and naming one is an error.
+        unused: their fields that the recipe does not use; these keep their defaults, and setting one is an error.
         argv: the command line, by default that of the process.
 
     Raises:
@@ -109,7 +109,7 @@ class _Parser(HfArgumentParser):
             description=sys.modules["__main__"].__doc__,
             formatter_class=_HelpFormatter,
         )
-        self.add_argument("--config", metavar="FILE.yaml", help="Options as `name: value`; flags go before them.")
+        self.add_argument("--config", metavar="FILE.yaml", help="Options as `name: value`; flags override them.")
         self.add_argument("--help", "-h", action="help", default=SUPPRESS, help="Show this help.")
         trainer = {name for kind in types if issubclass(kind, TrainingArguments) for name in _inherited(kind)}
         if trainer:
@@ -125,7 +125,7 @@ class _Parser(HfArgumentParser):
                 self._known[option] = action
 
     def check(self, option: str) -> Action:
-        """Return what stands behind `--option`, or raise ValueError with the nearest one there is."""
+        """Return the action of `--option`, or raise ValueError that names the nearest option."""
         if option not in self._known:
             names = [name for name in self._known if "-" not in name[2:]]
             nearest = difflib.get_close_matches(option.replace("-", "_"), names, n=1, cutoff=0)[0]
@@ -163,18 +163,18 @@ class _Parser(HfArgumentParser):
         return words
 
     def error(self, message: str) -> NoReturn:
-        """Raise instead of printing the usage of every option there is."""
+        """Raise instead of printing the usage of every option."""
         raise ValueError(f"{self.prog}: {message}.")
 
 
 def _inherited(kind: Any) -> set[str]:
-    """Return the Trainer's own options, which the short help leaves out, without those that `kind` declares anew."""
+    """Return the Trainer's own options, which the short help leaves out, except those that `kind` redefines."""
     names = {field.name for field in dataclasses.fields(kind)}
     return names - vars(kind).get("__annotations__", {}).keys() - _SHOWN_OF_TRAINER
 
 
 class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Each option once, without its dashed spelling, and without defaults that say nothing."""
+    """Each option once, without its dashed spelling, and without empty defaults."""
 
     def _format_action_invocation(self, action: Action) -> str:
         value = action.metavar or action.dest.upper()
@@ -182,5 +182,5 @@ class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter)
         return action.option_strings[0] + shown.get(action.nargs, "")
 
     def _get_help_string(self, action: Action) -> str | None:
-        says_nothing = action.default is None or action.default in ([], SUPPRESS, dataclasses.MISSING)
-        return action.help if says_nothing else super()._get_help_string(action)
+        is_empty = action.default is None or action.default in ([], SUPPRESS, dataclasses.MISSING)
+        return action.help if is_empty else super()._get_help_string(action)

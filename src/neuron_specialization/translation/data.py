@@ -45,7 +45,7 @@ def load_parallel(
         language_pairs: directions to load, such as ["en-de", "de-en"].
         split: rows to take where the file has a column "split", or the split of a dataset on the Hub.
         columns: language code → name of its column or file, where they differ.
-        max_sentences: take at most so many sentence pairs per direction, from the top.
+        max_sentences: take at most this many sentence pairs per direction, from the top.
 
     Returns:
         pair → Dataset with columns "source" and "target". Rows where either side is missing (null, or an empty cell of
@@ -105,8 +105,8 @@ def _rows_of_split(rows: Dataset, split: str | None, path: str) -> Dataset:
             counts.update({entry["values"]: entry["counts"] for entry in batch.column(0).value_counts().to_pylist()})
         values = ", ".join(f"{value!r} ({count} rows)" for value, count in counts.most_common(8))
         raise ValueError(
-            f"{path} has no rows of the split {split!r}: its column 'split' holds {values or 'nothing'}. Say which "
-            f"one with split=, or on the command line with --splits {split}=..."
+            f"{path} has no rows of the split {split!r}: its column 'split' holds {values or 'nothing'}. Choose one "
+            f"of these with split=, or on the command line with --splits {split}=..."
         )
     return chosen
 

@@ -67,7 +67,7 @@ def read_text(files: Mapping[str, str], quiet: bool = False) -> Dataset:
         if not Path(file).is_file():
             raise ValueError(f"There is no file {file}.")
     stats = [os.stat(file) for file in files.values()]
-    # or datasets would not see that a file changed; no list, which it would take for shards
+    # part of the cache's key, so that datasets sees that a file changed; a list would be taken for shards
     version = tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)
     features = Features({column: Value("string") for column in files})
     large = sum(stat.st_size for stat in stats) >= _BAR_FROM

@@ -77,7 +77,7 @@ def language_tag(tokenizer: Any, language: str, source: str, tokens: Mapping[str
 def subwords(tokenizer: Any, examples: Examples, tagging: bool) -> list[list[list[int]]]:
     """Return token ids without special ones: per example, per text or (tagging) per word.
 
-    Words are cut one by one. One that the tokenizer makes nothing of is its unknown token.
+    Words are tokenized one by one. One of which the tokenizer makes no token becomes its unknown token.
     """
     unique = list(dict.fromkeys(text for texts in examples.texts for text in texts))
     options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}

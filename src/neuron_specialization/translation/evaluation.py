@@ -32,7 +32,7 @@ def bleu_tokenizer(language: str) -> str:
 
 
 def check_scorers(target_languages: Iterable[str]) -> None:
-    """Raise ImportError if scoring one of the languages needs what is not installed; ask before translating."""
+    """Raise ImportError if scoring one of the languages needs what is not installed; call it before translating."""
     for language in target_languages:
         tokenizer = bleu_tokenizer(language)
         try:
@@ -72,7 +72,7 @@ def evaluate(
         language_tokens: language code → language token (see `translate`).
         source_tag: what the tag on the source side names (see `translate`).
         batch_size: sentences per batch.
-        long_sentences: what becomes of sentences with more tokens than the model has positions (see `translate`).
+        long_sentences: what to do with sentences of more tokens than the model has positions (see `translate`).
         **generate_kwargs: passed to `model.generate`; five beams by default.
 
     Returns:
@@ -80,7 +80,7 @@ def evaluate(
 
     Raises:
         ImportError: if a target language needs a word segmenter that is not installed, before anything is translated.
-        ValueError: if a sentence is too long and `long_sentences` is "error", likewise.
+        ValueError: if a sentence is too long and `long_sentences` is "error", also before anything is translated.
     """
     check_scorers(split_pair(pair)[1] for pair in data)
     if long_sentences == "error":
@@ -96,7 +96,7 @@ def evaluate(
             bar.set_postfix_str(pair)
             sources = list(rows["source"])
             with process.split_between_processes(list(range(len(rows)))) as share:
-                mine = translate(
+                own_share = translate(
                     model,
                     tokenizer,
                     [sources[i] for i in share],
@@ -109,7 +109,7 @@ def evaluate(
                     progress=bar,
                     **generate_kwargs,
                 )
-            translations[pair] = gather_object(mine)
+            translations[pair] = gather_object(own_share)
             done += len(rows)
             bar.update(done - bar.n)  # what other processes translated
     for pair, rows in data.items():

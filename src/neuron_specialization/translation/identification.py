@@ -34,7 +34,7 @@ def record_corpus_parts(
     parts: int = 1,
     seed: int = 0,
 ) -> list[ActivationCounts]:
-    """Count activations over a corpus, cut at random into parts so that the stability of masks can be judged.
+    """Count activations over a corpus, split at random into parts so that the stability of masks can be measured.
 
     Every process counts a share of the batches and the counts are summed, so that all get the same.
 
@@ -48,7 +48,7 @@ def record_corpus_parts(
         batch_size: sentence pairs per batch.
         count_padding: count padding positions too.
         parts: number of disjoint parts.
-        seed: order in which sentences are dealt to parts.
+        seed: of the order in which sentences are assigned to parts.
 
     Returns:
         Counts of each part; `counts[0].merge(*counts[1:])` are those of the corpus.
@@ -62,7 +62,7 @@ def record_corpus_parts(
     encoded = {}
     for pair, rows in corpus.items():
         if len(rows) < parts:
-            raise ValueError(f"{pair} has {len(rows)} sentence pairs, which cannot be cut into {parts} parts.")
+            raise ValueError(f"{pair} has {len(rows)} sentence pairs, which cannot be split into {parts} parts.")
         batch = encode(tokenizer, pair, rows["source"], rows["target"], tokens, source_tag, max_length)
         encoded[pair] = [
             {"input_ids": source, "labels": target}
@@ -75,7 +75,7 @@ def record_corpus_parts(
         whole = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
         route = {"language_pairs": [pair]} if is_routed(model) else {}
         state = this_process()
-        # whole batches are dealt to processes, so that the number of processes changes no batch
+        # processes get whole batches, so that their number changes no batch
         return DataLoader(
             whole[state.process_index :: state.num_processes],  # type: ignore[arg-type]
             batch_size=None,

@@ -27,9 +27,9 @@ def encode_within(
     Args:
         limit: positions of the model; None for a model that has no limit.
         sentences: text.
-        encode: encodes texts, truncated to so many tokens if that is not None.
+        encode: encodes texts, truncated to the number of tokens given unless that is None.
         pair: the direction, for errors.
-        long_sentences: what becomes of sentences with more tokens: "error", "truncate", or "split" into pieces.
+        long_sentences: what to do with sentences of more tokens: "error", "truncate", or "split" into pieces.
         numbers: what errors call each sentence, such as the numbers of their lines; by default 1, 2, 3, ...
 
     Returns:

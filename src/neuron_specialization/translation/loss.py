@@ -2,8 +2,8 @@
 
 With a vocabulary of 256,206 entries (NLLB), 4,096 target tokens make 4.2 GB of float32 logits, and a training step
 holds them several times. torch's `linear_cross_entropy` computes loss and gradients in chunks of tokens instead. It
-knows no label smoothing, but with z = x·Wᵀ + b the smoothed loss is exactly
-`cross_entropy(z, target) + ε Σ (z_target - mean(z))`, and both added terms need no logits either.
+has no label smoothing, but with z = x·Wᵀ + b the smoothed loss is exactly
+`cross_entropy(z, target) + ε Σ (z_target - mean(z))`, and neither of the added terms needs logits.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,8 +20,8 @@ from ..neurons.base_model import unwrap
 from ..neurons.positions import IGNORED
 
 CHUNK_LOGITS = 2**26  # logits computed at a time: 256 MB in float32
-# So many are computed at once: chunks pay above it (measured on a CPU, forward and backward, for 2**25 to 2**28
-# logits: 0.6 to 0.96 of the time), and below it logits are small, and chunks take 1.0 to 1.5 of their time.
+# Up to this many logits are computed without chunks. Above, chunks are faster (measured on a CPU, forward and
+# backward, for 2**25 to 2**28 logits: 0.6 to 0.96 of the time); below, they take 1.0 to 1.5 times as long.
 FEW_LOGITS = 2**24
 _BIAS = "final_logits_bias"  # what BART, Marian, mBART and others add to their head's output
 
@@ -94,7 +94,7 @@ def summed_cross_entropy(
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     with torch.autocast(device, enabled=False):
         if len(labels) * len(weight) <= FEW_LOGITS or hidden.dtype == torch.float16:
-            # few logits cost less at once; in float16 chunks would compute gradients before the loss is scaled up
+            # few logits are faster without chunks; in float16, chunks would compute gradients before loss scaling
             return logits_cross_entropy(F.linear(hidden, weight, bias), labels, smoothing)
         chunks = nn.LinearCrossEntropyOptions(
             batch_chunk_size=max(1, CHUNK_LOGITS // len(weight)), chunking_method=None
@@ -124,18 +124,18 @@ def _target_over_mean(
 
 @torch.no_grad()
 def find_linear_head(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> LinearHead | None:
-    """Return the head of `model` if its logits are shown to be a plain linear layer of what the head is given.
+    """Return the head of `model` if a run shows that the logits are a plain linear layer of the head's input.
 
-    Anything else, and anything that looks on (soft caps, hooks or adapters on the head, other layer types, compiled
-    models), is None: the loss is then computed from logits.
+    Returns None for anything else (soft caps, hooks or adapters on the head, other layer types, compiled models): the
+    loss is then computed from logits.
 
     Args:
-        model: a seq2seq model, in whatever wrappers it trains in.
-        batch: a batch that it takes, with labels; the first sample is run once.
+        model: a seq2seq model, in the wrappers that it is trained in.
+        batch: a training batch with labels; its first sample is run once.
     """
     base = unwrap(model)
     linear = base.get_output_embeddings()
-    if type(linear) is not nn.Linear or _is_watched(linear):
+    if type(linear) is not nn.Linear or _is_hooked(linear):
         return None
     if isinstance(model, DataParallel) or any(_is_compiled(module) for module in model.modules()):
         return None
@@ -160,8 +160,8 @@ def find_linear_head(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Lin
     return LinearHead(linear, base, adds_bias=False) if logits.equal(output.to(logits.dtype)) else None
 
 
-def _is_watched(module: nn.Module) -> bool:
-    """Whether something is attached to a module that expects to see its real output, or computes it."""
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether a module has hooks, which expect its real output, or a forward of its own."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks) or "forward" in vars(module)
 

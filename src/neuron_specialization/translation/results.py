@@ -45,7 +45,7 @@ def check_results(directory: str | Path, name: str = "results.json") -> None:
     if author != _recipe():
         raise ValueError(
             f"{path.parent} already holds {name}, written by {author}, and {_recipe()} would replace it. Choose "
-            "another --output_dir, or move that file away."
+            "another --output_dir, or move that file."
         )
 
 
@@ -75,7 +75,7 @@ def report_training(
     """Print what a training run measured and write it to `results.json`; only the main process does.
 
     Args:
-        directory: the run's output directory. If the run had finished before, the file that stands there is kept.
+        directory: the run's output directory. If the run had finished before, its file is kept.
         metrics: what `fit` returns.
         data: rows of the data check's table.
         *arguments: the dataclasses that the command line was parsed into.
@@ -91,8 +91,9 @@ def report_training(
 
 
 def environment() -> dict[str, str | int | None]:
-    """Return versions of what a number depends on (None: not installed), the kind of device, and how much was used."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    """Return the versions that a number depends on (None: not installed), the device, processes and threads."""
+    cuda = this_process().device.type == "cuda"
+    device = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU"
     versions = {name: _version(name) for name in _VERSIONED}
     used = {"device": device, "processes": this_process().num_processes, "threads": torch.get_num_threads()}
     return {"python": platform.python_version(), **used, **versions}

@@ -1,4 +1,4 @@
-"""What a training run depends on, kept beside its checkpoints, so that a run is resumed as itself or refused."""
+"""What a training run depends on, recorded beside its checkpoints: only the same run is resumed."""
 
 import dataclasses
 import hashlib
@@ -60,7 +60,7 @@ class Run:
         if self.result is not None:  # the directory may have been moved since
             self.result["saved"] = str(self.directory / Path(self.result["saved"]).name)
         if self.result is None and self.checkpoint is None:
-            stored = {}  # nothing was learned that could be mislabelled
+            stored = {}  # nothing was trained yet, so nothing can be mixed up
         elif "depends_on" not in stored:
             raise ValueError(
                 f"{self.directory} holds checkpoints but no readable {RUN_FILE} that says what they were trained "
@@ -80,7 +80,7 @@ class Run:
             _write_json(self.directory / RUN_FILE, run)
 
 
-_WAY_OUT = "Name another --output_dir, or discard what is there with --overwrite_output_dir."
+_WAY_OUT = "Choose another --output_dir, or discard what is there with --overwrite_output_dir."
 
 
 def discard_run(output_dir: str | Path, model: nn.Module) -> None:
@@ -94,7 +94,7 @@ def discard_run(output_dir: str | Path, model: nn.Module) -> None:
     origin = Path(getattr(unwrap(model), "name_or_path", ""))
     if origin.is_dir() and directory.resolve() in origin.resolve().parents:
         raise ValueError(
-            f"--overwrite_output_dir would remove the model that is to be trained, {origin}. Name an --output_dir "
+            f"--overwrite_output_dir would remove the model that is to be trained, {origin}. Choose an --output_dir "
             "that does not hold it."
         )
     if process.is_main_process:
@@ -161,7 +161,7 @@ def _shown(value: Any) -> str:
 
 
 class MarkComplete(TrainerCallback):
-    """Mark a checkpoint once every process has written its part; resuming trusts only marked ones."""
+    """Mark a checkpoint once every process has written its part; only marked ones are resumed from."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -179,10 +179,10 @@ class MarkComplete(TrainerCallback):
 
 
 def last_complete_checkpoint(output_dir: str) -> str | None:
-    """Return the newest checkpoint in `output_dir` that is as it was when its writing ended, or None.
+    """Return the newest checkpoint in `output_dir` that is complete and unchanged since it was written, or None.
 
     The checkpoint with the highest number may be incomplete. One with a damaged file, or whose best checkpoint so far
-    is damaged, is passed over with a message.
+    is damaged, is skipped with a message.
     """
     checkpoints = [path for path in Path(output_dir).glob("checkpoint-*/") if path.name.split("-")[1].isdigit()]
     for checkpoint in sorted(checkpoints, key=lambda path: int(path.name.split("-")[1]), reverse=True):
@@ -201,10 +201,10 @@ def _fault(checkpoint: Path) -> str | None:
     """Say what is wrong with a checkpoint, or return None."""
     marker = _read_json(checkpoint / COMPLETE_MARKER)
     if marker is None:
-        return f"it has no readable {COMPLETE_MARKER}, so it was not written to its end"
+        return f"it has no readable {COMPLETE_MARKER}, so writing it was interrupted"
     found = _file_sizes(checkpoint)
     damaged = [name for name, size in marker["bytes"].items() if found.get(name) != size]
-    return f"{damaged[0]} is not as it was written" if damaged else None
+    return f"{damaged[0]} has changed since it was written" if damaged else None
 
 
 def _file_sizes(directory: Path) -> dict[str, int]:
@@ -221,7 +221,7 @@ def load_trained(model: Any, directory: str | Path) -> None:
 
 
 def _read_json(path: Path) -> Any:
-    """Return what a JSON file holds, or None where there is no such file, or it was cut off."""
+    """Return what a JSON file holds, or None if it is missing or truncated."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):

@@ -10,8 +10,8 @@ from ..neurons.base_model import unwrap
 def shard(model: Any, plugin: Any) -> None:
     """Shard each layer, and the rest together, in place.
 
-    accelerate would make a unit of its own of the input and output embeddings, but the embeddings of encoder-decoder
-    models are shared with their stacks, and a parameter cannot be in two units. It leaves sharded models as they are.
+    accelerate would put the input and output embeddings into a unit of their own, but encoder-decoder models share
+    them with their stacks, and a parameter cannot be in two units. It does not touch models that are sharded already.
 
     Args:
         model: a transformers model, with adapters or without.

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from .processes import on_main_process, this_process
 from .translate import translate
 
-_BATCHES_PER_CHUNK = 16  # translated before anything is written: enough to sort by length in
+_BATCHES_PER_CHUNK = 16  # translated before anything is written: enough for sorting by length to pay
 
 
 def read_lines(path: str) -> list[str]:
@@ -75,8 +75,8 @@ def translate_lines(
             with process.split_between_processes([i for i, line in enumerate(here) if line.strip()]) as share:
                 text, numbers = [here[i] for i in share], [start + i + 1 for i in share]
                 shared = {"batch_size": batch_size, "numbers": numbers, "progress": bar}
-                mine = translate(model, tokenizer, text, pair, **shared, **options)
-            translations = iter(gather_object(mine))
+                own_share = translate(model, tokenizer, text, pair, **shared, **options)
+            translations = iter(gather_object(own_share))
             bar.update(start + len(here) - bar.n)  # what other processes translated, and empty lines
             yield [one_line(next(translations)) if line.strip() else "" for line in here]
 
@@ -106,7 +106,7 @@ class LineWriter:
         self.done = 0 if path == "-" else on_main_process(lambda: self._open(made_of))
 
     def write(self, lines: Sequence[str]) -> None:
-        """Append lines, and hand them to the operating system at once."""
+        """Append lines and flush them."""
         if this_process().is_main_process:
             self._file.write("".join(f"{line}\n" for line in lines).encode())
             self._file.flush()
@@ -120,7 +120,7 @@ class LineWriter:
 
     def _open(self, made_of: Mapping[str, Any]) -> int:
         if self.path.exists():
-            raise ValueError(f"{self.path} exists already. Delete it, or name another --output.")
+            raise ValueError(f"{self.path} exists already. Delete it, or choose another --output.")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._partial.open("ab")
         text = self._partial.read_bytes()
@@ -138,14 +138,14 @@ class LineWriter:
             before = json.loads(self._about.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             raise ValueError(
-                f"{self._partial} exists, but not what it was made of. Delete it to start over."
+                f"{self._partial} exists, but nothing says what it was made of. Delete it to start over."
             ) from None
         now = json.loads(json.dumps(made_of))
         for name in before | now:
             if before.get(name) != now.get(name):
                 raise ValueError(
-                    f"{self._partial} was begun with {name}={before.get(name)!r}, and this run has "
-                    f"{now.get(name)!r}. Run the same again to finish it, or delete it to start over."
+                    f"{self._partial} was started with {name}={before.get(name)!r}, but this run has "
+                    f"{now.get(name)!r}. Use the same settings to finish it, or delete it to start over."
                 )
 
 

@@ -25,9 +25,9 @@ def token_losses(
 ) -> dict[str, float]:
     """Return pair → cross-entropy in nats per target token, without label smoothing, in eval mode.
 
-    The target's language tag is left out wherever it stands among the labels: generation is told it, and a model that
-    is not told the direction cannot predict it, while one with a mask or a model of the direction can. The loss would
-    otherwise favor the latter by up to log(number of targets) per sentence.
+    The target's language tag is left out wherever it is among the labels. In generation it is given. A model without
+    information about the direction cannot predict it, while a model with the direction's mask, or of that direction
+    alone, can; the loss would otherwise favor the latter by up to log(number of targets) per sentence.
 
     Args:
         model: a seq2seq model, with adapters (each pair then runs under its masks) or without.

@@ -46,8 +46,8 @@ def encode(
     """Tokenize sentences of one direction with their language tags.
 
     Args:
-        tokenizer: one that puts tags itself (NLLB, M2M100, mBART: it has `src_lang`), or, with `source_tag="target"`,
-            one that expects the target's tag in front of the text (Marian, MADLAD/T5).
+        tokenizer: one that adds tags itself (NLLB, M2M100, mBART: it has `src_lang`), or, with `source_tag="target"`,
+            one that expects the target's tag before the text (Marian, MADLAD/T5).
         pair: the direction.
         sources: source sentences.
         targets: target sentences, or None.
@@ -81,13 +81,13 @@ def _tokenize(
 
 @contextmanager
 def language_tags(tokenizer: Any, source: str, target: str) -> Iterator[None]:
-    """Set the language tokens that a tokenizer adds to sources and targets, and put back what its owner had set."""
+    """Set the language tokens that a tokenizer adds to sources and targets, then restore the previous ones."""
     if not hasattr(tokenizer, "src_lang"):
         raise ValueError(
             f"A {type(tokenizer).__name__} adds no language tags (it has no src_lang). If the model expects the "
-            "target's tag in front of the source, as Marian and MADLAD do, pass source_tag='target'."
+            "target's tag before the source, as Marian and MADLAD do, pass source_tag='target'."
         )
-    # M2M100 calls its languages otherwise than their tokens: "de" is "__de__"
+    # M2M100's names of languages are not their tokens: "de" has "__de__"
     names = {token: name for name, token in getattr(tokenizer, "lang_code_to_token", {}).items()}
     before = tokenizer.src_lang, tokenizer.tgt_lang
     try:
@@ -126,7 +126,7 @@ def train_tokenizer(
     return NllbTokenizer(
         vocab=model["vocab"],
         merges=merges,
-        mask_token="<unk>",  # translation masks nothing; a token of its own would fall outside the vocabulary
+        mask_token="<unk>",  # not used in translation; a token of its own would be outside the vocabulary
         extra_special_tokens=list(language_tokens),
         src_lang=language_tokens[0],
         tgt_lang=language_tokens[-1],

@@ -1,8 +1,8 @@
 """Artificial languages whose relations are known, for demonstrations and tests.
 
 Sentences are generated as meanings (who does what to whom, and how) and expressed in every language. Languages of one
-family inherit their roots and their word order from a common ancestor; sound changes and replaced words set them
-apart. The pivot is related to none of them. Everything depends on the seed only.
+family inherit their roots and their word order from a common ancestor, and differ by sound changes and replaced words.
+The pivot is related to none of them. Everything depends on the seed only.
 """
 
 from dataclasses import dataclass

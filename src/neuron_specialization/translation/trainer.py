@@ -34,7 +34,7 @@ class SpecializationTrainingArguments(Seq2SeqTrainingArguments):
     adam_beta2: float = field(default=0.98, metadata={"help": "Second momentum of Adam."})
     adam_epsilon: float = field(default=1e-6, metadata={"help": "Epsilon of Adam."})
     label_smoothing_factor: float = field(default=0.1, metadata={"help": "Label smoothing while training."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: batches carry their pairs."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must be off: batches hold their pairs."})
     ddp_broadcast_buffers: bool = field(default=False, metadata={"help": "Off: masks never change."})
     ddp_find_unused_parameters: bool = field(default=False, metadata={"help": "Off: every layer trains every step."})
     preprocessing_num_workers: int = field(default=1, metadata={"help": "Processes that tokenize."})
@@ -118,7 +118,7 @@ class SpecializationTrainer(Seq2SeqTrainer):
         super()._save(output_dir, state_dict)
 
     def validation_loss(self) -> float:
-        """Return the validation loss of the model as it stands, without a trace in the log or the random state."""
+        """Return the model's present validation loss, without changing the log or the random state."""
         with torch.random.fork_rng(devices=[]):  # a data loader draws a seed
             loop = self.evaluation_loop(self.get_eval_dataloader(), "Validation", prediction_loss_only=True)
         found = loop.metrics or {}
@@ -143,7 +143,7 @@ class SpecializationTrainer(Seq2SeqTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """As the Trainer's, but without logits where the head is a plain linear layer and nobody asks for them."""
+        """As the Trainer's, but without logits where the head is a plain linear layer and no outputs are returned."""
         self._head = None
         if self._loss_only or not return_outputs:
             if not self._looked_for_head:

@@ -43,7 +43,7 @@ def fit(
     With validation data, the model is evaluated before the first update (a model with adapters also without them) and
     every `eval_steps`, and left at its best validation loss.
 
-    What the run depends on stands in `run.json` beside the checkpoints: the arguments, except for those of
+    `run.json`, beside the checkpoints, records what the run depends on: the arguments, except those in
     `runs.FREE_ARGUMENTS`, the data, the masks and the weights that training starts from (so seed what is drawn at
     random). A run that differs in one of them is not resumed. A finished run is not trained again: what it saved is
     loaded into `model`, and no file changes.

@@ -141,7 +141,7 @@ def check_models(models: Mapping[str, str]) -> None:
 
 
 def _check_languages(models: Mapping[str, str], tasks: Sequence[Task], tokens: Mapping[str, str]) -> None:
-    """Find every language token before any training, and say which languages have none."""
+    """Look up every language token before any training, and print which languages have none."""
     for name, location in models.items():
         tokenizer = AutoTokenizer.from_pretrained(location)
         for task in tasks:
@@ -174,7 +174,7 @@ class _Heads:
     def train(
         self, how: HeadTraining, probing: bool, seeds: Iterable[int], drawn_from: str | None
     ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-        """Yield seed and predictions; with `drawn_from`, on an untrained encoder that each seed draws anew."""
+        """Yield seed and predictions; with `drawn_from`, on an untrained encoder, a different one for each seed."""
         cached = None
         for seed in seeds:
             encoder = random_encoder(drawn_from, seed) if drawn_from else self.encoder
@@ -248,13 +248,13 @@ class _Store:
         changed = [name for name in self.depends_on if before.get(name) != self.depends_on[name]]
         if changed:
             raise ValueError(
-                f"{path} was made with other settings ({', '.join(changed)}). Repeat those to continue, or name "
+                f"{path} was made with other settings ({', '.join(changed)}). Repeat those to continue, or choose "
                 "another --output_dir."
             )
         return Predictions(*self.cell, seed, labels)
 
     def save(self, found: Predictions) -> None:
-        """Write a file that is complete or absent."""
+        """Write the file atomically."""
         path = self._path(found.seed)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")

@@ -151,10 +151,10 @@ def _cells(tasks: Sequence[Task], predictions: Sequence[Predictions]) -> Iterabl
 
 
 def uninformative(summary: Sequence[Mapping[str, Any]], source_model: str) -> list[dict[str, str]]:
-    """Return tasks and modes on which nothing can be concluded about transfer, with the reason.
+    """Return tasks and modes from which nothing can be concluded about transfer, with the reason.
 
-    That is where the source model is not 10 points above the most frequent label in the source language, or not 5 in
-    the mean of the others.
+    These are those where the source model is less than 10 points above the most frequent label in the source language,
+    or less than 5 in the mean of the others.
     """
     majority = {row["task"]: row for row in summary if row["model"] == MAJORITY}
     found = []

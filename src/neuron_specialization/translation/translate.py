@@ -39,12 +39,12 @@ def translate(
         tokenizer: its tokenizer.
         sentences: source sentences; any iterable of strings.
         pair: direction, such as "en-de".
-        language_tokens: language code → language token. Where the adapter knows its tokens, those hold; codes that
-            neither names must be tokens of the tokenizer themselves.
-        source_tag: what the tag on the source side names, "source" or "target"; an adapter's own holds.
+        language_tokens: language code → language token. An adapter's own take precedence; codes that neither names
+            must be tokens of the tokenizer themselves.
+        source_tag: what the tag on the source side names, "source" or "target"; an adapter's own takes precedence.
         batch_size: sentences per batch.
-        long_sentences: what becomes of sentences with more tokens than the model has positions: "error", "truncate",
-            or "split", which translates them in pieces and joins the translations.
+        long_sentences: what to do with sentences of more tokens than the model has positions: "error", "truncate", or
+            "split", which translates them in pieces and joins the translations.
         numbers: what that error calls each sentence, such as the numbers of their lines; by default 1, 2, 3, ...
         progress: show a progress bar on stderr if there are four batches or more; or the bar to advance by sentences.
         **generate_kwargs: passed to `model.generate`, for example `num_beams=5`.
@@ -102,7 +102,7 @@ def _translate_ids(
     sentences = _as_list(sentences)
     config = active_config(model)
     tokens = pair_tokens(model, tokenizer, pair, language_tokens)
-    if not sentences:  # but an unknown language is an error all the same, in every process that shares the work
+    if not sentences:  # after the check above: an unknown language is an error in every process that shares the work
         return []
     source_tag = config.source_tag if config is not None else source_tag
     pieces = _encode_sources(model, tokenizer, sentences, pair, tokens, source_tag, long_sentences, numbers)

@@ -51,7 +51,7 @@ class Task:
     test: dict[str, Examples]
 
     def digest(self) -> str:
-        """Return a digest of all that the task consists of."""
+        """Return a digest of the whole task."""
         return hashlib.sha256(json.dumps(dataclasses.asdict(self)).encode()).hexdigest()
 
 
