@@ -1,18 +1,13 @@
 import json
-import threading
-from functools import partial
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from dataclasses import replace
 
-import huggingface_hub
 import pytest
 import torch
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 
 import neuron_specialization as ns
 from neuron_specialization.analysis.shapes import random_masks
-from neuron_specialization.neurons import adapter_file, masks
+from neuron_specialization.neurons import adapter_file
 from neuron_specialization.neurons.language_pairs import Routes
 
 from .conftest import make_m2m100
@@ -59,7 +54,7 @@ def test_union_and_intersection(four):
     flipped = masks_of({n: (~r).int().tolist() for n, r in four.rows.items()}, four.language_pairs)
     assert all(rows.all() for rows in four.union(flipped).rows.values())
     assert not any(rows.any() for rows in four.intersection(flipped).rows.values())
-    with pytest.raises(ValueError, match="same blocks and the same language pairs"):
+    with pytest.raises(ValueError, match="different models: one has 2 blocks"):
         four.union(masks_of({"encoder.0": [[1]]}, ["en-de"]))
 
 
@@ -240,35 +235,32 @@ def test_damaged_configs_are_refused_clearly(four, tmp_path, change):
         ns.NeuronMasks.from_pretrained(tmp_path)
 
 
-def test_masks_are_pushed_to_the_hub(four, monkeypatch):
-    """Against a local HTTP server that answers as the Hub does to creating a repository, and refuses the upload."""
-    asked = []
+def test_masks_of_different_pairs_are_concatenated(four):
+    italian = masks_of({"encoder.0": [[1, 1, 1, 0]], "decoder.0": [[0, 1, 1]]}, ["en-it"])
+    both = four.concatenate(italian)
+    assert both.language_pairs == [*four.language_pairs, "en-it"]
+    assert both.row("en-it", BLOCK).tolist() == [True, True, True, False]
+    assert both.row("fr-en", BLOCK).equal(four.row("fr-en", BLOCK))
+    assert both.concatenate(four).routes == both.routes  # the same rows twice are no conflict
 
-    class Hub(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or "{}")
-            asked.append((self.path, body))
-            ok = self.path == "/api/repos/create"
-            answer = json.dumps({"url": "https://huggingface.co/me/masks"} if ok else {"error": "no uploads"}).encode()
-            self.send_response(200 if ok else 403)
-            self.send_header("Content-Length", str(len(answer)))
-            self.end_headers()
-            self.wfile.write(answer)
 
-        def log_message(self, *args):
-            pass
+def test_factorized_masks_are_concatenated_by_language(four):
+    german, french = (four.factorize().compose(pair) for pair in ("en-de", "en-fr"))
+    assert german.concatenate(french).language_pairs[:2] == ["en-de", "en-fr"]
 
-    server = HTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(masks, "HfApi", partial(HfApi, endpoint=f"http://127.0.0.1:{server.server_port}"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    try:
-        with pytest.raises(HfHubHTTPError):
-            four.push_to_hub("me/masks", token="hf_x", private=True)
-    finally:
-        server.shutdown()
-        server.server_close()
-    (created, body), (preupload, sent) = asked[:2]
-    assert created == "/api/repos/create" and body["name"] == "masks" and "private" in json.dumps(body)
-    assert preupload.startswith("/api/models/me/masks/preupload/")
-    assert {file["path"] for file in sent["files"]} == {"adapter_config.json", "adapter_model.safetensors"}
+
+def test_what_cannot_be_concatenated_is_refused(four):
+    other = masks_of({"encoder.0": [[0, 0, 1, 1]], "decoder.0": [[1, 0, 0]]}, ["en-de"])
+    with pytest.raises(ValueError, match="Both masks hold en-de.*different neurons in encoder.0"):
+        four.concatenate(other)
+    with pytest.raises(ValueError, match="different models: one has 2 blocks of 3, 4 neurons"):
+        four.concatenate(masks_of({"encoder.0": [[1, 1]]}, ["en-it"]))
+    italian = masks_of({"encoder.0": [[1, 1, 1, 0]], "decoder.0": [[0, 1, 1]]}, ["en-it"])
+    for changes, match in (
+        ({"weights_sample": [1.0, 2.0]}, "different weights"),
+        ({"fingerprint": {"d_model": 7}}, "different models"),
+        ({"language_token_ids": {"en": 9}}, "different tokens for en"),
+    ):
+        ours = {"weights_sample": [1.0, 3.0], "fingerprint": {"d_model": 8}, "language_token_ids": {"en": 8}}
+        with pytest.raises(ValueError, match=match):
+            replace(four, **ours).concatenate(replace(italian, **changes))

@@ -8,7 +8,7 @@ from .adapter.language_tokens import language_token_ids
 from .adapter.model import NeuronSpecializationModel
 from .adapter.registration import register
 from .adapter.routing import language_pair, set_language_pair
-from .adapter.storage import checked_load_adapter, save_adapter
+from .adapter.storage import checked_load_adapter, described_upload, save_adapter
 from .export.compaction import compact
 from .neurons.activations import ActivationCounts, record_activations
 from .neurons.controls import Pooled, RandomOverlap, WrongPair
@@ -20,7 +20,7 @@ from .translation.data import load_parallel
 from .translation.identification import record_corpus
 from .translation.translate import translate
 
-register(NeuronSpecializationConfig, NeuronSpecializationModel, checked_load_adapter)
+register(NeuronSpecializationConfig, NeuronSpecializationModel, checked_load_adapter, described_upload)
 
 __version__ = "0.1.0"
 __all__ = [

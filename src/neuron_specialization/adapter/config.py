@@ -6,12 +6,14 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftConfig
 
 from ..neurons import adapter_file
+from ..neurons.card import write_card
 from ..neurons.files import complete_writing
 from ..neurons.language_pairs import DEFAULT_PAIR, Routes, check_source_tag
-from ..neurons.masks import NeuronMasks, check_format_version
+from ..neurons.masks import NeuronMasks
 from .registration import NATIVE_OR_OWN
 
 TRAINABLE = ("none", "delta", "low_rank", "full")
@@ -89,7 +91,7 @@ class NeuronSpecializationConfig(PeftConfig):
         # transformers saves the config first, when the weights beside it are still those of an older save
         self.weights_follow = False
         self._check_choices()
-        check_format_version(self.format_version, adapter_file.CONFIG_NAME)
+        adapter_file.check_format_version(self.format_version, adapter_file.CONFIG_NAME)
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.masks, str | PathLike):
@@ -135,6 +137,16 @@ class NeuronSpecializationConfig(PeftConfig):
             super().save_pretrained(save_directory, **kwargs)
         finally:
             self.weights_digest, self.other_tensors = in_memory
+        if weights is not None or self.weights_follow:
+            write_card(save_directory, self.to_dict(), self._packed_masks(weights))
+
+    def _packed_masks(self, weights: Path | None) -> dict[str, torch.Tensor]:
+        """Return block name → packed mask rows: those of a weights file, else those in memory, if any."""
+        if weights is None:
+            masks: Any = self.masks
+            return {name: adapter_file.pack_rows(rows) for name, rows in masks.rows.items()} if masks else {}
+        tensors = adapter_file.read_weights(weights)
+        return {name: tensors[key] for name in self.d_ff or {} if (key := adapter_file.mask_key(name)) in tensors}
 
     @classmethod
     def from_pretrained(

@@ -7,6 +7,7 @@ from typing import Any
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from transformers.integrations.peft import PeftAdapterMixin
+from transformers.utils import PushToHubMixin
 
 from ..neurons.adapter_file import PEFT_TYPE, PREFIX
 
@@ -18,10 +19,14 @@ class NeuronSpecializationPeftType(str, Enum):  # noqa: UP042 - as PEFT defines 
 
 
 _LOAD_ADAPTER = PeftAdapterMixin.load_adapter
+_UPLOAD = PushToHubMixin._upload_modified_files
 NATIVE_OR_OWN: Any = getattr(PeftType, PEFT_TYPE, NeuronSpecializationPeftType.NEURON_SPECIALIZATION)
 
 
-def register(config_class: type, tuner_class: type, checked: Callable[[Callable], Callable]) -> None:
+Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def register(config_class: type, tuner_class: type, checked: Wrapper, described: Wrapper) -> None:
     """Register the method with PEFT; registering it again changes nothing.
 
     Args:
@@ -29,8 +34,10 @@ def register(config_class: type, tuner_class: type, checked: Callable[[Callable]
         tuner_class: its tuner.
         checked: wraps transformers' `load_adapter`, which has no hook for methods: it would load the tensors that fit
             and leave a refused adapter injected.
+        described: wraps the upload of transformers' `push_to_hub`, which puts an empty card over the adapter's.
     """
     PEFT_TYPE_TO_CONFIG_MAPPING[NATIVE_OR_OWN] = config_class
     PEFT_TYPE_TO_TUNER_MAPPING[NATIVE_OR_OWN] = tuner_class
     PEFT_TYPE_TO_PREFIX_MAPPING[NATIVE_OR_OWN] = PREFIX
     PeftAdapterMixin.load_adapter = checked(_LOAD_ADAPTER)  # type: ignore[method-assign]
+    PushToHubMixin._upload_modified_files = described(_UPLOAD)  # type: ignore[method-assign]

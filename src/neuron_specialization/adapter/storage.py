@@ -1,6 +1,7 @@
 """Check adapter files before loading them, and write adapter directories atomically."""
 
 import functools
+import json
 import shutil
 from collections.abc import Callable
 from os import PathLike
@@ -13,6 +14,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..neurons.adapter_file import (
+    CONFIG_NAME,
     KEY_PREFIX,
     MASK,
     PEFT_TYPE,
@@ -22,6 +24,7 @@ from ..neurons.adapter_file import (
     read_weights,
     verify_digest,
 )
+from ..neurons.card import CardFacts, describe_adapter
 from ..neurons.files import atomic_directory
 from .layer import NeuronSpecializationLayer
 from .rollback import rolled_back_on_error
@@ -125,6 +128,19 @@ def checked_load_adapter(load_adapter: Callable[..., Any]) -> Callable[..., Any]
                 vars(model).pop("_load_pretrained_model", None)
 
     return load
+
+
+def described_upload(upload: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the upload of transformers' `push_to_hub`: an adapter of this method goes with a card of its own."""
+
+    @functools.wraps(upload)
+    def described(model: Any, working_dir: str | PathLike[str], repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        config = Path(working_dir) / CONFIG_NAME
+        if config.is_file() and json.loads(config.read_text()).get("peft_type") == PEFT_TYPE:
+            describe_adapter(working_dir, CardFacts(repo_id=repo_id))
+        return upload(model, working_dir, repo_id, *args, **kwargs)
+
+    return described
 
 
 def _tensors_to_load(

@@ -1,11 +1,15 @@
-"""Figures of a comparison, as SVG, all computed from its rows."""
+"""Figures of masks, and of a comparison, computed from its rows."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..neurons.ffn import STACKS
+from ..neurons.masks import NeuronMasks
 from .comparison import REFERENCE, interference
 from .statistics import hierarchical_bootstrap, paired_differences
+
+_SHOWN_PAIRS = 60
 
 
 def plot_differences(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
@@ -43,6 +47,21 @@ def plot_interference(rows: Sequence[Mapping[str, Any]], methods: Sequence[str],
     return _save(figure, path)
 
 
+def plot_kept(masks: NeuronMasks, path: str | Path) -> Path:
+    """Draw the share of neurons that each language pair keeps, one column per block."""
+    pairs, blocks = masks.language_pairs[:_SHOWN_PAIRS], list(masks.rows)
+    kept = [[1 - share for share in masks.sparsity(pair).values()] for pair in pairs]
+    figure, axes = _figure(height=1.6 + 0.25 * len(pairs))
+    image = axes.imshow(kept, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    axes.set_yticks(range(len(pairs)), pairs)
+    numbers = {stack: iter(range(len(blocks))) for stack in STACKS}
+    labels = [f"{masks.stacks[block][:3]} {next(numbers[masks.stacks[block]])}" for block in blocks]
+    axes.set_xticks(range(len(blocks)), labels, rotation=90 if len(blocks) > 12 else 0)
+    axes.set_xlabel("FFN block")
+    figure.colorbar(image, label="share of neurons kept")
+    return _save(figure, path)
+
+
 def _figure(height: float) -> tuple[Any, Any]:
     import matplotlib  # an optional dependency
     from matplotlib.figure import Figure
@@ -56,5 +75,5 @@ def _figure(height: float) -> tuple[Any, Any]:
 
 def _save(figure: Any, path: str | Path) -> Path:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="svg", metadata={"Date": None})
+    figure.savefig(path, metadata={"Date": None} if Path(path).suffix == ".svg" else None)
     return Path(path)

@@ -6,6 +6,7 @@ rest. Files are plain PEFT adapters: no key or value is translated on loading.
 """
 
 import hashlib
+import json
 from contextlib import suppress
 from os import PathLike
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 
+from .ffn import STACKS
 from .files import complete_writing
 
 FORMAT_VERSION = 1
@@ -43,6 +45,11 @@ def unpack_rows(packed: torch.Tensor, width: int) -> torch.Tensor:
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
     bits = (packed.unsqueeze(-1) >> shifts) & 1
     return bits.flatten(-2)[..., :width].bool()
+
+
+def mask_key(block: str) -> str:
+    """Return the name of a block's mask in a weights file."""
+    return f"{KEY_PREFIX}{block}.{MASK}"
 
 
 def check_packed_rows(key: str, packed: torch.Tensor, rows: int, width: int) -> None:
@@ -150,3 +157,41 @@ def fetch(location: str | PathLike[str], filename: str, **hub: Any) -> Path:
             f"No adapter at {str(location)!r}: it is neither a local directory nor a Hub repository that holds "
             f"{filename} and can be reached ({type(error).__name__}: {error})."
         ) from error
+
+
+def read_config(location: str | PathLike[str], **hub: Any) -> dict[str, Any]:
+    """Read and check adapter_config.json of an adapter directory or Hub repository.
+
+    Raises:
+        ValueError: if the file is missing, is another method's, or is of an unknown format version.
+    """
+    path = fetch(location, CONFIG_NAME, **hub)
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: it is no JSON ({error}).") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is damaged: expected a JSON object.")
+    if config.get("peft_type") != PEFT_TYPE:
+        raise ValueError(f"{path} is an adapter of type {config.get('peft_type')}, not {PEFT_TYPE}.")
+    check_format_version(config.get("format_version"), path)
+    for name in ("d_ff", "stacks", "selector", "fingerprint"):
+        if not isinstance(config.get(name), dict):
+            raise ValueError(f"{path} is damaged: expected {name} as an object, got {config.get(name)!r:.80}.")
+    widths, stacks = config["d_ff"], config["stacks"]
+    if not all(type(width) is int and width > 0 for width in widths.values()):
+        raise ValueError(
+            f"{path} is damaged: expected a number of neurons for each block in d_ff, got {widths!r:.80}."
+        )
+    if widths.keys() != stacks.keys() or not set(map(str, stacks.values())) <= set(STACKS):
+        raise ValueError(f"{path} is damaged: expected the stack of each block in d_ff, got {stacks!r:.80}.")
+    return config
+
+
+def check_format_version(version: Any, where: str | Path) -> None:
+    """Raise ValueError unless this release can read `version` of the adapter format."""
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{where} has format version {version}; this release reads version {FORMAT_VERSION}. "
+            "Update neuron-specialization if the file is newer."
+        )

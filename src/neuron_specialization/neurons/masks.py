@@ -12,6 +12,8 @@ from huggingface_hub import HfApi
 from safetensors.torch import save_file
 
 from . import adapter_file
+from .card import CARD_NAME, is_edited, write_card
+from .combination import check_same_base, joined
 from .ffn import ENCODER, STACKS
 from .files import WRITTEN, atomic_directory
 from .language_pairs import Routes, split_pair
@@ -100,6 +102,14 @@ class NeuronMasks:
         """Keep the neurons that both of two masks of the same model and rows keep."""
         return self._combine(other, torch.logical_and)
 
+    def concatenate(self, other: "NeuronMasks") -> "NeuronMasks":
+        """Return the pairs of both masks, which were made for one model, by the same person or by different ones.
+
+        Raises:
+            ValueError: if the models differ, or a row or a pair of both is not the same in both.
+        """
+        return joined(self, other)
+
     def only(self, stack: str) -> "NeuronMasks":
         """Restrict to one stack: the other keeps all its neurons (the paper's Ours-Enc and Ours-Dec)."""
         if stack not in STACKS:
@@ -167,7 +177,7 @@ class NeuronMasks:
             ValueError: if `directory` holds a model, or files of these names that this package did not write.
         """
         adapter_file.check_holds_no_model(directory)
-        tensors = {mask_key(name): adapter_file.pack_rows(rows) for name, rows in self.rows.items()}
+        tensors = {adapter_file.mask_key(name): adapter_file.pack_rows(rows) for name, rows in self.rows.items()}
         config: dict[str, Any] = {
             "peft_type": adapter_file.PEFT_TYPE,
             "task_type": "SEQ_2_SEQ_LM",
@@ -177,11 +187,15 @@ class NeuronMasks:
             **self.metadata(),
         }
         for name, rows in self.rows.items():
-            adapter_file.check_packed_rows(mask_key(name), tensors[mask_key(name)], *rows.shape)
+            adapter_file.check_packed_rows(
+                adapter_file.mask_key(name), tensors[adapter_file.mask_key(name)], *rows.shape
+            )
         with atomic_directory(directory, overwrite) as fresh:
             save_file(tensors, fresh / adapter_file.WEIGHTS_NAME, metadata={"format": "pt"})
             config["weights_digest"] = adapter_file.file_digest(fresh / adapter_file.WEIGHTS_NAME)
             (fresh / adapter_file.CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+            if not is_edited(Path(directory) / CARD_NAME):
+                write_card(fresh, config, {name: tensors[adapter_file.mask_key(name)] for name in self.rows})
 
     def push_to_hub(self, repo_id: str, *, token: str | bool | None = None, private: bool | None = None) -> str:
         """Write the adapter directory to a Hub repository, created if missing, and return its address.
@@ -208,13 +222,13 @@ class NeuronMasks:
         Raises:
             ValueError: if it is not such an adapter, or its masks do not fit its config.
         """
-        config = read_config(location, **hub)
+        config = adapter_file.read_config(location, **hub)
         path = adapter_file.weights_file(location) or adapter_file.fetch(location, adapter_file.WEIGHTS_NAME, **hub)
         adapter_file.verify_digest(config.get("weights_digest"), path, location)
         routes = Routes.from_metadata(config)
         rows, tensors = {}, adapter_file.read_weights(path)
         for name, width in config["d_ff"].items():
-            key = mask_key(name)
+            key = adapter_file.mask_key(name)
             if key not in tensors:
                 raise ValueError(f"{path} lacks {key}, which its {adapter_file.CONFIG_NAME} lists.")
             count = len(routes.encoder_rows if config["stacks"][name] == ENCODER else routes.decoder_rows)
@@ -227,61 +241,18 @@ class NeuronMasks:
         return self.routes.encoder_rows if stack == ENCODER else self.routes.decoder_rows
 
     def _combine(self, other: "NeuronMasks", operation: Any) -> "NeuronMasks":
-        if self.routes != other.routes or self.d_ff != other.d_ff:
+        check_same_base(self, other)
+        if self.routes != other.routes:
             raise ValueError(
-                "Only masks of the same blocks and the same language pairs can be combined; got "
-                f"{len(self.rows)} blocks and {self.language_pairs} with {len(other.rows)} blocks and "
-                f"{other.language_pairs}."
+                "Only masks of the same language pairs have a union or intersection; got "
+                f"{self.language_pairs} with {other.language_pairs}."
             )
         rows = {name: operation(self.rows[name], other.rows[name]) for name in self.rows}
         selector = {"name": operation.__name__.removeprefix("logical_"), "of": [self.selector, other.selector]}
         return replace(self, rows=rows, selector=selector)
 
 
-def mask_key(block: str) -> str:
-    """Return the name of a block's mask in a weights file."""
-    return f"{adapter_file.KEY_PREFIX}{block}.{adapter_file.MASK}"
-
-
 def intersection_over_union(a: torch.Tensor, b: torch.Tensor) -> float:
     """Return |a ∧ b| / |a ∨ b| of two bool tensors of one shape; 1 where both are empty."""
     union = (a | b).sum().item()
     return (a & b).sum().item() / union if union else 1.0
-
-
-def read_config(location: str | PathLike[str], **hub: Any) -> dict[str, Any]:
-    """Read and check adapter_config.json of an adapter directory or Hub repository.
-
-    Raises:
-        ValueError: if the file is missing, is another method's, or is of an unknown format version.
-    """
-    path = adapter_file.fetch(location, adapter_file.CONFIG_NAME, **hub)
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: it is no JSON ({error}).") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} is damaged: expected a JSON object.")
-    if config.get("peft_type") != adapter_file.PEFT_TYPE:
-        raise ValueError(f"{path} is an adapter of type {config.get('peft_type')}, not {adapter_file.PEFT_TYPE}.")
-    check_format_version(config.get("format_version"), path)
-    for name in ("d_ff", "stacks", "selector", "fingerprint"):
-        if not isinstance(config.get(name), dict):
-            raise ValueError(f"{path} is damaged: expected {name} as an object, got {config.get(name)!r:.80}.")
-    widths, stacks = config["d_ff"], config["stacks"]
-    if not all(type(width) is int and width > 0 for width in widths.values()):
-        raise ValueError(
-            f"{path} is damaged: expected a number of neurons for each block in d_ff, got {widths!r:.80}."
-        )
-    if widths.keys() != stacks.keys() or not set(map(str, stacks.values())) <= set(STACKS):
-        raise ValueError(f"{path} is damaged: expected the stack of each block in d_ff, got {stacks!r:.80}.")
-    return config
-
-
-def check_format_version(version: Any, where: str | Path) -> None:
-    """Raise ValueError unless this release can read `version` of the adapter format."""
-    if version != adapter_file.FORMAT_VERSION:
-        raise ValueError(
-            f"{where} has format version {version}; this release reads version {adapter_file.FORMAT_VERSION}. "
-            "Update neuron-specialization if the file is newer."
-        )

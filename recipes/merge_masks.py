@@ -1,0 +1,40 @@
+"""Merge adapters that different people made for one base model: their pairs, or the union or intersection of masks.
+
+python recipes/merge_masks.py --adapters user/masks-de other/masks-fr build/masks-fi --output_dir build/merged
+"""
+
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Literal
+
+from neuron_specialization.neurons.files import check_not_input
+from neuron_specialization.neurons.masks import NeuronMasks
+from neuron_specialization.translation.command_line import parse, run
+
+
+@dataclass
+class MergeArguments:
+    """What is merged."""
+
+    adapters: list[str] = field(metadata={"help": "Adapter directories or Hub ids; their masks are taken."})
+    output_dir: str = field(metadata={"help": "Adapter directory to write."})
+    how: Literal["concatenate", "union", "intersection"] = field(
+        default="concatenate", metadata={"help": "Collect different pairs, or combine masks of the same pairs."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Replace files of the same names that this package did not write."}
+    )
+
+
+def main() -> None:
+    (args,) = parse(MergeArguments)
+    if len(args.adapters) < 2:
+        raise ValueError(f"Expected two adapters or more to merge, got {' '.join(args.adapters)}.")
+    check_not_input(args.output_dir, *args.adapters)
+    masks = reduce(getattr(NeuronMasks, args.how), map(NeuronMasks.from_pretrained, args.adapters))
+    masks.save_pretrained(args.output_dir, args.overwrite_output_dir)
+    print(f"wrote {args.output_dir}\n{masks}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,88 @@
+"""Publish an adapter directory on the Hub, with a card that tells how it was made and how well it translates."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+
+from ..neurons.adapter_file import CONFIG_NAME, WEIGHTS_NAME
+from ..neurons.card import CARD_NAME, CardFacts, describe_adapter
+from ..neurons.masks import NeuronMasks
+
+_TRAINING = (
+    *("max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "per_device_train_batch_size"),
+    *("gradient_accumulation_steps", "temperature", "label_smoothing_factor", "weight_decay", "seed", "bf16", "fp16"),
+)
+
+
+def publish(
+    adapter: str | PathLike[str], facts: CardFacts, *, private: bool | None = None, token: str | bool | None = None
+) -> str:
+    """Upload an adapter directory in one commit, and return its address.
+
+    The card in the directory is written anew with what `facts` tells, unless it was edited.
+
+    Args:
+        adapter: directory that holds an adapter, whose files are checked first.
+        facts: what the card tells; its `repo_id` is the repository, made if need be.
+        private: whether a new repository is private; None for the default of its owner.
+        token: see `huggingface_hub.HfApi`.
+
+    Raises:
+        ValueError: if the directory holds no adapter, a damaged one, or one whose weights are not safetensors.
+    """
+    if facts.repo_id is None or facts.repo_id.count("/") != 1:
+        raise ValueError(f"Expected a Hub repository such as user/name, got {facts.repo_id!r}.")
+    directory = Path(adapter)
+    if not directory.is_dir():
+        raise ValueError(f"{directory} is no directory. Name the adapter directory to publish.")
+    NeuronMasks.from_pretrained(directory)  # raises where the files are damaged
+    if not (directory / WEIGHTS_NAME).is_file():
+        raise ValueError(f"{directory} has no {WEIGHTS_NAME}: save the adapter with safe_serialization=True.")
+    describe_adapter(directory, facts)
+    api = HfApi(token=token)
+    repo_id = api.create_repo(facts.repo_id, private=private, exist_ok=True).repo_id
+    files = [CONFIG_NAME, WEIGHTS_NAME, CARD_NAME, *([facts.picture] if facts.picture else [])]
+    return str(api.upload_folder(repo_id=repo_id, folder_path=directory, allow_patterns=files))
+
+
+def facts_from_results(
+    facts: CardFacts, scores: str | PathLike[str] | None, training: str | PathLike[str] | None
+) -> CardFacts:
+    """Add what results files tell.
+
+    Args:
+        facts: what is known besides.
+        scores: `results.json` of `recipes/score.py`.
+        training: `results.json` of `recipes/specialize.py`.
+
+    Raises:
+        ValueError: if a file is not what that recipe writes.
+    """
+    if scores is not None:
+        facts = replace(facts, scores=_read(scores, "score")["directions"])
+    if training is not None:
+        results = _read(training, "specialize")
+        settings = {key: value for part in results["arguments"] for key, value in part.items() if key in _TRAINING}
+        settings = {key: value for key, value in settings.items() if value not in (None, False)}
+        facts = replace(facts, training={"updates": results["updates"], **settings, **_versions(results)})
+    return facts
+
+
+def _read(path: str | PathLike[str], recipe: str) -> dict[str, Any]:
+    try:
+        results = json.loads(Path(path).read_text())
+        author = results.get("recipe")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read as results of recipes/{recipe}.py: {error}.") from error
+    if author != recipe:
+        raise ValueError(f"{path} was written by {author or 'something else'}, expected recipes/{recipe}.py.")
+    return results
+
+
+def _versions(results: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: results["environment"][name] for name in ("device", "torch", "transformers", "peft")}

@@ -1,0 +1,81 @@
+"""Join masks of several language pairs that were made for one base model, perhaps by different people."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from .ffn import DECODER, ENCODER, STACKS, same_weights
+from .language_pairs import Routes
+
+if TYPE_CHECKING:
+    from .masks import NeuronMasks
+
+
+def check_same_base(a: "NeuronMasks", b: "NeuronMasks") -> None:
+    """Check that two masks were made for one base model.
+
+    Raises:
+        ValueError: if their blocks, architectures or sampled weights differ.
+    """
+    if a.d_ff != b.d_ff or a.stacks != b.stacks:
+        raise ValueError(
+            f"These masks were made for different models: one has {len(a.d_ff)} blocks of {_widths(a)} neurons, the "
+            f"other {len(b.d_ff)} of {_widths(b)}."
+        )
+    if a.fingerprint and b.fingerprint and a.fingerprint != b.fingerprint:
+        raise ValueError(f"These masks were made for different models: {a.fingerprint} and {b.fingerprint}.")
+    if not same_weights(a.weights_sample, b.weights_sample):
+        raise ValueError(
+            "These masks were made for checkpoints with different weights "
+            f"({a.base_model_name_or_path} and {b.base_model_name_or_path}), so their neurons do not correspond."
+        )
+
+
+def joined(a: "NeuronMasks", b: "NeuronMasks") -> "NeuronMasks":
+    """Return `NeuronMasks` with the rows and pairs of both; see `NeuronMasks.concatenate`."""
+    check_same_base(a, b)
+    if a.routes.source_tag != b.routes.source_tag:
+        raise ValueError(
+            f"One of these masks has source_tag={a.routes.source_tag!r}, the other {b.routes.source_tag!r}."
+        )
+    names, places = {}, {}
+    for stack in STACKS:
+        first, second = ((m.routes.encoder_rows if stack == ENCODER else m.routes.decoder_rows) for m in (a, b))
+        names[stack] = [*first, *(name for name in second if name not in first)]
+        places[stack] = [names[stack].index(name) for name in second]
+    rows = {}
+    for block, stack in a.stacks.items():
+        first, second, new = a.rows[block], b.rows[block], len(names[stack])
+        _check_equal(first, second, places[stack], names[stack], block)
+        rows[block] = torch.ones(new, first.shape[1], dtype=torch.bool)
+        rows[block][: len(first)] = first
+        rows[block][places[stack]] = second
+    moved = {pair: (places[ENCODER][e], places[DECODER][d]) for pair, (e, d) in b.routes.listed.items()}
+    routed_elsewhere = [pair for pair in moved if a.routes.listed.get(pair, moved[pair]) != moved[pair]]
+    if routed_elsewhere:
+        raise ValueError(f"Both masks hold {', '.join(routed_elsewhere)}, with different rows. Leave one of them out.")
+    routes = Routes(names[ENCODER], names[DECODER], {**a.routes.listed, **moved}, a.routes.source_tag)
+    selector = a.selector if a.selector == b.selector else {"name": "concatenation", "of": [a.selector, b.selector]}
+    tokens = _tokens(a.language_token_ids, b.language_token_ids)
+    return replace(a, rows=rows, routes=routes, selector=selector, language_token_ids=tokens)
+
+
+def _check_equal(first: torch.Tensor, second: torch.Tensor, places: list[int], names: list[str], block: str) -> None:
+    for row, place in zip(second, places, strict=True):
+        if place < len(first) and not torch.equal(row, first[place]):
+            raise ValueError(
+                f"Both masks hold {names[place]}, and they keep different neurons in {block}. Leave it out of one of "
+                "them, or take their union or intersection."
+            )
+
+
+def _tokens(a: dict[str, int] | None, b: dict[str, int] | None) -> dict[str, int] | None:
+    clashes = [code for code in a or {} if b and b.get(code, (a or {})[code]) != (a or {})[code]]
+    if clashes:
+        raise ValueError(f"The masks name different tokens for {', '.join(clashes)}.")
+    return {**(a or {}), **(b or {})} or None
+
+
+def _widths(masks: "NeuronMasks") -> str:
+    return ", ".join(map(str, sorted(set(masks.d_ff.values()))))

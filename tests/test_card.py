@@ -1,0 +1,140 @@
+"""The model card: written on every save, runnable as printed, and never over what its user wrote."""
+
+import re
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import get_peft_model
+
+import neuron_specialization as ns
+from neuron_specialization.neurons.card import CardFacts, render_card
+from neuron_specialization.neurons.masks import NeuronMasks
+
+from .conftest import make_m2m100, make_masks
+
+SCORES = {
+    "en-de": {
+        "bleu": 33.626,
+        "chrf++": 57.234,
+        "bleu_signature": "nrefs:1|tok:13a",
+        "chrf++_signature": "nrefs:1|nw:2",
+        "sentences": 1000,
+    }
+}
+
+
+def adapted(trainable="delta"):
+    model = make_m2m100()
+    config = ns.NeuronSpecializationConfig(masks=make_masks(model), trainable=trainable, task_type="SEQ_2_SEQ_LM")
+    return get_peft_model(model, config)
+
+
+def by_peft(directory):
+    adapted().save_pretrained(str(directory))
+
+
+def by_transformers(directory):
+    model = make_m2m100()
+    config = ns.NeuronSpecializationConfig(masks=make_masks(model), trainable="delta", task_type="SEQ_2_SEQ_LM")
+    model.add_adapter(config)
+    model.save_pretrained(directory)
+
+
+def together(directory):
+    ns.save_adapter(adapted(), directory)
+
+
+def masks_alone(directory):
+    make_masks(make_m2m100()).save_pretrained(directory)
+
+
+WAYS = pytest.mark.parametrize("save", [by_peft, by_transformers, together, masks_alone])
+
+
+@WAYS
+def test_every_way_to_save_writes_a_card_about_this_adapter(tmp_path, save):
+    save(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "More Information Needed" not in text and "import neuron_specialization" in text.split("##")[0]
+    assert "en-de, de-en, en-fr, fr-en" in text
+    assert ModelCard.load(tmp_path / "README.md").data.language == ["en", "de", "fr"]
+    if save is masks_alone:
+        assert "Nothing was trained under these masks" in text
+    else:
+        assert 'trainable="delta"' in text
+
+
+@WAYS
+def test_a_card_is_written_anew_until_its_user_edits_it(tmp_path, save):
+    save(tmp_path)
+    first = (tmp_path / "README.md").read_text()
+    save(tmp_path)
+    assert (tmp_path / "README.md").read_text() == first
+    (tmp_path / "README.md").write_text(first.replace("## Limits", "## Limits\n\nNot for court rooms."))
+    save(tmp_path)
+    assert "Not for court rooms." in (tmp_path / "README.md").read_text()
+
+
+def test_a_license_that_the_user_added_stays(tmp_path):
+    by_peft(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    card.data.license = "cc-by-4.0"
+    card.save(tmp_path / "README.md")
+    by_peft(tmp_path)
+    assert ModelCard.load(tmp_path / "README.md").data.license == "cc-by-4.0"
+
+
+def test_the_table_shows_the_kept_shares(tmp_path):
+    masks = make_masks(make_m2m100())
+    masks.save_pretrained(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    for name, rows in masks.rows.items():
+        kept = rows.double().mean(1)
+        row = re.search(rf"\| {re.escape(name)} \| \w+ \| {rows.shape[1]} \| (\S+) \| \S+ \| (\S+) \| (\S+) \|", text)
+        assert row is not None
+        assert row.groups() == tuple(f"{share:.0%}" for share in (kept.mean(), kept.min(), kept.max()))
+
+
+def test_scores_are_in_the_text_and_in_the_front_matter():
+    masks = make_masks(make_m2m100(), pairs=("en-de",))
+    config = {**masks.metadata(), "trainable": "full"}
+    text = render_card(config, {}, CardFacts("me/masks", scores=SCORES, training={"updates": 7}))
+    assert "| en-de | 1000 | 33.63 | 57.23 |" in text and "`nrefs:1|tok:13a`" in text and "| updates | 7 |" in text
+    results = ModelCard(text).data.eval_results
+    assert {(r.metric_type, r.metric_value, r.dataset_config) for r in results} == {
+        ("bleu", 33.63, "en-de"),
+        ("chrf", 57.23, "en-de"),
+    }
+
+
+def test_a_card_names_no_directory_of_its_author(tmp_path):
+    make_m2m100().save_pretrained(tmp_path / "secret_project")
+    model = type(make_m2m100()).from_pretrained(tmp_path / "secret_project")
+    config = ns.NeuronSpecializationConfig(masks=make_masks(model), task_type="SEQ_2_SEQ_LM")
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    assert "secret_project" not in (tmp_path / "adapter" / "README.md").read_text()
+
+
+def test_the_usage_block_runs_as_printed(tmp_path, toy, toy_tokenizer, capsys):
+    from neuron_specialization.translation.checkpoints import new_model
+
+    torch.manual_seed(0)
+    new_model(toy_tokenizer, 1, 16, 32, 2, 0.0, 64).save_pretrained(tmp_path / "base")
+    toy_tokenizer.save_pretrained(tmp_path / "base")
+    model = make_model(tmp_path / "base")
+    masks = make_masks(model, pairs=tuple(toy.language_pairs[:2]))
+    masks.save_pretrained(tmp_path / "adapter")
+    config = ns.neurons.adapter_file.read_config(tmp_path / "adapter")
+    text = render_card(config, {}, CardFacts(repo_id=str(tmp_path / "adapter")))
+    block = re.search(r"## Usage\n\n```python\n(.*?)```", text, re.S)
+    assert block is not None
+    exec(block[1].replace("path/to/base", str(tmp_path / "base")), {})
+    assert capsys.readouterr().out.startswith("[")
+    assert isinstance(NeuronMasks.from_pretrained(tmp_path / "adapter"), NeuronMasks)
+
+
+def make_model(directory):
+    from transformers import AutoModelForSeq2SeqLM
+
+    return AutoModelForSeq2SeqLM.from_pretrained(directory)

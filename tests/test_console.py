@@ -1,0 +1,41 @@
+"""The command line of the package."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from neuron_specialization import console
+from neuron_specialization.neurons.masks import NeuronMasks
+
+from .conftest import make_m2m100, make_masks
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+def run(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["neuron-specialization", *map(str, words)])
+    console.main()
+
+
+def test_every_recipe_is_listed(monkeypatch, capsys):
+    run(monkeypatch, "recipes")
+    listed = {line.split()[0] for line in capsys.readouterr().out.splitlines() if "  " in line}
+    scripts = {path.stem for path in RECIPES.glob("*.py") if ast.get_docstring(ast.parse(path.read_text()))}
+    assert listed == scripts
+
+
+def test_info_tells_what_an_adapter_holds(monkeypatch, capsys, tmp_path):
+    make_masks(make_m2m100()).save_pretrained(tmp_path)
+    run(monkeypatch, "info", tmp_path)
+    out = capsys.readouterr().out
+    assert re.search("trained +none", out) and re.search("pairs +4", out) and "cumulative" in out
+    assert repr(NeuronMasks.from_pretrained(tmp_path)) in out
+
+
+def test_what_is_no_adapter_is_an_error_of_one_sentence(monkeypatch, capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "info", tmp_path)
+    assert capsys.readouterr().err.startswith(f"Error: {tmp_path} is not an adapter directory")

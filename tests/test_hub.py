@@ -1,0 +1,125 @@
+"""Adapters on the Hub: the real client against a Hub on loopback."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import constants, hf_api
+from peft import PeftModel, get_peft_model
+
+import neuron_specialization as ns
+from neuron_specialization.neurons.masks import NeuronMasks
+
+from .conftest import make_batch, make_m2m100, make_masks
+from .hub_server import TOKEN, hub_server
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub that this process takes for the real one, with an empty cache and the owner's token."""
+    with hub_server() as (server, url):
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(hf_api.api, "endpoint", url)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield server
+
+
+def adapted():
+    model = make_m2m100()
+    config = ns.NeuronSpecializationConfig(
+        masks=make_masks(model), trainable="delta", init_weights=False, task_type="SEQ_2_SEQ_LM"
+    )
+    return get_peft_model(model, config).eval()
+
+
+def recipe(name, monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", [str(RECIPES / f"{name}.py"), *map(str, words)])
+    runpy.run_path(str(RECIPES / f"{name}.py"), run_name="__main__")
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(**make_batch(), language_pairs="en-de").logits
+
+
+def test_what_push_to_hub_uploads_is_what_others_load(hub):
+    model = adapted()
+    model.push_to_hub("me/adapter")
+    loaded = PeftModel.from_pretrained(make_m2m100(), "me/adapter").eval()
+    assert torch.equal(logits(loaded), logits(model))
+    card = huggingface_hub.ModelCard.load("me/adapter")
+    assert "More Information Needed" not in card.text and card.data.pipeline_tag == "translation"
+
+
+def test_masks_are_read_at_a_revision(hub):
+    model = make_m2m100()
+    first, second = make_masks(model, k=0.5), make_masks(model, k=0.9)
+    first.push_to_hub("me/masks")
+    revision = hub.head("me/masks")
+    second.push_to_hub("me/masks")
+    for masks, at in ((first, revision), (second, None)):
+        found = NeuronMasks.from_pretrained("me/masks", revision=at)
+        assert all(torch.equal(found.rows[name], rows) for name, rows in masks.rows.items())
+
+
+def test_a_private_repository_needs_a_token(hub, monkeypatch):
+    masks = make_masks(make_m2m100())
+    masks.push_to_hub("me/secret", private=True)
+    with pytest.raises(ValueError, match="No adapter at 'me/secret'.*can be reached"):
+        NeuronMasks.from_pretrained("me/secret", token=False)
+    assert NeuronMasks.from_pretrained("me/secret", token=TOKEN).language_pairs == masks.language_pairs
+
+
+def test_an_adapter_that_was_read_once_is_read_again_without_a_network(hub, monkeypatch):
+    masks = make_masks(make_m2m100())
+    masks.push_to_hub("me/masks")
+    NeuronMasks.from_pretrained("me/masks")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    asked = len(hub.requests)
+    found = NeuronMasks.from_pretrained("me/masks")
+    assert all(torch.equal(found.rows[name], rows) for name, rows in masks.rows.items())
+    assert len(hub.requests) == asked
+
+
+def test_an_interrupted_upload_leaves_no_half_of_it_and_can_be_repeated(hub, tmp_path, monkeypatch):
+    adapted().save_pretrained(tmp_path / "adapter")
+    words = ("--adapter", tmp_path / "adapter", "--repo", "me/adapter", "--license", "cc-by-4.0")
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # the client tries again
+    hub.fail_commits = 100
+    with pytest.raises(Exception, match="(?i)connect|disconnect|protocol|server"):
+        recipe("publish", monkeypatch, *words)
+    assert set(hub.revisions["me/adapter"][hub.head("me/adapter")]) == {".gitattributes"}
+    hub.fail_commits = 0
+    recipe("publish", monkeypatch, *words)
+    files = hub.revisions["me/adapter"][hub.head("me/adapter")]
+    assert {"README.md", "adapter_config.json", "adapter_model.safetensors", "kept.png"} <= set(files)
+    card = files["README.md"].decode()
+    assert "license: cc-by-4.0" in card and '"me/adapter"' in card and "(kept.png)" in card
+
+
+def test_publishing_what_is_no_adapter_is_refused_before_anything_is_sent(hub, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        recipe("publish", monkeypatch, "--adapter", tmp_path, "--repo", "me/adapter")
+    assert "is not an adapter directory" in capsys.readouterr().err
+    assert hub.requests == []
+
+
+def test_pairs_of_several_people_are_merged_into_one_adapter(hub, tmp_path, monkeypatch):
+    model = make_m2m100()
+    mine, theirs = make_masks(model, pairs=("en-de",)), make_masks(model, pairs=("en-fr", "fr-en"))
+    mine.save_pretrained(tmp_path / "mine")
+    theirs.push_to_hub("they/masks")
+    recipe("merge_masks", monkeypatch, "--adapters", tmp_path / "mine", "they/masks", "--output_dir", tmp_path / "all")
+    merged = NeuronMasks.from_pretrained(tmp_path / "all")
+    assert merged.language_pairs == ["en-de", "en-fr", "fr-en"]
+    for masks in (mine, theirs):
+        for pair in masks.language_pairs:
+            assert all(torch.equal(merged.row(pair, name), masks.row(pair, name)) for name in masks.rows)
