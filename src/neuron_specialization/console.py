@@ -52,7 +52,8 @@ def describe(adapter: str) -> str:
     base = masks.base_model_name_or_path or "not recorded"
     fingerprint = ", ".join(f"{name} {value}" for name, value in masks.fingerprint.items())
     tokens = ", ".join(f"{code}={token}" for code, token in (masks.language_token_ids or {}).items())
-    selector = ", ".join(f"{name}={value}" for name, value in masks.selector.items())
+    settings = [f"{name}={value}" for name, value in masks.selector.items() if name != "name" and value is not None]
+    selector = ", ".join([*filter(None, [masks.selector.get("name")]), *settings])
     facts = {
         "base model": f"{base} ({fingerprint})" if fingerprint else base,
         "trained": config["trainable"],

@@ -121,7 +121,11 @@ def render_card(config: Mapping[str, Any], packed: Mapping[str, torch.Tensor], f
         blocks=_blocks(packed, config),
         row_is="language pair" if routes.encoder_rows == pairs else "mask row",
         picture=facts.picture,
-        selector=name and {"name": name, "settings": ", ".join(f"{k}={json.dumps(v)}" for k, v in selector.items())},
+        selector=name
+        and {
+            "name": name,
+            "settings": ", ".join(f"{k}={json.dumps(v)}" for k, v in selector.items() if v is not None),
+        },
         can_compose=routes.source_tag == "source",
         **_evaluation(facts.scores),
         versions={"PEFT": _version("peft"), **{n: _version(n) for n in ("neuron-specialization", "transformers")}},
