@@ -63,7 +63,7 @@ def test_an_interrupted_file_is_continued_by_the_same_work_only(tmp_path, capsys
     with partial.open("ab") as file:
         file.write("cut öff".encode()[:-1])
     assert not path.exists()
-    with pytest.raises(ValueError, match="begun with num_beams=5, and this run has 4"):
+    with pytest.raises(ValueError, match="started with num_beams=5, but this run has 4"):
         LineWriter(str(path), {**made_of, "num_beams": 4})
     assert "cut" in partial.read_text(errors="replace"), "a refusal changes nothing"
     second = LineWriter(str(path), made_of)
