@@ -213,6 +213,14 @@ def test_sources_without_an_attention_mask_lose_their_padding_too():
     assert counts.tokens["encoder"].tolist() == [batch["attention_mask"].sum()]
 
 
+def test_counts_print_in_one_line():
+    batches = {"en-de": [make_batch()], "en-fr": [make_batch()]}
+    counts = ns.record_activations(make_m2m100(), batches, progress=False)
+    tokens = {stack: int(count.sum()) for stack, count in counts.tokens.items()}
+    expected = f"{tokens['encoder']} encoder, {tokens['decoder']} decoder positions"
+    assert repr(counts) == f"ActivationCounts of en-de, en-fr: 4 blocks, {expected}"
+
+
 def test_a_stack_that_does_not_run_is_an_error():
     model, batch = make_m2m100(), make_batch()
     encoded = model.get_encoder()(**{key: batch[key] for key in ("input_ids", "attention_mask")})

@@ -1,5 +1,7 @@
 """Controls and relative selectors: what each leaves as it is, and what it changes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -69,6 +71,21 @@ def test_wrong_pair_refuses_what_is_no_exchange():
         ns.WrongPair(like, {"de": "fr"})
     with pytest.raises(ValueError, match="masks of en-zh"):
         ns.WrongPair(like, {"de": "zh", "zh": "de"}).select()
+
+
+def test_controls_keep_where_masks_come_from():
+    """Else their adapters would neither read language tokens nor notice another checkpoint."""
+    counts = replace(
+        random_counts(),
+        language_token_ids={"en": 1, "de": 2, "fr": 3},
+        base_model_name_or_path="here",
+        weights_sample=[0.5],
+    )
+    like = ns.CumulativeThreshold(0.6).select(counts)
+    exchange = {"de": "fr", "fr": "de"}
+    for control in (ns.Pooled(like), ns.Pooled(like, "en"), ns.RandomOverlap(like), ns.WrongPair(like, exchange)):
+        masks = control.select(counts)
+        assert {name: getattr(masks, name) for name in counts.origin} == counts.origin
 
 
 @pytest.mark.parametrize("pivot", [None, "en"])

@@ -28,7 +28,7 @@ def mass(model):
 def test_the_highest_scores_go_first(mass, criterion):
     scores = pruning_scores(mass, criterion, seed=3)
     layer = next(iter(scores))
-    pruned = ~prune(scores, 0.25, mass.stacks).rows[layer][0]
+    pruned = ~prune(scores, 0.25, mass.origin).rows[layer][0]
     dead = mass.wins[layer].sum(0) == 0
     assert int(pruned.sum()) == min(5, int(dead.sum())) if criterion == "dead" else int(pruned.sum()) == 5
     measures = {
@@ -42,12 +42,12 @@ def test_the_highest_scores_go_first(mass, criterion):
     if criterion == "dead":
         assert not mass.wins[layer].sum(0)[pruned].any()
     if criterion == "specialized":
-        general = ~prune(pruning_scores(mass, "general"), 0.25, mass.stacks).rows[layer][0]
+        general = ~prune(pruning_scores(mass, "general"), 0.25, mass.origin).rows[layer][0]
         assert not (general & pruned).any()
 
 
 def test_pruned_neurons_output_zero_whatever_the_pair(model, mass):
-    masks = prune(pruning_scores(mass, "least_activated"), 0.3, mass.stacks, fingerprint=mass.fingerprint)
+    masks = prune(pruning_scores(mass, "least_activated"), 0.3, mass.origin)
     reference, batch = copy.deepcopy(model), make_batch()
     with torch.no_grad():
         for block in ns.find_ffn_blocks(reference):
@@ -60,21 +60,33 @@ def test_pruned_neurons_output_zero_whatever_the_pair(model, mass):
     assert {b.d_ff for b in ns.find_ffn_blocks(small) if b.stack == "encoder"} == {14}
 
 
+def test_pruned_masks_know_their_checkpoint(mass):
+    """So that they are not loaded on another one without a word."""
+    masks = prune(pruning_scores(mass, "random"), 0.3, mass.origin)
+    for found in (masks, mass_matched(masks, mass)):
+        assert {name: getattr(found, name) for name in mass.origin} == mass.origin
+        config = ns.NeuronSpecializationConfig(masks=found, mask_bias=True, task_type="SEQ_2_SEQ_LM")
+        other = make_m2m100(activation_function="gelu")
+        torch.nn.init.normal_(ns.find_ffn_blocks(other)[0].down.weight)
+        with pytest.warns(UserWarning, match="other weights"):
+            get_peft_model(other, config)
+
+
 def test_a_global_rate_is_met_over_all_blocks(mass):
     scores = pruning_scores(mass, "least_activated")
-    masks = prune(scores, 0.5, mass.stacks, scope="global")
+    masks = prune(scores, 0.5, mass.origin, scope="global")
     total = sum(len(score) for score in scores.values())
     assert sum(int((~rows).sum()) for rows in masks.rows.values()) == total // 2
     widths = {name: int(rows.sum()) for name, rows in masks.rows.items()}
     assert len(set(widths.values())) > 2, "blocks differ"
-    nearly_all = prune(scores, 0.99, mass.stacks, scope="global")
+    nearly_all = prune(scores, 0.99, mass.origin, scope="global")
     assert all(rows.any() for rows in nearly_all.rows.values())
 
 
 def test_substitutes_have_the_mass_of_what_they_stand_for(mass):
-    masks = prune(pruning_scores(mass, "most_positive"), 0.2, mass.stacks)
+    masks = prune(pruning_scores(mass, "most_positive"), 0.2, mass.origin)
     matched = mass_matched(masks, mass, seed=1, nearest=2)
-    random = prune(pruning_scores(mass, "random", seed=1), 0.2, mass.stacks)
+    random = prune(pruning_scores(mass, "random", seed=1), 0.2, mass.origin)
     gone = instead = drawn = 0.0
     for name, rows in masks.rows.items():
         total = mass.positive[name].sum(0)
@@ -91,7 +103,7 @@ def test_bad_input_is_refused(mass, model):
     scores = pruning_scores(mass, "random")
     for rate in (-0.1, 1, 1.5):
         with pytest.raises(ValueError, match=r"share in \[0, 1\)"):
-            prune(scores, rate, mass.stacks)
+            prune(scores, rate, mass.origin)
     with pytest.raises(ValueError, match="criterion must be one of dead"):
         pruning_scores(mass, "alive")
     relu = record_mass(make_m2m100(), {"a": [make_batch()]}, progress=False)

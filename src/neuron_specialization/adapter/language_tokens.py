@@ -9,7 +9,7 @@ import torch
 from transformers import Cache
 
 from ..neurons.ffn import ENCODER
-from ..neurons.language_pairs import split_pair
+from ..neurons.language_pairs import shorten, split_pair
 
 # Tags that their tokenizers hold as ordinary entries of the vocabulary: those of MADLAD and of Marian.
 _TAGS_IN_VOCABULARY = re.compile(r"<2\w+>|>>\w+<<")
@@ -58,10 +58,9 @@ def check_language_tokens(tokenizer: Any, tokens: Mapping[str, str]) -> dict[str
         absent = ", ".join(f"{token!r} for {code!r}" for code, token in tokens.items() if code not in found)
         known = [*marked, *(token for token in tokenizer.get_vocab() if _TAGS_IN_VOCABULARY.fullmatch(token))]
         known.sort(key=lambda token: not any(code in token for code in tokens))  # "deu_Latn" first, for "de"
-        some = ", ".join(known[:20]) + (f", ... ({len(known)} in all)" if len(known) > 20 else "")
         raise ValueError(
             f"Not a language token of the tokenizer: {absent}. Expected special or added tokens, not pieces of words; "
-            + (f"it has {some}. " if known else "it has none. ")
+            + (f"it has {shorten(known, 20)}. " if known else "it has none. ")
             + "Map language codes to tokens, for example language_tokens={'de': 'deu_Latn'}."
         )
     return found

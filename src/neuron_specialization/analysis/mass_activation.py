@@ -23,12 +23,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from ..neurons.language_pairs import shorten
 from ..neurons.observation import sum_over_processes
 
 SUMS = ("positive", "negative", "active", "credit", "wins", "token_credit", "tag_credit")
+_ORIGIN = ("fingerprint", "base_model_name_or_path", "weights_sample")
 
 
-@dataclass
+@dataclass(repr=False)
 class MassActivation:
     """Mass of every unit, for several named sets of text.
 
@@ -47,6 +49,8 @@ class MassActivation:
         tags: names of tags; empty if none were given.
         tag_credit: encoder layer → float64 [names, units, tags].
         fingerprint: what identifies the model (see `neurons.ffn.fingerprint`).
+        base_model_name_or_path: where the model was loaded from, where it was.
+        weights_sample: a few of the model's weights (see `neurons.ffn.sample_weights`).
     """
 
     names: list[str]
@@ -63,6 +67,16 @@ class MassActivation:
     tags: list[str] = field(default_factory=list)
     tag_credit: dict[str, torch.Tensor] = field(default_factory=dict)
     fingerprint: dict[str, str | int] = field(default_factory=dict)
+    base_model_name_or_path: str | None = None
+    weights_sample: list[float] | None = None
+
+    def __repr__(self) -> str:
+        return f"MassActivation of {shorten(self.names)}: {len(self.stacks)} layers, site {self.site!r}"
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What masks chosen by this recording keep of where it comes from, as keyword arguments of `NeuronMasks`."""
+        return {"stacks": dict(self.stacks), **{what: getattr(self, what) for what in _ORIGIN}}
 
     def alive(self, name: str, layer: str) -> torch.Tensor:
         """Return which units are the arg-max somewhere: bool [units]. The others are dead."""
@@ -133,7 +147,7 @@ class MassActivation:
             for what in (*SUMS, "positions")
             for key, tensor in getattr(self, what).items()
         }
-        about = {what: getattr(self, what) for what in ("names", "site", "stacks", "token_ids", "tags", "fingerprint")}
+        about = {what: getattr(self, what) for what in ("names", "site", "stacks", "token_ids", "tags", *_ORIGIN)}
         save_file(tensors, path, metadata={"mass_activation": json.dumps(about)})
 
     @classmethod

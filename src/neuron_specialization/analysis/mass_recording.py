@@ -5,11 +5,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from ..neurons.base_model import unwrap
-from ..neurons.ffn import DECODER, ENCODER, STACKS, find_ffn_blocks, fingerprint, is_time_major
-from ..neurons.observation import observed
+from ..neurons.ffn import DECODER, ENCODER, STACKS, find_ffn_blocks, fingerprint, is_time_major, sample_weights
+from ..neurons.observation import observed, recording_bar
 from ..neurons.positions import fit_positions, source_positions, target_positions
 from .mass_activation import SUMS, MassActivation
 from .sites import Place, attached, find_places
@@ -62,17 +61,19 @@ def record_mass(
         )
     recorder = _Recorder(base, places, list(batches), tracked, list(tags))
     device = next(base.parameters()).device
-    with attached(places, recorder.add), observed(model) as run:
+    with attached(places, recorder.add), observed(model) as run, recording_bar(batches.values(), progress) as bar:
         for row, name in enumerate(batches):
+            bar.set_postfix_str(name, refresh=False)
             seen = 0
-            for batch in tqdm(batches[name], desc=f"recording {name}", disable=not progress, leave=False):
+            for batch in batches[name]:
                 moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
                 recorder.start_batch(row, moved)
                 run({key: value for key, value in moved.items() if key != "token_tags"})
+                bar.update()
                 seen += 1
             if not seen:
                 raise ValueError(f"{name} has no batch to record.")
-    return recorder.result(site, fingerprint(base, find_ffn_blocks(base)))
+    return recorder.result(site)
 
 
 class _Recorder:
@@ -144,8 +145,9 @@ class _Recorder:
                 named = column != IGNORED_TAG
                 sums[what].index_put_((unit[named], column[named]), best[named], accumulate=True)
 
-    def result(self, site: str, fingerprint: dict[str, str | int]) -> MassActivation:
+    def result(self, site: str) -> MassActivation:
         """Return the sums, on the CPU."""
+        blocks = find_ffn_blocks(self.model)
         sums: dict[str, Any] = {what: {} for what in SUMS}
         for layer, tensors in self.sums.items():
             for what, tensor in tensors.items():
@@ -159,7 +161,9 @@ class _Recorder:
             positions=self.total,
             token_ids=self.tracked,
             tags=self.tags,
-            fingerprint=fingerprint,
+            fingerprint=fingerprint(self.model, blocks),
+            base_model_name_or_path=getattr(self.model, "name_or_path", None) or None,
+            weights_sample=sample_weights(blocks),
         )
 
 

@@ -5,6 +5,7 @@ the adapter's config), so that a compact export leaves them out and computes the
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -81,18 +82,16 @@ def _score(mass: MassActivation, criterion: str, layer: str, generator: torch.Ge
 def prune(
     scores: Scores,
     rate: float,
-    stacks: Mapping[str, str],
+    origin: Mapping[str, Any],
     scope: Literal["layer", "global"] = "layer",
-    fingerprint: Mapping[str, Any] | None = None,
 ) -> NeuronMasks:
     """Return masks of a single pair, "default", without the neurons that score highest.
 
     Args:
         scores: block → float64 [d_ff].
         rate: share of neurons to prune, in [0, 1); rounded down. Fewer are pruned where fewer have a score.
-        stacks: block → "encoder" or "decoder".
+        origin: of the recording (`MassActivation.origin`).
         scope: take the share from each block, or from all of them together (one neuron per block stays).
-        fingerprint: of the model, as in the recording.
 
     Raises:
         ValueError: if the rate is not in [0, 1), or the scope is unknown.
@@ -110,9 +109,8 @@ def prune(
         pruned = dict(zip(scores, parts, strict=True))
     rows = {name: ~chosen.unsqueeze(0) for name, chosen in pruned.items()}
     selector = {"name": "prune", "rate": rate, "scope": scope}
-    return NeuronMasks(
-        rows, {name: stacks[name] for name in rows}, Routes.per_pair([DEFAULT_PAIR]), selector, dict(fingerprint or {})
-    )
+    origin = {**origin, "stacks": {name: origin["stacks"][name] for name in rows}}
+    return NeuronMasks(rows=rows, routes=Routes.per_pair([DEFAULT_PAIR]), selector=selector, **origin)
 
 
 def mass_matched(masks: NeuronMasks, mass: MassActivation, seed: int = 0, nearest: int = 10) -> NeuronMasks:
@@ -142,7 +140,7 @@ def mass_matched(masks: NeuronMasks, mass: MassActivation, seed: int = 0, neares
             substitutes[neuron] = True
         rows[name] = ~substitutes.unsqueeze(0)
     selector = {"name": "mass_matched", "seed": seed, "like": masks.selector}
-    return NeuronMasks(rows, dict(masks.stacks), masks.routes, selector, dict(masks.fingerprint))
+    return replace(masks, rows=rows, selector=selector)
 
 
 def _highest(scores: torch.Tensor, count: int) -> torch.Tensor:

@@ -5,7 +5,7 @@ sign of the activated gate is counted, since the product with the other branch i
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any
@@ -18,12 +18,12 @@ from tqdm.auto import tqdm
 
 from .base_model import unwrap
 from .ffn import find_ffn_blocks, fingerprint, same_weights, sample_weights
-from .language_pairs import check_pairs, check_source_tag
-from .observation import is_distributed, observed, sum_over_processes
+from .language_pairs import check_pairs, check_source_tag, shorten
+from .observation import is_distributed, observed, recording_bar, sum_over_processes
 from .recorder import Recorder
 
 
-@dataclass
+@dataclass(repr=False)
 class ActivationCounts:
     """Activation counts of every FFN block, for several language pairs.
 
@@ -48,6 +48,10 @@ class ActivationCounts:
     language_token_ids: dict[str, int] | None = None
     base_model_name_or_path: str | None = None
     weights_sample: list[float] | None = None
+
+    def __repr__(self) -> str:
+        tokens = ", ".join(f"{int(count.sum()):,} {stack}" for stack, count in self.tokens.items())
+        return f"ActivationCounts of {shorten(self.language_pairs)}: {len(self.counts)} blocks, {tokens} positions"
 
     @property
     def origin(self) -> dict[str, Any]:
@@ -148,7 +152,7 @@ def record_activations(
     batches: Mapping[str, Iterable[Mapping[str, Any]]],
     count_padding: bool = False,
     source_tag: str = "source",
-    progress: bool = True,
+    progress: bool | tqdm = True,
     language_token_ids: Mapping[str, int] | None = None,
 ) -> ActivationCounts:
     """Run `model` over each pair's batches with teacher forcing and count active neurons.
@@ -167,7 +171,7 @@ def record_activations(
             `attention_mask`, and `labels` or `decoder_input_ids`.
         count_padding: also count padding positions, as the code released with the paper does.
         source_tag: what the tag on the source side names, "source" or "target"; kept with the counts.
-        progress: show a progress bar.
+        progress: show a progress bar; or the bar to advance by batches.
         language_token_ids: language code → id of its token; kept with the counts, so that adapters made from them can
             read a sample's pair from its tokens.
 
@@ -183,10 +187,7 @@ def record_activations(
     blocks = find_ffn_blocks(base)
     recorder = Recorder(base, blocks, len(pairs), count_padding)
     device = next(base.parameters()).device
-    sizes = [len(part) if isinstance(part, Sized) else None for part in batches.values()]
-    total = None if None in sizes else sum(size or 0 for size in sizes)
-    bar = tqdm(desc="recording", total=total, unit=" batches", disable=not progress, leave=False)
-    with recorder.attached(), observed(model) as run, bar:
+    with recorder.attached(), observed(model) as run, recording_bar(batches.values(), progress) as bar:
         for index, pair in enumerate(pairs):
             bar.set_postfix_str(pair, refresh=False)
             seen = 0

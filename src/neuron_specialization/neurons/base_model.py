@@ -24,6 +24,11 @@ def is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
+def number_of_positions(model: nn.Module) -> int | None:
+    """Return how many tokens a model has positions for; None for a model without such a limit."""
+    return getattr(unwrap(model).config, "max_position_embeddings", None)
+
+
 def build_on_meta(model: nn.Module) -> Any:
     """Return the model that a plain transformers model's config describes, without weights (on the meta device)."""
     with torch.device("meta"):

@@ -5,7 +5,7 @@ masks) or to single languages (factorized masks: the encoder row of the source, 
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,11 @@ def check_pairs(pairs: Iterable[str]) -> list[str]:
     if repeated:
         raise ValueError(f"Each language pair may be listed once, but these are repeated: {', '.join(repeated)}.")
     return names
+
+
+def shorten(names: Sequence[str], most: int = 8) -> str:
+    """Return names separated by commas, only the first ones of many."""
+    return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")
 
 
 def check_source_tag(source_tag: str) -> None:
@@ -182,6 +187,4 @@ class Routes:
 
     def known(self) -> str:
         """Return a sentence that lists the pairs, for error messages."""
-        pairs = self.language_pairs
-        shown = ", ".join(pairs[:60]) + (f", ... ({len(pairs)} in all)" if len(pairs) > 60 else "")
-        return f"Known pairs: {shown}."
+        return f"Known pairs: {shorten(self.language_pairs, 60)}."

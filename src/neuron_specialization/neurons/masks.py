@@ -16,7 +16,7 @@ from .card import CARD_NAME, is_edited, write_card
 from .combination import check_same_base, joined
 from .ffn import ENCODER, STACKS
 from .files import WRITTEN, atomic_directory
-from .language_pairs import Routes, split_pair
+from .language_pairs import Routes, shorten, split_pair
 
 ORIGIN = ("language_token_ids", "base_model_name_or_path", "weights_sample")
 
@@ -47,15 +47,13 @@ class NeuronMasks:
 
     def __repr__(self) -> str:
         kept = {name: rows.double().mean().item() for name, rows in self.rows.items()}
-        pairs = self.language_pairs
-        shown = ", ".join(pairs[:8]) + (f", ... ({len(pairs)} in all)" if len(pairs) > 8 else "")
         lines = [
             f"  {name:<40} {self.stacks[name]:<8} {self.rows[name].shape[1]:>7} {kept[name]:>7.1%}" for name in kept
         ]
         if len(lines) > 12:
             lines = [*lines[:6], f"  ... ({len(lines) - 12} more)", *lines[-6:]]
         head = f"  {'block':<40} {'stack':<8} {'neurons':>7} {'kept':>7}"
-        return "\n".join([f"NeuronMasks of {shown}", head, *lines])
+        return "\n".join([f"NeuronMasks of {shorten(self.language_pairs)}", head, *lines])
 
     def __post_init__(self) -> None:
         for name, rows in self.rows.items():

@@ -1,11 +1,12 @@
 """Run a model so that hooks see all of its activations, and add up what several processes saw."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 from .base_model import unwrap
 
@@ -26,6 +27,20 @@ def observed(model: nn.Module) -> Iterator[Callable[[Mapping[str, Any]], None]]:
 
     with _headless(unwrap(model)), _plain_execution(model), torch.no_grad():
         yield run
+
+
+def recording_bar(texts: Iterable[Iterable], progress: bool | tqdm = True) -> AbstractContextManager[tqdm]:
+    """Return the progress bar of a recording, one for all of its texts, as a context manager.
+
+    Args:
+        texts: the batches of each text, whose number is shown where it is known.
+        progress: whether to show it; or the bar to advance, which stays open.
+    """
+    if isinstance(progress, tqdm):
+        return nullcontext(progress)
+    sizes = [len(part) if isinstance(part, Sized) else None for part in texts]
+    total = None if None in sizes else sum(size or 0 for size in sizes)
+    return tqdm(desc="recording", total=total, unit=" batches", disable=not progress, leave=False)
 
 
 def is_distributed() -> bool:

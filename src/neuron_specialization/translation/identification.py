@@ -10,6 +10,8 @@ from torch.utils.data import DataLoader
 from ..adapter.language_tokens import language_token_ids
 from ..adapter.routing import is_routed
 from ..neurons.activations import ActivationCounts, record_activations
+from ..neurons.base_model import number_of_positions
+from ..neurons.observation import recording_bar
 from .batching import TranslationCollator
 from .processes import this_process
 from .tokenization import encode, resolve_tokens
@@ -44,7 +46,7 @@ def record_corpus_parts(
         corpus: pair → Dataset with columns "source" and "target".
         language_tokens: language code → language token, where codes are not tokens themselves.
         source_tag: what the tag on the source side names.
-        max_length: truncate both sides to this many tokens.
+        max_length: truncate both sides to this many tokens, or to the model's positions if there are fewer.
         batch_size: sentence pairs per batch.
         count_padding: count padding positions too.
         parts: number of disjoint parts.
@@ -57,6 +59,7 @@ def record_corpus_parts(
         ValueError: if a direction has fewer sentence pairs than there are parts.
     """
     tokens = resolve_tokens(tokenizer, corpus, language_tokens)
+    max_length = min(max_length, number_of_positions(model) or max_length)
     token_ids = language_token_ids(tokenizer, tokens)
     collate = TranslationCollator(tokenizer, model)
     encoded = {}
@@ -82,14 +85,12 @@ def record_corpus_parts(
             collate_fn=lambda share: {**collate(share), **route},
         )
 
-    return [
-        record_activations(
-            model,
-            {pair: batches(pair, part) for pair in encoded},
-            count_padding,
-            source_tag,
-            progress=this_process().is_main_process,
-            language_token_ids=token_ids,
-        ).all_reduce()
-        for part in range(parts)
-    ]
+    recordings = [{pair: batches(pair, part) for pair in encoded} for part in range(parts)]
+    every = [loader for recording in recordings for loader in recording.values()]
+    with recording_bar(every, this_process().is_main_process) as bar:
+        return [
+            record_activations(
+                model, recording, count_padding, source_tag, progress=bar, language_token_ids=token_ids
+            ).all_reduce()
+            for recording in recordings
+        ]
