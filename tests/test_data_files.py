@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import json
 
 import pandas
 import pytest
@@ -53,6 +54,13 @@ def test_quotes_in_plain_tsv_are_text(tmp_path):
     assert lines_of(data, "en-de") == [tuple(row.split("\t")) for row in rows]
 
 
+def test_a_carriage_return_in_a_sentence_ends_no_line(tmp_path):
+    (tmp_path / "text.tsv").write_bytes(b"en\tde\na\rb\tc\nd\te\rf\n")
+    assert lines_of(load_parallel(tmp_path / "text.tsv", ["en-de"]), "en-de") == [("a\rb", "c"), ("d", "e\rf")]
+    (tmp_path / "text.tsv").write_bytes(b"en\tde\r\na\tb\r\nc\td\r\n")
+    assert lines_of(load_parallel(tmp_path / "text.tsv", ["en-de"]), "en-de") == [("a", "b"), ("c", "d")]
+
+
 @pytest.mark.parametrize("packed", ["", ".gz"])
 def test_plain_text_has_a_file_per_language(tmp_path, packed):
     def write(name: str, lines: list[str]) -> None:
@@ -83,6 +91,27 @@ def test_languages_may_be_nested_as_on_the_hub(tmp_path, features):
     assert lines_of(load_parallel(tmp_path / "x.parquet", ["de-en"]), "de-en") == [("b", "a")]
     (tmp_path / "x.jsonl").write_text('{"translation": {"en": "a", "de": "b"}}\n')
     assert lines_of(load_parallel(tmp_path / "x.jsonl", ["de-en"]), "de-en") == [("b", "a")]
+
+
+def test_a_dataset_on_the_hub_is_named_with_its_configuration(tmp_path, monkeypatch):
+    """datasets reads a folder as it reads a repository; one at the Hub cannot be reached from here."""
+    monkeypatch.chdir(tmp_path)
+    for name, text in (("de-en", "a"), ("en-fr", "c")):
+        (tmp_path / "some" / "corpus" / name).mkdir(parents=True)
+        codes = name.split("-")
+        row = {"translation": {code: f"{text} {code}" for code in codes}}
+        (tmp_path / "some" / "corpus" / name / "train.jsonl").write_text(json.dumps(row) + "\n")
+    listed = "".join(f"- config_name: {name}\n  data_files: {name}/*.jsonl\n" for name in ("de-en", "en-fr"))
+    (tmp_path / "some" / "corpus" / "README.md").write_text(f"---\nconfigs:\n{listed}---\n")
+    data = load_parallel("some/corpus:de-en", ["de-en"])
+    assert lines_of(data, "de-en") == [("a de", "a en")]
+    data = load_parallel("some/corpus:{pair}", ["en-de", "en-fr", "fr-en"])
+    assert [lines_of(data, pair) for pair in data] == [[("a en", "a de")], [("c en", "c fr")], [("c fr", "c en")]]
+    for wrong in ("some/corpus:en-xx", "some/corpus:{pair}"):
+        with pytest.raises(ValueError, match="^Name a configuration .* such as .*:de-en; it has de-en, en-fr"):
+            load_parallel(wrong, ["de-fr"])
+    with pytest.raises(ValueError, match="Cannot load 'some/corpus:de-en': .*Unknown split .test"):
+        load_parallel("some/corpus:de-en", ["de-en"], split="test")
 
 
 def test_shards_are_read_as_one_and_files_are_never_mixed(tmp_path):

@@ -24,7 +24,9 @@ class DataArguments:
     """Parallel text, and how its languages are named."""
 
     language_pairs: list[str] = field(default_factory=list, metadata={"help": "Directions, such as en-de de-en."})
-    train_file: str | None = field(default=None, metadata={"help": "Training data: file, or dataset on the Hub."})
+    train_file: str | None = field(
+        default=None, metadata={"help": "Training data: file, or dataset on the Hub (NAME or NAME:CONFIGURATION)."}
+    )
     validation_file: str | None = field(default=None, metadata={"help": "Validation data."})
     test_file: str | None = field(default=None, metadata={"help": "Test data."})
     splits: list[str] = field(

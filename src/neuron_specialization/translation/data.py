@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from tqdm.auto import tqdm
 
 from ..neurons.language_pairs import check_pairs, split_pair
 from .arrow import arrow_batches
-from .data_files import FORMATS, flat, read_rows, read_text
+from .data_files import configurations, read_from_hub, read_rows, read_text
 
 
 def load_parallel(
@@ -39,7 +39,8 @@ def load_parallel(
               numbers only;
             - plain text with "{lang}" for each language: data/train.{lang} has the lines of data/train.en and
               data/train.de;
-            - the name of a dataset on the Hub.
+            - the name of a dataset on the Hub; where it has several configurations, NAME:CONFIGURATION, such as
+              Helsinki-NLP/opus-100:{pair}.
 
             Columns may be nested in a column "translation".
         language_pairs: directions to load, such as ["en-de", "de-en"].
@@ -71,11 +72,14 @@ def load_parallel(
 
 
 def _file_for(path: str, pair: str, names: list[str]) -> str:
-    """Return the path with "{pair}" filled in, and "{lang}" kept."""
+    """Return the path, or NAME:CONFIGURATION, with "{pair}" filled in, and "{lang}" kept."""
     straight, reverse = ("-".join(codes) for codes in (split_pair(pair), reversed(split_pair(pair))))
+    name, _, configuration = path.partition(":")  # of a dataset on the Hub
     for codes in (straight, reverse):
         files = [path.replace("{pair}", codes).replace("{lang}", name) for name in names]
         if all(os.path.exists(file) or glob.glob(file) for file in files):
+            return path.replace("{pair}", codes)
+        if "{pair}" in configuration and configuration.replace("{pair}", codes) in configurations(name):
             return path.replace("{pair}", codes)
     return path.replace("{pair}", straight)
 
@@ -84,15 +88,7 @@ def _read(path: str, split: str | None, names: list[str], quiet: bool) -> Datase
     if "{lang}" in path:
         return read_text({name: path.replace("{lang}", name) for name in names}, quiet)
     rows = read_rows(path, quiet)
-    if rows is not None:
-        return _rows_of_split(rows, split, path)
-    try:
-        return flat(load_dataset(path, split=split or "train"))
-    except Exception as error:
-        raise ValueError(
-            f"Cannot load {path!r}: expected a file ending in {FORMATS} or the name of a dataset on the Hub "
-            f"({type(error).__name__}: {error})."
-        ) from error
+    return read_from_hub(path, split) if rows is None else _rows_of_split(rows, split, path)
 
 
 def _rows_of_split(rows: Dataset, split: str | None, path: str) -> Dataset:

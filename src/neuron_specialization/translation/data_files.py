@@ -7,12 +7,15 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import datasets
-from datasets import Dataset, Features, Value, load_dataset
+from datasets import Dataset, Features, Value, get_dataset_config_names, load_dataset
+
+from ..neurons.language_pairs import shorten
 
 _READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
 FORMATS = ", ".join(_READERS)
@@ -73,6 +76,37 @@ def read_text(files: Mapping[str, str], quiet: bool = False) -> Dataset:
     large = sum(stat.st_size for stat in stats) >= _BAR_FROM
     with progress_bars(large and not quiet), _readable(" and ".join(files.values())):
         return Dataset.from_generator(_lines, features=features, gen_kwargs={"files": dict(files), "version": version})
+
+
+def read_from_hub(path: str, split: str | None = None) -> Dataset:
+    """Read a dataset on the Hub, by its name or NAME:CONFIGURATION.
+
+    Raises:
+        ValueError: if there is none, or none with this configuration or split.
+    """
+    name, _, configuration = path.partition(":")
+    try:
+        return flat(load_dataset(name, configuration or None, split=split or "train"))
+    except Exception as error:
+        known = configurations(name)
+        if len(known) > 1 and configuration not in known:
+            listed = shorten(known, 20)
+            raise ValueError(f"Name a configuration of {name}, such as {name}:{known[0]}; it has {listed}.") from error
+        raise ValueError(
+            f"Cannot load {path!r}: expected a file ending in {FORMATS} or the name of a dataset on the Hub "
+            f"({type(error).__name__}: {' '.join(str(error).split())})."
+        ) from error
+
+
+def configurations(name: str) -> list[str]:
+    """Return the configurations of a dataset on the Hub; none if it cannot be reached."""
+    try:
+        return _configurations(name)
+    except Exception:  # loading it, which is next, tells why
+        return []
+
+
+_configurations = cache(get_dataset_config_names)  # asked for each direction
 
 
 def flat(rows: Dataset) -> Dataset:
@@ -137,11 +171,13 @@ def _csv_options(file: Path, kind: str) -> dict[str, Any]:
     if not sample.partition(b"\n")[2].strip():
         raise ValueError(f"{file} holds a header, but no rows.")
     quoting: Any = csv.QUOTE_MINIMAL if kind == ".csv" or _is_quoted(sample) else csv.QUOTE_NONE
-    header = sample.decode("utf-8-sig", errors="replace").splitlines()[0]
+    header = sample.decode("utf-8-sig", errors="replace").partition("\n")[0].rstrip("\r")
     names = next(csv.reader([header], delimiter=delimiter, quoting=quoting))
     features = Features({name: Value("string") for name in names})
     missing = {"keep_default_na": False, "na_values": [""]}
-    return {"delimiter": delimiter, "quoting": quoting, "features": features, **missing}
+    # pandas would end a line at a carriage return inside a sentence, too
+    ends = {} if b"\r\n" in sample else {"lineterminator": "\n"}
+    return {"delimiter": delimiter, "quoting": quoting, "features": features, **missing, **ends}
 
 
 def _is_quoted(sample: bytes) -> bool:
