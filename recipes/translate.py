@@ -1,4 +1,4 @@
-"""Translate a text file: one line out per line in. Started again after an interruption, it continues.
+r"""Translate a text file: one line out per line in. Started again after an interruption, it continues.
 
 accelerate launch --quiet recipes/translate.py \
     --model_name_or_path path/to/checkpoint --adapter build/specialized/adapter --pair en-de \
@@ -42,23 +42,22 @@ def main() -> None:
     settings = {**vars(args), **vars(where)}
     del settings["output"], settings["batch_size"]
     weights = {"weights": weights_of(where.model_name_or_path), "adapter_weights": weights_of(where.adapter)}
-    output = LineWriter(args.output, {**settings, **weights, "input": digest(lines)})
-    model, tokenizer = load_adapted(where.model_name_or_path, where.adapter)
-    translations = translate_lines(
-        model.to(this_process().device),
-        tokenizer,
-        lines,
-        args.pair,
-        done=output.done,
-        language_tokens=as_mapping(args.language_tokens),
-        source_tag=args.source_tag,
-        batch_size=args.batch_size,
-        num_beams=args.num_beams,
-        long_sentences=args.long_sentences,
-    )
-    for some in translations:
-        output.write(some)
-    output.finish()
+    with LineWriter(args.output, {**settings, **weights, "input": digest(lines)}) as output:
+        model, tokenizer = load_adapted(where.model_name_or_path, where.adapter)
+        translations = translate_lines(
+            model.to(this_process().device),
+            tokenizer,
+            lines,
+            args.pair,
+            done=output.done,
+            language_tokens=as_mapping(args.language_tokens),
+            source_tag=args.source_tag,
+            batch_size=args.batch_size,
+            num_beams=args.num_beams,
+            long_sentences=args.long_sentences,
+        )
+        for some in translations:
+            output.write(some)
 
 
 if __name__ == "__main__":

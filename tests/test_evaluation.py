@@ -1,11 +1,15 @@
 """Translating and scoring."""
 
+import copy
+import io
 import sys
+from contextlib import nullcontext
 
 import pytest
 import sacrebleu
 from datasets import Dataset
 from peft import get_peft_model
+from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 import neuron_specialization as ns
@@ -23,6 +27,7 @@ from neuron_specialization.translation.long_sentences import _halves, join_piece
 from neuron_specialization.translation.translate import translate_tokens
 
 from .test_conventions import TEXT, m2m_model, nllb
+from .test_runs import transformers_logs
 from .test_selection import counts_of
 
 HYPOTHESES = ["the cat sat on the mat .", "there is a dog"]
@@ -148,6 +153,24 @@ def test_sentences_longer_than_the_model_are_named_truncated_or_split(toy_model,
     assert len(split) > 2 and sum(text.count("bu") for text in split) == sentences[1].count("bu"), "nothing is lost"
 
 
+def test_a_progress_bar_counts_sentences_whatever_their_pieces(toy_model, toy_tokenizer):
+    sentences = ["ba", "babu " * 150, "bu", "bi " * 99]
+    options = {"long_sentences": "split", "batch_size": 1, "max_new_tokens": 2}
+    with tqdm(total=4, file=io.StringIO()) as bar:
+        ns.translate(toy_model, toy_tokenizer, sentences, "Pv-Aa", progress=bar, **options)
+        assert bar.n == 4
+
+
+@pytest.mark.parametrize("how", ["truncate", "split", "error"])
+def test_what_is_too_long_is_said_once_and_by_us(toy_model, toy_tokenizer, how, caplog):
+    """The tokenizer knows a limit too, and warns that the model will fail, which it does not."""
+    tokenizer = copy.deepcopy(toy_tokenizer)  # which warns once in its life
+    refused = pytest.raises(ValueError, match="positions for 64") if how == "error" else nullcontext()
+    with transformers_logs(caplog), refused:
+        ns.translate(toy_model, tokenizer, ["babu " * 99], "Pv-Aa", long_sentences=how, num_beams=1)
+    assert [record.message for record in caplog.records] == []
+
+
 def test_evaluate_refuses_long_sentences_before_it_translates(toy_model, toy_tokenizer):
     short = {"source": ["ba", "bu"], "target": ["ba", "bu"]}
     data = {"Pv-Aa": Dataset.from_dict(short), "Aa-Pv": Dataset.from_dict({**short, "source": ["ba", "babu " * 99]})}
@@ -241,6 +264,7 @@ def test_evaluation_shows_one_bar(toy_data, toy_model, toy_tokenizer, capsys):
 
 
 def test_recording_shows_one_bar(toy_data, toy_model, toy_tokenizer, capsys):
-    record_corpus(toy_model, toy_tokenizer, toy_data["validation"])
-    printed = capsys.readouterr().err
-    assert len(toy_data["validation"]) > 2 and printed.count(" 0%|") == 1
+    for parts, batches in ((1, 32), (3, 36)):
+        record_corpus_parts(toy_model, toy_tokenizer, toy_data["validation"], parts=parts, batch_size=5)
+        printed = capsys.readouterr().err
+        assert len(toy_data["validation"]) > 2 and printed.count(" 0%|") == 1 and f"/{batches} " in printed

@@ -66,10 +66,12 @@ def test_an_interrupted_file_is_continued_by_the_same_work_only(tmp_path, capsys
     with pytest.raises(ValueError, match="started with num_beams=5, but this run has 4"):
         LineWriter(str(path), {**made_of, "num_beams": 4})
     assert "cut" in partial.read_text(errors="replace"), "a refusal changes nothing"
-    second = LineWriter(str(path), made_of)
-    assert second.done == 3 and "holds 3 lines" in capsys.readouterr().err
-    second.write(["four"])
-    second.finish()
+    with pytest.raises(KeyboardInterrupt), LineWriter(str(path), made_of) as second:
+        assert second.done == 3 and "holds 3 lines" in capsys.readouterr().err
+        second.write(["four"])
+        raise KeyboardInterrupt
+    with LineWriter(str(path), made_of) as third:
+        assert third.done == 4
     assert path.read_text() == "one\n\nthree\nfour\n" and [p.name for p in path.parent.iterdir()] == ["out.txt"]
     with pytest.raises(ValueError, match="exists already"):
         LineWriter(str(path), made_of)
@@ -77,8 +79,19 @@ def test_an_interrupted_file_is_continued_by_the_same_work_only(tmp_path, capsys
 
 def test_a_partial_file_without_lines_binds_nobody(tmp_path):
     LineWriter(str(tmp_path / "out"), {"pair": "en-ed"})
-    LineWriter(str(tmp_path / "out"), {"pair": "en-de"}).finish()
+    with LineWriter(str(tmp_path / "out"), {"pair": "en-de"}):
+        pass
     assert (tmp_path / "out").read_text() == ""
+
+
+def test_an_error_before_the_first_line_leaves_nothing(tmp_path):
+    for path in ("out", "new/er/out"):
+        with pytest.raises(ValueError, match="no such pair"), LineWriter(str(tmp_path / path), {"pair": "en-xx"}):
+            raise ValueError("no such pair")
+        assert not list(tmp_path.iterdir())
+    for path in (".", str(tmp_path), f"{tmp_path}/"):
+        with pytest.raises(ValueError, match="exists already"):
+            LineWriter(path, {})
 
 
 def test_a_partial_file_of_unknown_origin_is_left_alone(tmp_path):

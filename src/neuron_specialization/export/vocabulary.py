@@ -94,7 +94,7 @@ def _cut(tokenizer: Any, sentences: Sequence[str]) -> Iterator[list[str]]:
     """Yield each sentence's tokens, all of them: tokenizers remember the truncation of the call before."""
     for start in range(0, len(sentences), 1000):
         batch = sentences[start : start + 1000]
-        rows = tokenizer(batch, add_special_tokens=False, truncation=False)["input_ids"]
+        rows = tokenizer(batch, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
         yield from map(tokenizer.convert_ids_to_tokens, rows)
 
 

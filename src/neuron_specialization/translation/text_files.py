@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -82,10 +83,10 @@ def translate_lines(
 
 
 class LineWriter:
-    """A text file that is complete or absent: lines go to FILE.partial, which becomes FILE after the last one.
+    """A text file that is complete or absent: lines go to FILE.partial, which becomes FILE at the end of a `with`.
 
-    FILE.partial.json records what the lines were made from, so that only the same work continues them. Every process
-    makes one of these; the main process writes.
+    FILE.partial.json records what the lines were made from, so that only the same work continues them. An error leaves
+    both, or nothing if no line was written. Every process makes one of these; the main process writes.
 
     Args:
         path: file to write; its directory is created if missing. "-" is standard output, which cannot resume.
@@ -100,10 +101,23 @@ class LineWriter:
 
     def __init__(self, path: str, made_of: Mapping[str, Any]) -> None:
         self.path = Path(path)
-        self._partial = self.path.with_name(f"{self.path.name}.partial")
-        self._about = self.path.with_name(f"{self.path.name}.partial.json")
+        self._partial, self._about = Path(f"{self.path}.partial"), Path(f"{self.path}.partial.json")
+        self._made_directories: list[Path] = []
         self._file: BinaryIO = sys.stdout.buffer
         self.done = 0 if path == "-" else on_main_process(lambda: self._open(made_of))
+
+    def __enter__(self) -> "LineWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if not this_process().is_main_process or self._file is sys.stdout.buffer:
+            return
+        self._file.close()
+        if kind is None:
+            os.replace(self._partial, self.path)
+            self._about.unlink()
+        elif not self._partial.stat().st_size:
+            self._remove()
 
     def write(self, lines: Sequence[str]) -> None:
         """Append lines and flush them."""
@@ -111,16 +125,10 @@ class LineWriter:
             self._file.write("".join(f"{line}\n" for line in lines).encode())
             self._file.flush()
 
-    def finish(self) -> None:
-        """Give the file its name."""
-        if this_process().is_main_process and self._file is not sys.stdout.buffer:
-            self._file.close()
-            os.replace(self._partial, self.path)
-            self._about.unlink()
-
     def _open(self, made_of: Mapping[str, Any]) -> int:
         if self.path.exists():
             raise ValueError(f"{self.path} exists already. Delete it, or choose another --output.")
+        self._made_directories = [folder for folder in self.path.absolute().parents if not folder.exists()]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._partial.open("ab")
         text = self._partial.read_bytes()
@@ -132,6 +140,13 @@ class LineWriter:
         if done := text.count(b"\n"):
             print(f"{self._partial} holds {done} lines already; continuing after them", file=sys.stderr)
         return done
+
+    def _remove(self) -> None:
+        for file in (self._partial, self._about):
+            file.unlink()
+        with suppress(OSError):  # somebody else may write there by now
+            for folder in self._made_directories:
+                folder.rmdir()
 
     def _check_same_work(self, made_of: Mapping[str, Any]) -> None:
         try:

@@ -73,6 +73,7 @@ def encode(
 def _tokenize(
     tokenizer: Any, sources: Sequence[str], targets: Sequence[str] | None, options: dict[str, Any]
 ) -> dict[str, list]:
+    options = {**options, "verbose": False}  # no warning of the tokenizer's own limit: callers know the model's
     encoded = {"input_ids": tokenizer(list(sources), **options)["input_ids"]}
     if targets is not None:
         encoded["labels"] = tokenizer(text_target=list(targets), **options)["input_ids"]

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from ..adapter.active import active_config, known_language_tokens
 from ..adapter.routing import is_routed
 from ..adapter.target_tag import label_shift
-from ..neurons.base_model import unwrap
+from ..neurons.base_model import number_of_positions, unwrap
 from ..neurons.language_pairs import split_pair
 from .long_sentences import LongSentences, encode_within, join_pieces
 from .tokenization import encode, resolve_tokens
@@ -107,6 +107,8 @@ def _translate_ids(
     source_tag = config.source_tag if config is not None else source_tag
     pieces = _encode_sources(model, tokenizer, sentences, pair, tokens, source_tag, long_sentences, numbers)
     encoded = list(chain.from_iterable(pieces))
+    sentence_of = [number for number, parts in enumerate(pieces) for _ in parts]
+    missing = [len(parts) for parts in pieces]  # pieces of each sentence that are not translated yet
     kwargs = dict(generate_kwargs)
     if source_tag == "source" and "decoder_input_ids" not in kwargs:
         kwargs = {**_target_tag(unwrap(model), tokenizer, pair, tokens), **kwargs}
@@ -125,7 +127,8 @@ def _translate_ids(
                 rows = _generate(model, tokenizer, [encoded[i] for i in batch], kwargs)
                 for i, row in zip(batch, rows, strict=True):
                     translations[i] = [token for token in row if token not in tags]
-                bar.update(len(batch))
+                    missing[sentence_of[i]] -= 1
+                bar.update(sum(not missing[number] for number in {sentence_of[i] for i in batch}))
     finally:
         model.train(training)
     rest = iter(translations)
@@ -160,8 +163,7 @@ def _encode_sources(
     def encode_texts(texts: Sequence[str], max_length: int | None) -> list[list[int]]:
         return encode(tokenizer, pair, texts, None, tokens, source_tag, max_length)["input_ids"]
 
-    positions = getattr(unwrap(model).config, "max_position_embeddings", None)
-    return encode_within(positions, sentences, encode_texts, pair, long_sentences, numbers)
+    return encode_within(number_of_positions(model), sentences, encode_texts, pair, long_sentences, numbers)
 
 
 def _bar(progress: bool | tqdm, pair: str, sentences: Sequence[str], hidden: bool) -> Any:
