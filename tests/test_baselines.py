@@ -2,9 +2,11 @@
 
 import copy
 import dataclasses
+import sys
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import get_peft_model
 
 import neuron_specialization as ns
@@ -178,6 +180,17 @@ def test_stages_of_other_settings_are_not_mixed(comparison):
     other.model.shared.weight.data[5] += 1
     with pytest.raises(ValueError, match=r"other settings \(baseline\)"):
         Comparison(**{**again, "baseline": other})
+
+
+def test_what_cannot_be_scored_is_refused_before_any_training(comparison, monkeypatch):
+    again = {field.name: getattr(comparison, field.name) for field in dataclasses.fields(comparison)}
+    long = {"Pv-Aa": Dataset.from_dict({"source": ["babu " * 99], "target": ["ba"]})}
+    with pytest.raises(ValueError, match="^Sentence 1 of Pv-Aa, .* positions for 64"):
+        Comparison(**{**again, "data": {**comparison.data, "test": long}})
+    monkeypatch.setitem(sys.modules, "MeCab", None)
+    monkeypatch.delitem(sys.modules, "sacrebleu.tokenizers.tokenizer_ja_mecab", raising=False)
+    with pytest.raises(ImportError, match=r"neuron-specialization\[ja\]"):
+        Comparison(**{**again, "data": {split: {"Pv-ja": of["Pv-Aa"]} for split, of in comparison.data.items()}})
 
 
 def test_a_diverged_run_is_a_failure(comparison):

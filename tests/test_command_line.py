@@ -1,7 +1,9 @@
 """Command lines: options from files and flags, a short help, errors of one sentence."""
 
+import ast
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +12,7 @@ from neuron_specialization.translation.command_line import parse, run
 from neuron_specialization.translation.results import write_results
 from neuron_specialization.translation.trainer import SpecializationTrainingArguments
 
+RECIPES = Path(__file__).parent.parent / "recipes"
 UNUSED = ("train_file", "drop_faulty")
 
 
@@ -77,6 +80,9 @@ def test_options_that_a_recipe_does_not_use_are_refused(argv, message):
         ("name: x\nlanguage_pair: [en-de]", r"config.yaml: .* no option --language_pair; .* --language_pairs"),
         ("name: x\ntrain_file: a.tsv", r"config.yaml: .* no option --train_file; the nearest is --validation_file"),
         ("name: x\nconfig: y", r"cannot name another"),
+        ("name: x\ncolumns: {no: nor}", r"quote the words of columns; YAML reads no"),
+        ("name: x\nlanguage_pairs: [no, en-de]", r"quote the words of language_pairs; YAML reads no"),
+        ("name: x\npivot: no", r"quote the words of pivot; YAML reads no"),
         ("just words", r"Expected lines such as .* got 'just words'"),
         ("name: [x", r"is not a YAML file: while parsing"),
     ],
@@ -110,6 +116,17 @@ def test_help_shows_ours_and_all_of_the_trainers_only_when_asked(capsys):
         assert text in short and text in everything
     assert "--train_file" not in everything and "--bf16 " in everything and "--bf16 " not in short
     assert short.index("What a test needs") < short.index("--name") < short.index("--temperature")
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.py")), ids=lambda path: path.stem)
+def test_the_command_that_help_shows_can_be_pasted(recipe):
+    """It runs over several lines, which a docstring joins unless it is raw."""
+    text = ast.get_docstring(ast.parse(recipe.read_text()))
+    commands = [part.splitlines() for part in text.split("\n\n") if f"recipes/{recipe.name}" in part]
+    assert commands, "each recipe shows one"
+    for lines in commands:
+        assert lines[0].startswith(("accelerate launch", "python")) and max(map(len, lines)) < 120
+        assert all(line.endswith(" \\") for line in lines[:-1]) and not lines[-1].endswith("\\")
 
 
 def fail_in_zip():

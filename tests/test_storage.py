@@ -220,6 +220,13 @@ def test_damaged_adapters_are_refused_by_transformers_too(
         assert "generate" not in vars(model) and "_load_pretrained_model" not in vars(model)
 
 
+def test_a_config_that_is_no_json_is_refused_by_transformers_too(base_directory, tmp_path):
+    trained(base_directory, "delta").save_pretrained(str(tmp_path / "adapter"))
+    os.truncate(tmp_path / "adapter" / "adapter_config.json", 99)
+    with pytest.raises(ValueError, match="adapter_config.json is damaged: it is no JSON"):
+        AutoModelForSeq2SeqLM.from_pretrained(base_directory).load_adapter(str(tmp_path / "adapter"))
+
+
 def test_other_adapters_load_beside_ours(base_directory, tmp_path):
     """LoRA on attention, injected by transformers into the model that already runs under our masks."""
     lora = get_peft_model(AutoModelForSeq2SeqLM.from_pretrained(base_directory), lora_on_attention())

@@ -124,6 +124,8 @@ def checked_load_adapter(load_adapter: Callable[..., Any]) -> Callable[..., Any]
             model._load_pretrained_model = CheckedLoad(model)
             try:
                 return load_adapter(model, *args, **kwargs)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"The adapter's {CONFIG_NAME} is damaged: it is no JSON ({error}).") from error
             finally:
                 vars(model).pop("_load_pretrained_model", None)
 

@@ -20,7 +20,8 @@ from transformers import set_seed
 
 from ..adapter.active import active_config
 from ..neurons.activations import ActivationCounts
-from ..translation.evaluation import SCORES, evaluate
+from ..neurons.language_pairs import split_pair
+from ..translation.evaluation import SCORES, check_lengths, check_scorers, evaluate
 from ..translation.identification import record_corpus
 from ..translation.results import write_results
 from ..translation.runs import digest
@@ -73,7 +74,9 @@ class Comparison:
         max_length: truncate training text to this many tokens.
 
     Raises:
-        ValueError: if the output directory holds stages of a comparison with other settings.
+        ImportError: if a target language needs a word segmenter that is not installed.
+        ValueError: if the output directory holds stages of a comparison with other settings, or a test sentence is too
+            long for the model.
     """
 
     baseline: Any
@@ -90,6 +93,8 @@ class Comparison:
     def __post_init__(self) -> None:
         self.directory = Path(str(self.training.output_dir))
         self.language_pairs = list(self.data["train"])
+        check_scorers(split_pair(pair)[1] for pair in self.language_pairs)
+        check_lengths(self.baseline, self.tokenizer, self.data["test"], **self._convention())
         self._check_settings()
 
     def run(self, method: str, seed: int) -> bool:

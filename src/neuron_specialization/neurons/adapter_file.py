@@ -96,6 +96,21 @@ def newest_weights_file(directory: str | PathLike[str]) -> Path | None:
     return weights_file(directory)
 
 
+def read_config_file(path: Path) -> dict[str, Any]:
+    """Return what an adapter_config.json holds, of any method.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: it is no JSON ({error}).") from error
+    if not isinstance(config, dict) or "peft_type" not in config:
+        raise ValueError(f"{path} is damaged: expected a JSON object with a peft_type.")
+    return config
+
+
 def file_digest(path: Path) -> str:
     """Return the SHA-256 of a file."""
     digest = hashlib.sha256()
@@ -166,14 +181,9 @@ def read_config(location: str | PathLike[str], **hub: Any) -> dict[str, Any]:
         ValueError: if the file is missing, is another method's, or is of an unknown format version.
     """
     path = fetch(location, CONFIG_NAME, **hub)
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: it is no JSON ({error}).") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} is damaged: expected a JSON object.")
-    if config.get("peft_type") != PEFT_TYPE:
-        raise ValueError(f"{path} is an adapter of type {config.get('peft_type')}, not {PEFT_TYPE}.")
+    config = read_config_file(path)
+    if config["peft_type"] != PEFT_TYPE:
+        raise ValueError(f"{path} is an adapter of type {config['peft_type']}, not {PEFT_TYPE}.")
     check_format_version(config.get("format_version"), path)
     for name in ("d_ff", "stacks", "selector", "fingerprint"):
         if not isinstance(config.get(name), dict):

@@ -7,6 +7,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, M2M100Config, M2M100ForConditionalGeneration
 
+from ..neurons.adapter_file import CONFIG_NAME, fetch, read_config_file
 from ..neurons.files import complete_writing
 
 
@@ -51,6 +52,7 @@ def load_adapted(location: str, adapter: str | None, is_trainable: bool = False)
         if not Path(adapter).is_dir() and Path(adapter).exists():
             raise ValueError(f"{adapter} is not an adapter directory.")
         try:
+            read_config_file(fetch(adapter, CONFIG_NAME))  # PEFT does not say which file is damaged, or how
             model = PeftModel.from_pretrained(model, adapter, is_trainable=is_trainable)
         except (OSError, ValueError) as error:
             raise ValueError(f"Cannot load the adapter {adapter!r}: {error}") from error

@@ -27,20 +27,22 @@ def run(main: Callable[[], None]) -> None:
     """Run a recipe. An expected error ends it with that error's message on stderr and exit code 1.
 
     Expected are the errors that this package or the recipe raises itself, and those of the operating system about a
-    file. Any other exception keeps its traceback. Of several processes that fail, one prints.
+    file. Any other exception keeps its traceback. Of several processes that fail, the first one says why: the others
+    mostly fail because it is gone.
     """
     try:
         main()
     except Exception as error:
         if not _is_expected(error):
-            raise
-        if _prints_errors():
+            if _is_first_to_fail() or not torch.distributed.is_initialized():
+                raise
+        elif _is_first_to_fail():
             print(f"Error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
 
 
-def _prints_errors() -> bool:
-    """Return whether this process prints the error: the first of those that fail, so that it is printed once."""
+def _is_first_to_fail() -> bool:
+    """Return whether no other process has failed; before processes know each other, whether this one is the main."""
     if not torch.distributed.is_initialized():
         return get_int_from_env(_LOCAL_RANK, 0) == 0
     try:
@@ -148,23 +150,32 @@ class _Parser(HfArgumentParser):
         for name, value in values.items():
             option = f"--{name}"
             try:
-                takes_list = self.check(option).nargs == "+"
+                action = self.check(option)
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from None
+            takes_list = action.nargs == "+"
             if name == "config":
                 raise ValueError(f"{path} cannot name another file with `config`; give --config twice instead.")
             if value is None or value in ([], {}):
                 continue
+            is_json = isinstance(value, dict | list) and not takes_list  # the Trainer reads its dictionaries from JSON
+            if action.type is str and not is_json and _holds_boolean(value):
+                raise ValueError(f"{path}: quote the words of {name}; YAML reads no, on and yes as booleans.")
             if takes_list:
                 value = [f"{k}={v}" for k, v in value.items()] if isinstance(value, dict) else value
                 words += [option, *map(str, value if isinstance(value, list) else [value])]
-            else:  # the Trainer reads its dictionaries from JSON
-                words.append(f"{option}={json.dumps(value) if isinstance(value, dict | list) else value}")
+            else:
+                words.append(f"{option}={json.dumps(value) if is_json else value}")
         return words
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage of every option."""
         raise ValueError(f"{self.prog}: {message}.")
+
+
+def _holds_boolean(value: Any) -> bool:
+    parts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    return any(isinstance(part, bool) for part in parts)
 
 
 def _inherited(kind: Any) -> set[str]:

@@ -44,6 +44,18 @@ def check_scorers(target_languages: Iterable[str]) -> None:
             ) from error
 
 
+def check_lengths(
+    model: Any,
+    tokenizer: Any,
+    data: Mapping[str, Dataset],
+    language_tokens: Mapping[str, str] | None = None,
+    source_tag: str = "source",
+) -> None:
+    """Raise ValueError if `evaluate` would refuse a sentence as too long; ask before training."""
+    for pair, rows in data.items():
+        check_long_sentences(model, tokenizer, rows["source"], pair, language_tokens, source_tag)
+
+
 def score(predictions: list[str], references: list[str], target_language: str) -> dict[str, Any]:
     """Return BLEU, chrF++ and their signatures for one direction."""
     metric = load_metric(str(_METRIC))
@@ -84,8 +96,7 @@ def evaluate(
     """
     check_scorers(split_pair(pair)[1] for pair in data)
     if long_sentences == "error":
-        for pair, rows in data.items():
-            check_long_sentences(model, tokenizer, rows["source"], pair, language_tokens, source_tag)
+        check_lengths(model, tokenizer, data, language_tokens, source_tag)
     generate_kwargs.setdefault("num_beams", 5)
     directions, translations = {}, {}
     process = this_process()
