@@ -15,7 +15,7 @@ from benchmark_cases.training import mixed_batches, training_steps
 from neuron_specialization.analysis.shapes import ModelShape, random_batch
 from neuron_specialization.translation.checkpoints import new_m2m100
 from neuron_specialization.translation.command_line import parse, run
-from neuron_specialization.translation.processes import this_process
+from neuron_specialization.translation.processes import check_single_process, this_process
 from neuron_specialization.translation.results import table, write_results
 
 
@@ -35,6 +35,7 @@ class BenchmarkArguments:
 
 def main() -> None:
     args, shape = parse(BenchmarkArguments, ModelShape)
+    check_single_process()
     torch.manual_seed(0)
     base = new_m2m100(**vars(shape)).to(this_process().device)
     batch = random_batch(base, args.batch_size, args.length)

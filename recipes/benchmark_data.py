@@ -1,4 +1,4 @@
-"""Time what happens to data before the first step, and compute what it would take for the 61 million pairs of EC30.
+r"""Time what happens to data before the first step, and compute what it would take for the 61 million pairs of EC30.
 
 python recipes/benchmark_data.py --config recipes/configs/benchmark_data/bible.yaml --train_file data/train.parquet \
     --validation_file data/validation.parquet --test_file data/test.parquet --output_dir build/benchmark-data

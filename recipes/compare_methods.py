@@ -1,4 +1,4 @@
-"""The paper's comparison, stage by stage: methods x seeds on the same baseline, data and order of batches.
+r"""The paper's comparison, stage by stage: methods x seeds on the same baseline, data and order of batches.
 
 accelerate launch --quiet recipes/compare_methods.py --config recipes/configs/compare_methods/toy-control.yaml \
     --model_name_or_path build/toy/baseline/model --train_file build/toy/train.jsonl \
@@ -22,6 +22,7 @@ from neuron_specialization.baselines.stages import Comparison, StageArguments, c
 from neuron_specialization.translation.arguments import DataArguments, ModelArguments, as_mapping
 from neuron_specialization.translation.checkpoints import load_checkpoint
 from neuron_specialization.translation.command_line import parse, run
+from neuron_specialization.translation.processes import check_single_process
 from neuron_specialization.translation.results import table, write_results
 from neuron_specialization.translation.trainer import SpecializationTrainingArguments
 
@@ -42,6 +43,7 @@ def main() -> None:
         *(ModelArguments, DataArguments, SpecializationTrainingArguments),
         unused=UNUSED,
     )
+    check_single_process()
     disable_progress_bars()
     model, tokenizer = load_checkpoint(where.model_name_or_path)
     comparison = Comparison(

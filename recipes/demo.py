@@ -12,11 +12,13 @@ from peft import get_peft_model
 from transformers import set_seed
 
 import neuron_specialization as ns
+from neuron_specialization.neurons.files import atomic_directory
 from neuron_specialization.translation.checkpoints import new_model
 from neuron_specialization.translation.command_line import parse, run
 from neuron_specialization.translation.data import load_parallel
 from neuron_specialization.translation.evaluation import SCORES, evaluate
 from neuron_specialization.translation.identification import record_corpus
+from neuron_specialization.translation.processes import check_single_process
 from neuron_specialization.translation.results import table, write_results
 from neuron_specialization.translation.tokenization import train_tokenizer
 from neuron_specialization.translation.toy import PIVOT, ToyLanguages
@@ -45,6 +47,7 @@ class DemoArguments:
 
 def main() -> None:
     demo, training = parse(DemoArguments, SpecializationTrainingArguments, unused=UNUSED)
+    check_single_process()
     set_seed(training.seed)
     disable_progress_bars()  # of tokenizing, which takes no time here; training shows its own
     started = time.perf_counter()
@@ -94,12 +97,11 @@ def main() -> None:
 
 def write_data(toy: ToyLanguages, demo: DemoArguments, directory: str) -> dict:
     """Write the languages to JSONL files, to try the other recipes on, and load every direction from them."""
-    data = {}
-    for split, count in (("train", demo.sentences), ("validation", demo.held_out), ("test", demo.held_out)):
-        path = f"{directory}/data/{split}.jsonl"
-        toy.sentences(count, split).to_json(path)
-        data[split] = load_parallel(path, toy.language_pairs)
-    return data
+    splits = {"train": demo.sentences, "validation": demo.held_out, "test": demo.held_out}
+    with atomic_directory(f"{directory}/data") as folder:
+        for split, count in splits.items():
+            toy.sentences(count, split).to_json(folder / f"{split}.jsonl")
+    return {split: load_parallel(f"{directory}/data/{split}.jsonl", toy.language_pairs) for split in splits}
 
 
 def family_overlap(masks: ns.NeuronMasks, toy: ToyLanguages, stack: str) -> dict[str, float]:

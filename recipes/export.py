@@ -1,4 +1,4 @@
-"""One pair as a smaller plain model: a transformers checkpoint and, with --quantization, a CTranslate2 model.
+r"""One pair as a smaller plain model: a transformers checkpoint and, with --quantization, a CTranslate2 model.
 
 accelerate launch --quiet recipes/export.py \
     --model_name_or_path path/to/checkpoint --adapter build/specialized/adapter --pair en-de \

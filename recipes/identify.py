@@ -1,4 +1,4 @@
-"""Find the neurons that each language pair uses: an adapter directory with their masks, and the activation counts.
+r"""Find the neurons that each language pair uses: an adapter directory with their masks, and the activation counts.
 
 accelerate launch --quiet recipes/identify.py --config recipes/configs/identify/multi30k.yaml \
     --model_name_or_path path/to/checkpoint --validation_file data/validation.parquet \

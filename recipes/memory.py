@@ -17,8 +17,8 @@ from neuron_specialization.analysis.timing import TrainingStep
 from neuron_specialization.neurons.language_pairs import Routes
 from neuron_specialization.translation.checkpoints import new_m2m100
 from neuron_specialization.translation.command_line import parse, run
-from neuron_specialization.translation.processes import this_process
-from neuron_specialization.translation.results import table, write_results
+from neuron_specialization.translation.processes import check_single_process, this_process
+from neuron_specialization.translation.results import check_results, table, write_results
 
 COMPARED = {"full": "dense", "delta": "LoRA r=16"}
 
@@ -39,6 +39,8 @@ class MemoryArguments:
 
 def main() -> None:
     args, shape = parse(MemoryArguments, ModelShape)
+    check_single_process()
+    check_results(args.output_dir, "memory.json")
     torch.manual_seed(0)
     base = new_m2m100(**vars(shape)).to(this_process().device)
     batch = random_batch(base, args.batch_size, args.length)

@@ -1,4 +1,4 @@
-"""Score a model on test data: BLEU and chrF++ with signatures, per direction and averaged.
+r"""Score a model on test data: BLEU and chrF++ with signatures, per direction and averaged.
 
 accelerate launch --quiet recipes/score.py --config recipes/configs/score/multi30k.yaml \
     --model_name_or_path path/to/checkpoint --adapter build/specialized/adapter \
@@ -7,8 +7,8 @@ accelerate launch --quiet recipes/score.py --config recipes/configs/score/multi3
 
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
+from neuron_specialization.neurons.files import atomic_directory, check_replaceable
 from neuron_specialization.neurons.language_pairs import split_pair
 from neuron_specialization.translation.arguments import DataArguments, ModelArguments
 from neuron_specialization.translation.checkpoints import load_adapted
@@ -27,6 +27,9 @@ class ScoreArguments:
     """How to translate."""
 
     output_dir: str = field(metadata={"help": "Where results.json and the translations go."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Replace files of the same names that this package did not write."}
+    )
     num_beams: int = field(default=5, metadata={"help": "Beams."})
     batch_size: int = field(default=64, metadata={"help": "Sentences per batch; changes speed only."})
     long_sentences: LongSentences = field(
@@ -37,6 +40,8 @@ class ScoreArguments:
 
 def main() -> None:
     args, where, data = parse(ScoreArguments, ModelArguments, DataArguments, unused=UNUSED)
+    files = ("results.json", *(f"translations/{pair}.txt" for pair in data.language_pairs))
+    check_replaceable(args.output_dir, files, args.overwrite_output_dir)
     test = data.load("test", max_sentences=data.max_sentences)
     check_scorers(split_pair(pair)[1] for pair in test)
     model, tokenizer = load_adapted(where.model_name_or_path, where.adapter)
@@ -55,13 +60,16 @@ def main() -> None:
     seconds = time.perf_counter() - started
     if not this_process().is_main_process:
         return
-    for pair, texts in result.pop("translations").items():
-        path = Path(args.output_dir) / "translations" / f"{pair}.txt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(f"{one_line(text)}\n" for text in texts), encoding="utf-8")
     print(table(score_rows(result)))
     settings = {"seconds": seconds, "arguments": [vars(args), vars(where), vars(data)]}
-    print(f"wrote {write_results(args.output_dir, {**result, **settings})}")
+    translations = result.pop("translations")
+    with atomic_directory(args.output_dir, args.overwrite_output_dir) as folder:
+        (folder / "translations").mkdir()
+        for pair, texts in translations.items():
+            lines = "".join(f"{one_line(text)}\n" for text in texts)
+            (folder / "translations" / f"{pair}.txt").write_text(lines, encoding="utf-8")
+        write_results(folder, {**result, **settings})
+    print(f"wrote {args.output_dir}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Sparse continued training under the masks of each pair; `--masks none` is the fine-tuning baseline.
+r"""Sparse continued training under the masks of each pair; `--masks none` is the fine-tuning baseline.
 
 accelerate launch --quiet recipes/specialize.py --config recipes/configs/specialize/multi30k.yaml \
     --model_name_or_path path/to/checkpoint --masks build/masks --train_file data/train.parquet \
@@ -11,6 +11,7 @@ from peft import get_peft_model
 from transformers import set_seed
 
 import neuron_specialization as ns
+from neuron_specialization.neurons.files import check_not_input
 from neuron_specialization.translation.arguments import DataArguments, ModelArguments
 from neuron_specialization.translation.checkpoints import load_checkpoint
 from neuron_specialization.translation.command_line import parse, run
@@ -35,6 +36,9 @@ def main() -> None:
     args, where, data, training = parse(
         SpecializeArguments, ModelArguments, DataArguments, SpecializationTrainingArguments, unused=UNUSED
     )
+    check_not_input(f"{training.output_dir}/adapter", args.masks)
+    if training.overwrite_output_dir:
+        check_not_input(training.output_dir, args.masks, contents=True)
     set_seed(training.seed)
     train, validation, checked = data.load_checked()
     if training.process_index == 0:

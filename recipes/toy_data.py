@@ -5,7 +5,11 @@ python recipes/toy_data.py --config recipes/configs/toy_data/toy-control.yaml --
 
 from dataclasses import dataclass, field
 
+from datasets import disable_progress_bars
+
+from neuron_specialization.neurons.files import atomic_directory
 from neuron_specialization.translation.command_line import parse, run
+from neuron_specialization.translation.processes import check_single_process
 from neuron_specialization.translation.toy import ToyLanguages
 
 
@@ -25,9 +29,12 @@ class ToyArguments:
 
 def main() -> None:
     (args,) = parse(ToyArguments)
+    check_single_process()
+    disable_progress_bars()
     toy = ToyLanguages(args.families, args.languages_per_family, args.seed, args.replaced, args.roots)
-    for split, count in (("train", args.sentences), ("validation", args.held_out), ("test", args.held_out)):
-        toy.sentences(count, split).to_json(f"{args.output_dir}/{split}.jsonl")
+    with atomic_directory(args.output_dir) as folder:
+        for split, count in (("train", args.sentences), ("validation", args.held_out), ("test", args.held_out)):
+            toy.sentences(count, split).to_json(folder / f"{split}.jsonl")
     print(f"wrote {args.output_dir}; --language_pairs {' '.join(toy.language_pairs)}")
 
 

@@ -1,4 +1,4 @@
-"""Compare how well encoders transfer across languages: heads trained on one language, tested on every language.
+r"""Compare how well encoders transfer across languages: heads trained on one language, tested on every language.
 
 python recipes/transfer_cross_lingually.py --config recipes/configs/transfer_cross_lingually/small.yaml \
     --data_dir data --models before=path/to/checkpoint after=path/to/another --output_dir build/transfer
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from neuron_specialization.translation.arguments import as_mapping
 from neuron_specialization.translation.command_line import parse, run
 from neuron_specialization.translation.encoder_heads import HeadTraining
-from neuron_specialization.translation.processes import this_process
+from neuron_specialization.translation.processes import check_single_process
 from neuron_specialization.translation.results import table, write_results
 from neuron_specialization.translation.transfer import FINE_TUNING, PROBING, check_models, transfer
 from neuron_specialization.translation.transfer_statistics import (
@@ -63,8 +63,7 @@ class TransferArguments:
 
 def main() -> None:
     (args,) = parse(TransferArguments)
-    if this_process().num_processes > 1:
-        raise ValueError("Start this recipe with `python`, as one process: heads are small.")
+    check_single_process()
     models, head = as_mapping(args.models), (args.batch_size, args.pooling)
     known = {
         PROBING: HeadTraining(args.probing_epochs, args.probing_learning_rate, *head),

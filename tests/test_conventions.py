@@ -16,6 +16,7 @@ from neuron_specialization.translation.batching import TranslationCollator
 from neuron_specialization.translation.encoding import encode_parallel
 from neuron_specialization.translation.identification import record_corpus
 from neuron_specialization.translation.tokenization import resolve_tokens, train_tokenizer
+from neuron_specialization.translation.training import SpecializationTrainingArguments, fit
 
 TEXT = ["the cat sits here", "die katze sitzt hier", "le chat est assis", "a dog runs fast", "ein hund rennt schnell"]
 CORPUS = {"en-de": (TEXT[:1] + TEXT[3:4], TEXT[1:2] + TEXT[4:]), "de-en": (TEXT[1:2], TEXT[:1])}
@@ -88,6 +89,18 @@ def madlad(directory):
     vocabulary = [(model.id_to_piece(i), model.get_score(i)) for i in range(model.get_piece_size())]
     tokenizer = tf.T5Tokenizer(vocab=vocabulary, extra_ids=0, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
     return tokenizer, {code: f"<2{code}>" for code in ("en", "de", "fr")}
+
+
+def test_text_longer_than_the_models_positions_is_truncated(tmp_path):
+    """Positions are learned here: more than there are is an error of the embedding."""
+    tokenizer, tokens = mbart50(tmp_path)
+    model = bart_like(tf.MBartConfig, tf.MBartForConditionalGeneration, tokenizer)
+    data = {"en-de": Dataset.from_dict({"source": [TEXT[0] * 20], "target": [TEXT[1] * 20]})}
+    counts = record_corpus(model, tokenizer, data, language_tokens=tokens)
+    assert {stack: count.tolist() for stack, count in counts.tokens.items()} == {"encoder": [64], "decoder": [64]}
+    args = {"max_steps": 1, "report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
+    training = SpecializationTrainingArguments(str(tmp_path / "run"), **args)
+    assert fit(model, tokenizer, data, data, training, language_tokens=tokens)["best_validation_loss"] > 0
 
 
 def vocabulary_size(tokenizer) -> int:

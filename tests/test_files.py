@@ -69,6 +69,25 @@ def test_weights_that_would_be_read_in_place_of_the_new_ones_are_removed(tmp_pat
     }
 
 
+def test_translations_of_an_earlier_scoring_are_removed(tmp_path):
+    """They would pass for those of the model that results.json describes."""
+    write(tmp_path, ["results.json", "translations/en-de.txt", "translations/en-fr.txt"])
+    (tmp_path / "translations" / "notes.txt").write_text("mine")
+    write(tmp_path, ["results.json", "translations/en-de.txt"])
+    assert set(content(tmp_path)) == {"results.json", "translations/en-de.txt", "translations/notes.txt"}
+
+
+def test_a_readme_of_the_users_is_no_card_of_an_adapter(tmp_path):
+    (tmp_path / "README.md").write_text("# Mine")
+    model = make_m2m100()
+    masks = make_masks(model)
+    masks.save_pretrained(tmp_path)
+    adapted = get_peft_model(model, ns.NeuronSpecializationConfig(masks=masks, task_type="SEQ_2_SEQ_LM"))
+    with pytest.raises(ValueError, match="already holds README.md"):
+        ns.save_adapter(adapted, tmp_path)
+    assert (tmp_path / "README.md").read_text() == "# Mine"
+
+
 def test_a_failing_body_leaves_no_trace(tmp_path):
     for target in (tmp_path / "new", tmp_path):
         with pytest.raises(OSError, match="No space"), atomic_directory(target) as fresh:
@@ -125,6 +144,10 @@ def test_inputs_are_not_written_over(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="is an input"):
         check_not_input(".", None, "some/hub-id", tmp_path)
     check_not_input("elsewhere", tmp_path)
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    check_not_input("run", "run/adapter")
+    with pytest.raises(ValueError, match="run/adapter is an input"):
+        check_not_input("run", "run/adapter", contents=True)
 
 
 def test_everything_that_is_saved_leaves_the_users_files(full, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -237,7 +238,12 @@ SCORE = ["score.py", "--model_name_or_path", "{workspace}", "--output_dir", "{wo
     [
         (1, [*TRANSLATE, "--model_name_or_path", "{workspace}"], "not a checkpoint directory"),
         (1, [*TRANSLATE, "--adapter", "{workspace}/missing"], "Cannot load the adapter"),
-        (2, [*TRANSLATE, "--pair", "Pv-Zz"], "language token of the tokenizer: 'Zz'"),
+        (
+            2,
+            [*TRANSLATE, "--pair", "Pv-Zz", "--output", "{workspace}/new/out"],
+            "language token of the tokenizer: 'Zz'",
+        ),
+        (2, TRANSLATE, "Sentence 2 of Pv-Aa"),  # in one process of the two
         (2, [*TRANSLATE, "--num_beam", "2"], "the nearest is --num_beams"),
         (1, [*TRANSLATE, "--output", "/proc/cannot/be/made"], "/proc/cannot"),
         (1, [*SCORE, "--language_pairs", "Pv-ja", "--columns", "ja=Aa"], "neuron-specialization[ja]"),
@@ -245,9 +251,35 @@ SCORE = ["score.py", "--model_name_or_path", "{workspace}", "--output_dir", "{wo
 )
 def test_bad_input_ends_with_one_sentence(workspace, toy_files, toy_checkpoint, processes, command, message):
     places = {"workspace": workspace, "checkpoint": toy_checkpoint, "test": toy_files / "test.jsonl"}
-    printed = run(*(word.format(**places) for word in command), stdin="ba", fails=True, processes=processes)
+    lines = f"ba\n{'babu ' * 99}"
+    printed = run(*(word.format(**places) for word in command), stdin=lines, fails=True, processes=processes)
     (said,) = [line for line in printed.splitlines() if line.startswith("Error: ")]
     assert message in said and "Traceback" not in printed
+    assert not (workspace / "new").exists(), "nothing is left"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "file", "options"),
+    [
+        ("toy_data.py", "train.jsonl", []),
+        ("demo.py", "data/test.jsonl", ["--config", "{configs}/demo.yaml"]),
+        ("score.py", "translations/Pv-Aa.txt", ["--model_name_or_path", "x", "--language_pairs", "Pv-Aa"]),
+        ("identify.py", "counts.safetensors", ["--model_name_or_path", "x"]),
+        ("export.py", "ctranslate2/model.bin", ["--model_name_or_path", "x", "--adapter", "x", "--pair", "Pv-Aa"]),
+        ("specialize.py", "adapter/adapter_config.json", ["--model_name_or_path", "x", "--masks", "{output}/adapter"]),
+    ],
+)
+def test_no_recipe_replaces_the_users_files(tmp_path, monkeypatch, recipe, file, options):
+    """Neither outputs of the same names nor inputs."""
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_text("mine")
+    words = [word.format(output=tmp_path, configs=ROOT / "recipes" / "configs") for word in options]
+    monkeypatch.setattr(sys, "argv", [recipe, *words, "--output_dir", str(tmp_path)])
+    main = runpy.run_path(str(ROOT / "recipes" / recipe))["main"]
+    with pytest.raises(ValueError, match="did not write there|is an input, and would be written over"):
+        main()
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / file]
+    assert (tmp_path / file).read_text() == "mine"
 
 
 def test_the_comparison_runs_by_stages_and_makes_its_tables_from_those_that_are_there(

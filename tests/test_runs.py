@@ -67,6 +67,7 @@ def finished(train, tmp_path_factory):
         ({"trainable": "full"}, r'adapter default: trainable was "delta", now "full"'),
         ({"k": 0.6}, r'masks was "[0-9a-f]+", now "'),
         ({"sentences": 200}, r'training data was "1200 sentence pairs, digest .*, now "800 sentence pairs'),
+        ({"dataloader_drop_last": True}, r"dataloader_drop_last was false, now true"),  # which evaluates on less
         ({"seed": 3}, r'model weights was "[0-9a-f]+", now "'),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -100,12 +101,14 @@ def test_a_finished_run_says_so_and_changes_nothing(train, finished, tmp_path, c
 def test_overwriting_discards_the_run_and_nothing_else(train, finished, tmp_path):
     directory = tmp_path / "run"
     shutil.copytree(finished, directory)
-    for notes in (directory / "notes.txt", directory / "adapter" / "notes.txt"):
+    for notes in (directory / "notes.txt", directory / "adapter" / "notes.txt", directory / "checkpoint-x" / "a"):
+        notes.parent.mkdir(exist_ok=True)
         notes.write_text("mine")
     write_results(directory, {"made": "by the first run"})
     metrics = train(directory, learning_rate=1e-4, overwrite_output_dir=True)[1]
     assert not metrics["finished_before"] and not (directory / "results.json").exists()
     assert (directory / "notes.txt").read_text() == (directory / "adapter" / "notes.txt").read_text() == "mine"
+    assert (directory / "checkpoint-x" / "a").read_text() == "mine"
     assert json.loads((directory / RUN_FILE).read_text())["depends_on"]["learning_rate"] == 1e-4
 
 
@@ -119,6 +122,16 @@ def test_a_run_does_not_replace_what_is_not_its_own(toy_data, toy_tokenizer, toy
     with pytest.raises(ValueError, match="would remove the model that is to be trained"):
         fit(model, tokenizer, toy_data["train"], None, arguments(tmp_path, overwrite_output_dir=True))
     assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["checkpoint-1/model.safetensors", "checkpoint-900/x", "run.json"])
+def test_checkpoints_of_somebody_else_are_left_alone(toy_data, toy_tokenizer, toy_model, tmp_path, name):
+    """The Trainer would count them among its own, and remove the oldest."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match=f"holds .*{name.split('/')[0]}.*no run.json of a training run"):
+        fit(toy_model, toy_tokenizer, toy_data["train"], None, arguments(tmp_path))
+    assert content(tmp_path) == {str(tmp_path / name): b"{}"}
 
 
 @pytest.mark.parametrize("kept", [0, 20])

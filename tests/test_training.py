@@ -9,7 +9,7 @@ from peft import AutoPeftModelForSeq2SeqLM, PeftModel, get_peft_model
 from transformers import TrainerCallback
 
 import neuron_specialization as ns
-from neuron_specialization.translation.checkpoints import load_checkpoint
+from neuron_specialization.translation.checkpoints import load_adapted, load_checkpoint
 from neuron_specialization.translation.encoding import encode_parallel
 from neuron_specialization.translation.identification import record_corpus
 from neuron_specialization.translation.runs import last_complete_checkpoint
@@ -272,6 +272,20 @@ def test_directories_that_are_no_checkpoint_are_refused(tmp_path, toy_checkpoint
         load_checkpoint(str(tmp_path / "masks"))
     with pytest.raises(ValueError, match="Cannot load 'no/such/model'"):
         load_checkpoint("no/such/model")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"peft_type": "NEURON_SPEC', "adapter_config.json is damaged: it is no JSON"),
+        ("[1]", "adapter_config.json is damaged: expected a JSON object with a peft_type"),
+        ("{}", "adapter_config.json is damaged: expected a JSON object with a peft_type"),
+    ],
+)
+def test_adapters_with_a_damaged_config_are_refused(tmp_path, toy_checkpoint, text, message):
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(ValueError, match=f"Cannot load the adapter .*{message}"):
+        load_adapted(str(toy_checkpoint), str(tmp_path))
 
 
 def test_an_adapter_and_its_base_stay_in_two_directories(tmp_path):

@@ -3,8 +3,10 @@
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate.utils import DistributedType, parse_flag_from_env
 from datasets import disable_progress_bars
@@ -18,7 +20,7 @@ from neuron_specialization.translation import loss
 from neuron_specialization.translation.checkpoints import load_checkpoint
 from neuron_specialization.translation.command_line import parse
 from neuron_specialization.translation.data import load_parallel
-from neuron_specialization.translation.processes import this_process
+from neuron_specialization.translation.processes import check_single_process, this_process
 from neuron_specialization.translation.trainer import SpecializationTrainingArguments
 from neuron_specialization.translation.training import fit
 
@@ -70,6 +72,8 @@ def main() -> None:
         (args,) = parse(SpecializationTrainingArguments, argv=rest)
         args.output_dir = f"{args.output_dir}/{mode}"
         assert args.world_size == int(processes), f"expected {processes} processes, runs as one of {args.world_size}"
+        with nullcontext() if processes == "1" else pytest.raises(ValueError, match="runs as one process"):
+            check_single_process()
         if sharded:  # accelerate shards on accelerators only, though torch does the same with gloo on a CPU
             this_process().distributed_type = DistributedType.MULTI_GPU
         torch.manual_seed(0)

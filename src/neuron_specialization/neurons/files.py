@@ -26,7 +26,8 @@ def atomic_directory(directory: str | PathLike[str], overwrite: bool = False) ->
     """Write several files into a directory together: yield an empty folder, then move its files into `directory`.
 
     Files that this package wrote there earlier are replaced; weights among them that would be read in place of the new
-    ones are removed. All other files stay. If the body raises, nothing changes.
+    ones, and translations of an earlier scoring, are removed. All other files stay. If the body raises, nothing
+    changes.
 
     Args:
         directory: where to write; created if missing.
@@ -102,10 +103,17 @@ def check_replaceable(target: str | PathLike[str], files: Iterable[str], overwri
         )
 
 
-def check_not_input(directory: str | PathLike[str], *inputs: str | PathLike[str] | None) -> None:
-    """Raise ValueError if `directory`, which is about to be written, is one of the inputs."""
+def check_not_input(
+    directory: str | PathLike[str], *inputs: str | PathLike[str] | None, contents: bool = False
+) -> None:
+    """Raise ValueError if `directory`, which is about to be written, is one of the inputs; or, with `contents`, holds
+    one."""
+    target = Path(directory).resolve()
     for location in inputs:
-        if location is not None and Path(location).exists() and Path(location).resolve() == Path(directory).resolve():
+        if location is None or not Path(location).exists():  # it may be a Hub id
+            continue
+        found = Path(location).resolve()
+        if found == target or (contents and target in found.parents):
             raise ValueError(f"{location} is an input, and would be written over. Choose another output directory.")
 
 
@@ -130,8 +138,8 @@ def complete_writing(target: str | PathLike[str]) -> None:
     for name in new:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         _move(complete / name, target / name)
-    families = {_weights_family(name) for name in new} - {None}
-    stale = {name for name in _written(target) - new if _weights_family(name) in families}
+    families = {_family(name) for name in new} - {None}
+    stale = {name for name in _written(target) - new if _family(name) in families}
     for name in stale:
         (target / name).unlink(missing_ok=True)
     (complete / WRITTEN).write_text(json.dumps(sorted((_listed(target / WRITTEN) | new) - stale), indent=1) + "\n")
@@ -152,11 +160,17 @@ def _written(target: Path) -> set[str]:
     config = target / "adapter_config.json"
     files = _listed(target / WRITTEN)
     if config.is_file() and '"NEURON_SPECIALIZATION"' in config.read_text(errors="replace"):
-        files |= {"README.md", "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"}
+        files |= {"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"}
+        card = target / "README.md"
+        if card.is_file() and "library_name: peft" in card.read_text(errors="replace"):
+            files.add("README.md")
     return files
 
 
-def _weights_family(name: str) -> tuple[str | None, ...] | None:
+def _family(name: str) -> tuple[str | None, ...] | None:
+    """Return what a file is a part of that is replaced as a whole: a set of weights, or one model's translations."""
+    if name.startswith("translations/"):
+        return ("translations",)
     match = _WEIGHTS.fullmatch(name)
     return match and match.group(1, 2)
 

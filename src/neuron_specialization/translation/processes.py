@@ -24,6 +24,12 @@ def this_process() -> PartialState:
     return state
 
 
+def check_single_process() -> None:
+    """Raise ValueError if there are several processes, which would all do the same work and write the same files."""
+    if this_process().num_processes > 1:
+        raise ValueError("This recipe runs as one process: start it with `python`, or with --num_processes 1.")
+
+
 def on_main_process(function: Callable[[], T]) -> T:
     """Call `function` on the main process only, and return what it returns, or raise what it raises, on all."""
     sent: list = [None, None]

@@ -18,6 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..neurons.adapter_file import MASK
 from ..neurons.base_model import unwrap
 from ..neurons.files import remove_written
+from ..neurons.language_pairs import shorten
 from .processes import this_process
 
 RUN_FILE = "run.json"
@@ -29,7 +30,9 @@ FREE_ARGUMENTS = (
     "logging_", "log_", "disable_tqdm", "report_to", "run_name", "project", "trackio_", "hub_", "push_to_hub",
     "include_", "skip_memory_metrics", "debug", "save_", "enable_jit_checkpoint", "eval_accumulation_steps",
     "use_cpu", "local_rank", "ddp_", "fsdp", "accelerator_config", "parallelism_config", "gradient_accumulation_steps",
-    "dataloader_", "preprocessing_", "activation_checkpointing", "gradient_checkpointing", "torch_compile",
+    "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
+    "dataloader_multiprocessing_context", "dataloader_in_order", "preprocessing_",
+    "activation_checkpointing", "gradient_checkpointing", "torch_compile",
     "torch_empty_cache_steps",
     "generation_", "predict_with_generate", "sortish_sampler", "length_column_name", "prediction_loss_only",
 )  # fmt: skip
@@ -54,6 +57,7 @@ class Run:
     def __init__(self, output_dir: str | Path, depends_on: Mapping[str, Any]) -> None:
         self.directory = Path(output_dir)
         self.depends_on = json.loads(json.dumps(depends_on))
+        self._check_is_ours()
         stored = _read_json(self.directory / RUN_FILE) or {}
         self.checkpoint = last_complete_checkpoint(str(self.directory))
         self.result: dict[str, Any] | None = stored.get("result")
@@ -61,17 +65,21 @@ class Run:
             self.result["saved"] = str(self.directory / Path(self.result["saved"]).name)
         if self.result is None and self.checkpoint is None:
             stored = {}  # nothing was trained yet, so nothing can be mixed up
-        elif "depends_on" not in stored:
-            raise ValueError(
-                f"{self.directory} holds checkpoints but no readable {RUN_FILE} that says what they were trained "
-                f"with. {_WAY_OUT}"
-            )
         elif differences := _differences(stored["depends_on"], self.depends_on):
             raise ValueError(
                 f"{self.directory} holds a run with other settings: {'; '.join(differences)}. Repeat the settings of "
                 f"that run to resume it. {_WAY_OUT}"
             )
         self.initial_losses: dict[str, float] = stored.get("initial_losses", {})
+
+    def _check_is_ours(self) -> None:
+        """Raise ValueError if what stands here was made by something else: the Trainer removes old checkpoints."""
+        stored, others = _read_json(self.directory / RUN_FILE), _checkpoints(self.directory)
+        if isinstance(stored, dict) and "depends_on" in stored:
+            return
+        if others or (self.directory / RUN_FILE).exists():
+            found = shorten([path.name for path in others]) or f"a {RUN_FILE} of something else"
+            raise ValueError(f"{self.directory} holds {found}, and no {RUN_FILE} of a training run. {_WAY_OUT}")
 
     def write(self) -> None:
         """Write `run.json` at once; only the main process does."""
@@ -98,8 +106,9 @@ def discard_run(output_dir: str | Path, model: nn.Module) -> None:
             "that does not hold it."
         )
     if process.is_main_process:
-        result = (_read_json(directory / RUN_FILE) or {}).get("result")
-        for checkpoint in directory.glob("checkpoint-*/"):
+        stored = _read_json(directory / RUN_FILE)
+        result = stored.get("result") if isinstance(stored, dict) else None
+        for checkpoint in _checkpoints(directory):
             shutil.rmtree(checkpoint)
         if result is not None:
             remove_written(directory / Path(result["saved"]).name)
@@ -184,8 +193,7 @@ def last_complete_checkpoint(output_dir: str) -> str | None:
     The checkpoint with the highest number may be incomplete. One with a damaged file, or whose best checkpoint so far
     is damaged, is skipped with a message.
     """
-    checkpoints = [path for path in Path(output_dir).glob("checkpoint-*/") if path.name.split("-")[1].isdigit()]
-    for checkpoint in sorted(checkpoints, key=lambda path: int(path.name.split("-")[1]), reverse=True):
+    for checkpoint in reversed(_checkpoints(Path(output_dir))):
         fault = _fault(checkpoint)
         if fault is None and (best := _read_json(checkpoint / "trainer_state.json")["best_model_checkpoint"]):
             best_one = Path(output_dir) / Path(best).name
@@ -195,6 +203,12 @@ def last_complete_checkpoint(output_dir: str) -> str | None:
         if this_process().is_main_process:
             print(f"not resuming from {checkpoint}: {fault}", flush=True)
     return None
+
+
+def _checkpoints(directory: Path) -> list[Path]:
+    """Return the directories that the Trainer takes for checkpoints, by their number."""
+    found = [path for path in directory.glob("checkpoint-*/") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
 def _fault(checkpoint: Path) -> str | None:

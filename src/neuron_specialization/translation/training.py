@@ -17,7 +17,8 @@ from transformers import (
 )
 
 from ..adapter.routing import is_routed
-from ..neurons.files import begin_writing, check_replaceable, finish_writing, partial_folder
+from ..neurons.base_model import number_of_positions, unwrap
+from ..neurons.files import begin_writing, check_not_input, check_replaceable, finish_writing, partial_folder
 from .encoding import encode_parallel
 from .processes import this_process
 from .runs import Run, discard_run, load_trained, run_dependencies
@@ -56,7 +57,7 @@ def fit(
         args: how to train.
         language_tokens: language code → language token, where codes are not tokens themselves.
         source_tag: what the tag on the source side names.
-        max_length: truncate training text to this many tokens.
+        max_length: truncate training text to this many tokens, or to the model's positions if there are fewer.
 
     Returns:
         The Trainer's metrics, with "updates", "base_validation_loss" and (under masks) "masked_validation_loss" before
@@ -78,8 +79,10 @@ def fit(
         )
     if overwrite:
         discard_run(str(args.output_dir), model)
+    check_not_input(directory, getattr(unwrap(model), "name_or_path", None) or None)
     if validation is not None:
         _keep_the_best(args)
+    max_length = min(max_length, number_of_positions(model) or max_length)
     options: dict[str, Any] = {"source_tag": source_tag, "max_length": max_length}
     with args.main_process_first(desc="tokenizing"):
         data = {
