@@ -1,4 +1,4 @@
-r"""Time what happens to data before the first step, and compute what it would take for the 61 million pairs of EC30.
+r"""Time what is done with data before the first step, and extrapolate to the 61 million pairs of EC30.
 
 python recipes/benchmark_data.py --config recipes/configs/benchmark_data/bible.yaml --train_file data/train.parquet \
     --validation_file data/validation.parquet --test_file data/test.parquet --output_dir build/benchmark-data
@@ -33,7 +33,7 @@ EC30, EC30_DIRECTIONS = 61_000_000, 60
 
 @dataclass
 class BenchmarkArguments:
-    """What runs through it."""
+    """Output and processes."""
 
     output_dir: str = field(metadata={"help": "Where results.json goes."})
     preprocessing_num_workers: int = field(default=1, metadata={"help": "Processes that tokenize."})
@@ -71,7 +71,7 @@ def main() -> None:
             row["EC30, CPU minutes"] = row["CPU seconds per million"] * EC30 / 1e6 / 60
         new_model(tokenizer, 1, 16, 16, 2, 0.0, data.max_length).save_pretrained(f"{directory}/model")
         tokenizer.save_pretrained(f"{directory}/model")
-        # little to evaluate on: what is timed is how training starts
+        # little validation data, because only the start of training is timed
         Dataset.from_dict({code: ["a b", "c d"] for code in languages}).to_parquet(f"{directory}/validation.parquet")
         command = training_command(data, tokens, directory)
         timed("training run of one step", lambda: subprocess.run(command, check=True))

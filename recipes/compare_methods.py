@@ -4,9 +4,9 @@ accelerate launch --quiet recipes/compare_methods.py --config recipes/configs/co
     --model_name_or_path build/toy/baseline/model --train_file build/toy/train.jsonl \
     --validation_file build/toy/validation.jsonl --test_file build/toy/test.jsonl --output_dir build/toy/comparison
 
-`--only METHOD --seed N` runs one stage and leaves the tables to a later call; `--tables_only true` makes them from
-whatever stages are there. Stages that are done are skipped and one that was cut off goes on where it was, so that the
-directory can be filled piece by piece, and on several machines.
+`--only METHOD --seed N` runs one stage and leaves the tables to a later call; `--tables_only true` makes them from the
+stages that exist. Finished stages are skipped and interrupted ones resume, so that the directory can be filled step by
+step, and on several machines.
 """
 
 from dataclasses import dataclass, field
@@ -34,7 +34,7 @@ class CompareArguments:
     """Which stages to run now."""
 
     only: str | None = field(default=None, metadata={"help": "Run this method only, with the seed given by --seed."})
-    tables_only: bool = field(default=False, metadata={"help": "Run nothing: make the tables again."})
+    tables_only: bool = field(default=False, metadata={"help": "Only make the tables again."})
 
 
 def main() -> None:
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def report(comparison: Comparison, settings: dict[str, Any]) -> None:
-    """Print and write the tables and figures of whatever stages are there."""
+    """Print and write the tables and figures of the stages that exist."""
     found = collect(comparison.directory)
     rows, stages, translations = found["rows"], found["stages"], found.pop("translations")
     measured = headroom(rows)

@@ -11,7 +11,6 @@ from itertools import chain
 from pathlib import Path
 
 import neuron_specialization as ns
-from neuron_specialization.adapter.active import active_config
 from neuron_specialization.export import ctranslate2
 from neuron_specialization.export.compaction import save_compact
 from neuron_specialization.export.vocabulary import check_trimmable, trim_vocabulary, unknown_rate
@@ -22,16 +21,12 @@ from neuron_specialization.translation.arguments import DataArguments, ModelArgu
 from neuron_specialization.translation.checkpoints import load_adapted, load_checkpoint
 from neuron_specialization.translation.command_line import parse, run
 from neuron_specialization.translation.data import load_parallel
-from neuron_specialization.translation.evaluation import check_scorers, score
+from neuron_specialization.translation.evaluation import check_scorers
 from neuron_specialization.translation.processes import this_process
 from neuron_specialization.translation.results import table, write_results
-from neuron_specialization.translation.text_files import weights_of
-from neuron_specialization.translation.tokenization import encode
-from neuron_specialization.translation.translate import pair_tokens, text_of, translate_tokens
+from neuron_specialization.translation.verification import Verification
 
 UNUSED = "language_pairs train_file validation_file source_tag pivot max_length max_sentences drop_faulty".split()
-
-
 FILES = ("results.json", "checkpoint/config.json", "ctranslate2/model.bin")
 
 
@@ -55,77 +50,68 @@ class ExportArguments:
 def main() -> None:
     args, where, data = parse(ExportArguments, ModelArguments, DataArguments, unused=UNUSED)
     if where.adapter is None:
-        raise ValueError("Name the adapter whose pair to export: --adapter DIRECTORY or Hub id.")
+        raise ValueError("Pass the adapter whose pair to export: --adapter DIRECTORY or Hub id.")
     if not this_process().is_main_process:
         return  # one pair is the work of one process
-    target = split_pair(args.pair)[1]
-    check_scorers([target])
     output = Path(args.output_dir)
+    check_scorers([split_pair(args.pair)[1]])
     check_not_input(output / "checkpoint", where.model_name_or_path)
     check_replaceable(output, FILES, args.overwrite_output_dir)
     data.language_pairs = [args.pair]
     sample = data.load("test", max_sentences=args.sample)[args.pair]
-    sources, references = sample["source"][:], sample["target"][:]
     model, tokenizer = load_adapted(where.model_name_or_path, where.adapter)
-    device = this_process().device
     small = ns.compact(model, args.pair)
     if args.quantization:
         ctranslate2.check_convertible(small, args.quantization)
     if args.trim_vocabulary:
         check_trimmable(tokenizer)
-    tokens = pair_tokens(model, tokenizer, args.pair, data.tokens)
-    source_tag = active_config(model).source_tag
-    options = {"language_tokens": tokens, "source_tag": source_tag, "num_beams": args.num_beams}
-    expected = translate_tokens(model.to(device), tokenizer, sources, args.pair, **options)
+    adapted = Verification(model, tokenizer, args.pair, sample, data.tokens, args.num_beams)
     base = [parameter for name, parameter in model.named_parameters() if PREFIX not in name]
-    size = sum(parameter.nbytes for parameter in base)
-    rows = [row("base under the adapter", base, size, tokenizer, expected, expected)]
-    vocabulary = {}
+    rows = [adapted.row("base under the adapter", base, None, tokenizer, adapted.translations)]
+    vocabulary: dict = {}
     if args.trim_vocabulary:
-        corpus = load_parallel(args.trim_vocabulary, [args.pair], split="train", columns=data.column_names)[args.pair]
-        text = chain(corpus["source"], corpus["target"])
-        small, trimmed, cut = trim_vocabulary(small, tokenizer, text, list(tokens.values()))
-        unknown = unknown_rate(tokenizer, trimmed, sources + references)
-        vocabulary = {"before": cut.before, "after": cut.after, "unknown rate": unknown}
-        print(f"vocabulary: {cut.before} -> {cut.after} tokens; {unknown:.2%} of the sample's tokens are now unknown")
-        tokenizer = trimmed
-    directory = output / "checkpoint"
-    padded = save_compact(small, directory, tokenizer, args.overwrite_output_dir)
-    reloaded, tokenizer = load_checkpoint(str(directory))
-    found = translate_tokens(reloaded.to(device), tokenizer, sources, args.pair, **options)
-    rows.append(row("checkpoint", padded.parameters(), directory, tokenizer, found, expected))
-    if not args.trim_vocabulary and found != expected:
+        small, tokenizer, vocabulary = trim(small, tokenizer, adapted, args.trim_vocabulary, data.column_names)
+    rows.append(export_checkpoint(small, tokenizer, adapted, args))
+    if not args.trim_vocabulary and rows[-1]["identical"] < 1:
         print("The checkpoint translates some sentences differently; that is expected only of near ties.")
     if args.quantization:
-        directory = output / "ctranslate2"
-        ctranslate2.save_ctranslate2(small, tokenizer, directory, args.quantization, args.overwrite_output_dir)
-        longest = getattr(small.config, "max_position_embeddings", 256) - 1
-        found = ctranslate2.translate_ctranslate2(
-            ctranslate2.load_ctranslate2(directory),
-            tokenizer,
-            encode(tokenizer, args.pair, sources, None, tokens, source_tag)["input_ids"],
-            tokens[target] if source_tag == "source" else None,
-            num_beams=args.num_beams,
-            max_length=min(longest, small.generation_config.max_length or longest),
-        )
-        name = f"CTranslate2 {args.quantization}"
-        rows.append(row(name, small.parameters(), directory, tokenizer, found, expected))
-    for entry in rows:
-        entry["BLEU"] = score(entry.pop("translations"), references, target)["bleu"]
+        rows.append(export_ctranslate2(small, tokenizer, adapted, args))
     print(table(rows))
     arguments = [vars(args), vars(where), vars(data)]
-    results = {"exports": rows, "vocabulary": vocabulary, "sentences": len(sources), "arguments": arguments}
+    results = {"exports": rows, "vocabulary": vocabulary, "sentences": len(sample), "arguments": arguments}
     with atomic_directory(output, args.overwrite_output_dir) as folder:
         write_results(folder, {"pair": args.pair, **results})
     print(f"wrote {output / 'results.json'}")
 
 
-def row(name: str, parameters, where: Path | int, tokenizer, found: list, expected: list) -> dict:
-    """Return one row of the report: sizes, and the share of translations whose tokens are the adapter's."""
-    size = where if isinstance(where, int) else sum(size for size, _ in weights_of(where).values())
-    same = sum(a == b for a, b in zip(found, expected, strict=True)) / len(expected)
-    sizes = {"parameters": sum(parameter.numel() for parameter in parameters), "MB": size / 1e6}
-    return {"export": name, **sizes, "identical": same, "translations": text_of(tokenizer, found)}
+def trim(model, tokenizer, adapted: Verification, path: str, columns: dict[str, str]) -> tuple:
+    """Cut the vocabulary to that of a text; print and return how much that leaves unknown of the test sentences."""
+    text = load_parallel(path, [adapted.pair], split="train", columns=columns)[adapted.pair]
+    sentences = chain(text["source"], text["target"])
+    small, trimmed, cut = trim_vocabulary(model, tokenizer, sentences, list(adapted.tokens.values()))
+    unknown = unknown_rate(tokenizer, trimmed, adapted.sources + adapted.references)
+    print(f"vocabulary: {cut.before} -> {cut.after} tokens; {unknown:.2%} of the sample's tokens are now unknown")
+    return small, trimmed, {"before": cut.before, "after": cut.after, "unknown rate": unknown}
+
+
+def export_checkpoint(small, tokenizer, adapted: Verification, args: ExportArguments) -> dict:
+    """Write the checkpoint, and verify what transformers loads from it."""
+    directory = Path(args.output_dir, "checkpoint")
+    padded = save_compact(small, directory, tokenizer, args.overwrite_output_dir)
+    found = adapted.translate(*load_checkpoint(str(directory)))
+    return adapted.row("checkpoint", padded.parameters(), directory, tokenizer, found)
+
+
+def export_ctranslate2(small, tokenizer, adapted: Verification, args: ExportArguments) -> dict:
+    """Write the CTranslate2 model, and verify it."""
+    directory = Path(args.output_dir, "ctranslate2")
+    ctranslate2.save_ctranslate2(small, tokenizer, directory, args.quantization, args.overwrite_output_dir)
+    longest = getattr(small.config, "max_position_embeddings", 256) - 1
+    options = {"num_beams": args.num_beams}
+    options["max_length"] = min(longest, small.generation_config.max_length or longest)
+    inputs = ctranslate2.load_ctranslate2(directory), tokenizer, adapted.input_ids(tokenizer)
+    found = ctranslate2.translate_ctranslate2(*inputs, adapted.target_token, **options)
+    return adapted.row(f"CTranslate2 {args.quantization}", small.parameters(), directory, tokenizer, found)
 
 
 if __name__ == "__main__":

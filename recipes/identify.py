@@ -37,8 +37,8 @@ class IdentifyArguments:
     count_padding: bool = field(default=False, metadata={"help": "Count padding too, as the released code does."})
     batch_size: int = field(default=64, metadata={"help": "Sentence pairs per batch; changes speed only."})
     stability: bool = field(default=False, metadata={"help": "Compare masks of halves and of growing samples."})
-    parts: int = field(default=8, metadata={"help": "Parts that the sample is cut into for --stability."})
-    seed: int = field(default=0, metadata={"help": "Order in which the sample is cut into parts."})
+    parts: int = field(default=8, metadata={"help": "Parts that --stability splits the sample into."})
+    seed: int = field(default=0, metadata={"help": "Of the random split into parts."})
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-r"""Train a multilingual baseline, from scratch or from a checkpoint, to validation patience.
+r"""Train a multilingual baseline, from scratch or from a checkpoint, until the validation loss stops improving.
 
 accelerate launch --quiet recipes/pretrain.py --config recipes/configs/pretrain/multi30k.yaml \
     --train_file data/train.parquet --validation_file data/validation.parquet --output_dir build/baseline

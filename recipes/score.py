@@ -34,7 +34,7 @@ class ScoreArguments:
     batch_size: int = field(default=64, metadata={"help": "Sentences per batch; changes speed only."})
     long_sentences: LongSentences = field(
         default="error",
-        metadata={"help": "What becomes of sentences with more tokens than the model has positions."},
+        metadata={"help": "What to do with sentences of more tokens than the model has positions."},
     )
 
 

@@ -15,12 +15,12 @@ from neuron_specialization.translation.toy import ToyLanguages
 
 @dataclass
 class ToyArguments:
-    """The languages, and how much they say."""
+    """The languages, and how many sentences."""
 
     output_dir: str = field(metadata={"help": "Directory of the three files."})
     families: int = field(default=2, metadata={"help": "Language families."})
     languages_per_family: int = field(default=3, metadata={"help": "Languages in each."})
-    replaced: float = field(default=0.15, metadata={"help": "Share of roots a language replaces by its own."})
+    replaced: float = field(default=0.15, metadata={"help": "Share of roots that a language replaces by its own."})
     roots: int = field(default=44, metadata={"help": "Roots in each language, a multiple of 11."})
     sentences: int = field(default=4000, metadata={"help": "Training sentences, in every language."})
     held_out: int = field(default=200, metadata={"help": "Validation sentences, and as many test sentences."})

@@ -9,8 +9,8 @@ python recipes/transfer_cross_lingually.py --config recipes/configs/transfer_cro
     --config recipes/configs/transfer_cross_lingually/mbart50.yaml --data_dir data --output_dir build/transfer-mbart \
     --models before=facebook/mbart-large-50 after=facebook/mbart-large-50-many-to-many-mmt
 
-The first model is the one that the others are compared with. What is finished is not computed again, so repeating a
-command resumes it. Needs the extra `report` (scipy).
+The others are compared with the first model. Finished heads are not trained again, so repeating a command resumes it.
+Needs the extra `report` (scipy).
 """
 
 import dataclasses
@@ -40,10 +40,10 @@ class TransferArguments:
     output_dir: str = field(metadata={"help": "Where results.json and the predictions go."})
     models: list[str] = field(metadata={"help": "name=checkpoint, directories or Hub ids; the first is the source."})
     tasks: str = field(metadata={"help": "Tasks, described under `tasks:` in the configuration file (here as JSON)."})
-    data_dir: str | None = field(default=None, metadata={"help": "Where the paths of the tasks' files start from."})
+    data_dir: str | None = field(default=None, metadata={"help": "Directory of the tasks' files."})
     source_language: str = field(default="en", metadata={"help": "Language to train on."})
     languages: list[str] = field(default_factory=list, metadata={"help": "Test on these only; by default on all."})
-    low_resource: list[str] = field(default_factory=list, metadata={"help": "Languages that no mean includes."})
+    low_resource: list[str] = field(default_factory=list, metadata={"help": "Languages left out of the means."})
     language_tokens: list[str] = field(default_factory=list, metadata={"help": "code=token, or code=token,token."})
     modes: list[str] = field(
         default_factory=lambda: [PROBING, FINE_TUNING],
@@ -57,8 +57,10 @@ class TransferArguments:
     fine_tuning_learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate, fine-tuning."})
     batch_size: int = field(default=32, metadata={"help": "Examples per update."})
     max_length: int = field(default=128, metadata={"help": "Text is truncated to this many tokens."})
-    max_train_examples: int | None = field(default=None, metadata={"help": "Train on so many, drawn at random."})
-    max_test_items: int | None = field(default=None, metadata={"help": "Test on so many, the same in all languages."})
+    max_train_examples: int | None = field(default=None, metadata={"help": "Train on this many, drawn at random."})
+    max_test_items: int | None = field(
+        default=None, metadata={"help": "Test on this many, the same in all languages."}
+    )
 
 
 def main() -> None:
@@ -70,7 +72,7 @@ def main() -> None:
         FINE_TUNING: HeadTraining(args.fine_tuning_epochs, args.fine_tuning_learning_rate, *head),
     }
     if not args.modes or not known.keys() >= set(args.modes):
-        raise ValueError(f"Expected --modes out of {' and '.join(known)}, got {' '.join(args.modes)}.")
+        raise ValueError(f"Expected --modes among {' and '.join(known)}, got {' '.join(args.modes)}.")
     training = {mode: known[mode] for mode in args.modes}
     check_models(models)
     limits = {"max_train_examples": args.max_train_examples, "max_test_items": args.max_test_items}

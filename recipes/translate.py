@@ -1,4 +1,4 @@
-r"""Translate a text file: one line out per line in. Started again after an interruption, it continues.
+r"""Translate a text file: one line out per line in. After an interruption, the same command continues.
 
 accelerate launch --quiet recipes/translate.py \
     --model_name_or_path path/to/checkpoint --adapter build/specialized/adapter --pair en-de \
@@ -32,7 +32,7 @@ class TranslateArguments:
     batch_size: int = field(default=32, metadata={"help": "Sentences per batch; changes speed only."})
     long_sentences: LongSentences = field(
         default="error",
-        metadata={"help": "What becomes of sentences with more tokens than the model has positions."},
+        metadata={"help": "What to do with sentences of more tokens than the model has positions."},
     )
 
 

@@ -45,7 +45,7 @@ def make_m2m100(**changes) -> M2M100ForConditionalGeneration:
     config = {"decoder_ffn_dim": 28, "max_position_embeddings": 64, "init_std": 0.3}
     model = new_m2m100(**{**sizes, **config, **changes}).eval()
     for block in ns.find_ffn_blocks(model):
-        torch.nn.init.normal_(block.up.bias, std=0.3)  # zero at birth, and then masked neurons would emit nothing
+        torch.nn.init.normal_(block.up.bias, std=0.3)  # initialized to zero, masked neurons would output 0
     return model
 
 
@@ -88,7 +88,7 @@ def make_masks(model, pairs=tuple(PAIRS), k: float = 0.6, seed: int = 0) -> ns.N
 
 
 def checkpoint_activations(model, use_reentrant: bool) -> None:
-    """Switch gradient checkpointing on, by the name it has from transformers 5.23 on or by the one before."""
+    """Switch gradient checkpointing on, by its name since transformers 5.23 or by the one before."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": use_reentrant})
 

@@ -60,6 +60,10 @@ def test_sums_are_those_written_out(site, make):
     assert mass.alive("en-de", layer).equal(expected.sum(1) > 0)
     shares = mass.token_distribution("en-de", layer)
     torch.testing.assert_close(shares.sum(1), mass.alive("en-de", layer).double())
+    unit = int(mass.wins[layer][0].argmax())
+    (token, share), *others = mass.top_tokens("en-de", layer, unit, count=3)
+    assert share == shares[unit, :-1].max() and share == shares[unit, mass.token_ids.index(token)]
+    assert [s for _, s in others] == sorted((s for _, s in others), reverse=True)
 
 
 def test_decoder_positions_stand_for_the_tokens_they_predict():

@@ -24,7 +24,7 @@ CPU["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  
 
 
 def free_port() -> str:
-    """A port that nobody listens on, so that several suites can run on one machine."""
+    """A free port, so that several suites can run on one machine."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return str(listener.getsockname()[1])
@@ -34,7 +34,7 @@ PORT = ["--main_process_port", free_port()]
 
 
 def launch_options(processes: int) -> list[str]:
-    """Options of accelerate that start so many processes on the CPU, several of them with mpirun."""
+    """Options of accelerate that start this many processes on the CPU, several of them with mpirun."""
     several = ["--mpirun_hostfile", str(ROOT / "tests" / "distributed" / "hosts")] if processes > 1 else []
     return ["--cpu", *several, *PORT, "--num_processes", str(processes), "--num_machines", "1", *NO_CONFIG]
 
@@ -253,8 +253,8 @@ def test_bad_input_ends_with_one_sentence(workspace, toy_files, toy_checkpoint, 
     places = {"workspace": workspace, "checkpoint": toy_checkpoint, "test": toy_files / "test.jsonl"}
     lines = f"ba\n{'babu ' * 99}"
     printed = run(*(word.format(**places) for word in command), stdin=lines, fails=True, processes=processes)
-    (said,) = [line for line in printed.splitlines() if line.startswith("Error: ")]
-    assert message in said and "Traceback" not in printed
+    (error,) = [line for line in printed.splitlines() if line.startswith("Error: ")]
+    assert message in error and "Traceback" not in printed
     assert not (workspace / "new").exists(), "nothing is left"
 
 

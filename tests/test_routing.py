@@ -17,7 +17,7 @@ from .conftest import PAIRS, make_batch, make_m2m100, make_masks, make_t5
 EN, DE, FR = 50, 51, 52
 TOKENS = {"en": EN, "de": DE, "fr": FR}
 CODES = {"en": EN, "de": DE, "fr": FR}
-START, PAD, EOS = 2, 1, 2
+START, EOS = 2, 2
 
 
 def adapted(pairs=PAIRS, make=make_m2m100, **config):

@@ -29,7 +29,7 @@ def generation(base, length: int, kept: float, repeats: int) -> list[dict]:
         rows += compare(f"generate, {what}", functions, {"dense": "<= 1.00"}, repeats)
         rows.append(exported(functions["exported"], functions["dense"], what, repeats))
         if base.device.type == "cpu":
-            # for one sentence, threads wait for each other longer than they compute
+            # one thread first for one sentence, where threads wait for each other longer than they compute
             threads = sorted({1, torch.get_num_threads()}, reverse=size > 1)
             functions = {f"threads: {n}": ctranslate2(small, inputs, n) for n in threads} | {
                 "transformers, dense": functions["dense"]
@@ -40,7 +40,7 @@ def generation(base, length: int, kept: float, repeats: int) -> list[dict]:
 
 
 def exported(small, dense, what: str, repeats: int) -> dict:
-    """Compare generation with an exported model and with the dense one; no ratio can be below that of their work."""
+    """Compare generation with an exported model and the dense one; the ratio of their work is the lower limit."""
     (flops, read), (all_flops, all_read) = work(small), work(dense)
     limit = {"FLOPs": flops / all_flops, "bytes": read / all_read}
     target = {"dense": f"<= {1.1 * max(limit.values()):.2f}"}

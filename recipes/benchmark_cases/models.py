@@ -13,7 +13,7 @@ LORA = LoraConfig(r=16, target_modules=["fc1"], task_type="SEQ_2_SEQ_LM")
 
 
 def adapted(base, trainable: str, kept: float):
-    """Return a copy of the base under random masks, one of whose pairs is set."""
+    """Return a copy of the base under random masks, with one of their pairs set."""
     masks = random_masks(base, Routes.per_pair(PAIRS), kept)
     config = ns.NeuronSpecializationConfig(masks=masks, trainable=trainable, task_type="SEQ_2_SEQ_LM")
     model = get_peft_model(copy.deepcopy(base), config)

@@ -51,7 +51,7 @@ def nllb(d_model: int):
 
 
 def switching(model, repeats: int) -> float:
-    """Return how much longer, in seconds, a forward of one token takes where the pair is not the one before."""
+    """Return how much longer, in seconds, a forward of one token takes after a change of the pair."""
     token = torch.ones(1, 1, dtype=torch.long)
     pairs = itertools.cycle([f"l{i}-l{i + 1}" for i in range(201)])
 

@@ -10,7 +10,7 @@ from .models import LORA, PAIRS, adapted, lora
 
 
 def training_steps(base, batch: dict, kept: float, repeats: int) -> list[dict]:
-    """Compare updates in `full` with dense ones for several shares of kept neurons, and `delta` with LoRA."""
+    """Compare updates of `full` with dense ones for several shares of kept neurons, and of `delta` with LoRA."""
     dense = TrainingStep(copy.deepcopy(base), batch)
     rows = []
     for share in (0.6, kept, 0.9, 1.0):
