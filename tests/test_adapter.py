@@ -44,13 +44,13 @@ def test_masked_equals_zeroed_rows_with_all_gradients(make, pair):
     found = adapted(**batch, language_pairs=pair)
     found.loss.backward()
     torch.testing.assert_close(found.logits, expected.logits, rtol=1e-10, atol=1e-10)
-    theirs, mine = gradients(reference), gradients(adapted)
-    assert theirs.keys() == mine.keys()
-    for name, gradient in theirs.items():
+    expected, found = gradients(reference), gradients(adapted)
+    assert expected.keys() == found.keys()
+    for name, gradient in expected.items():
         masked = name.removesuffix(".weight")
         if masked in masks.rows:  # the reference still passes gradients into its zeroed rows
             gradient = gradient * masks.row(pair, masked)[:, None]
-        torch.testing.assert_close(mine[name], gradient, rtol=1e-9, atol=1e-10, msg=name)
+        torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-10, msg=name)
 
 
 @pytest.mark.usefixtures("each_batch_size")

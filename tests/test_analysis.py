@@ -68,8 +68,8 @@ def test_counting_on_the_host_gives_the_counts_of_the_recorder(monkeypatch):
 
     model, batch = make_m2m100(), make_batch(batch=2)
     ours = ns.record_activations(model, {"en-de": [batch]}, count_padding=True, progress=False)
-    theirs = count_on_host(model, batch)
-    for name, counts in theirs.items():
+    reference = count_on_host(model, batch)
+    for name, counts in reference.items():
         assert counts.equal(ours.counts[name][0]), name
 
 

@@ -67,11 +67,11 @@ def test_outputs_and_gradients_are_those_of_the_masked_path(make, mode, mask_bia
             if mode != "none":
                 losses[-1].loss.backward()
         torch.testing.assert_close(losses[1].logits, losses[0].logits, rtol=1e-9, atol=1e-10)
-        theirs = dict(masked.named_parameters())
+        reference = dict(masked.named_parameters())
         for name, parameter in compact.named_parameters():
-            assert (parameter.grad is None) == (theirs[name].grad is None), name
+            assert (parameter.grad is None) == (reference[name].grad is None), name
             if parameter.grad is not None:
-                torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-8, atol=1e-10, msg=name)
+                torch.testing.assert_close(parameter.grad, reference[name].grad, rtol=1e-8, atol=1e-10, msg=name)
 
 
 @pytest.mark.parametrize("kept", [1, 16, 17, 19, 20])
@@ -85,9 +85,9 @@ def test_every_number_of_kept_neurons_gives_the_same(make, kept, mask_bias):
     torch.testing.assert_close(outputs[1].logits, outputs[0].logits, rtol=1e-9, atol=1e-10)
     for output in outputs:
         output.loss.backward()
-    theirs = dict(masked.named_parameters())
+    reference = dict(masked.named_parameters())
     for name, parameter in compact.named_parameters():
-        expected = theirs[name].grad
+        expected = reference[name].grad
         assert (parameter.grad is None) == (expected is None), name
         if expected is not None:
             torch.testing.assert_close(parameter.grad, expected, rtol=1e-8, atol=1e-10, msg=name)
@@ -221,7 +221,7 @@ def test_nothing_gathered_outlives_its_call(monkeypatch):
     with torch.no_grad():
         compact(**make_batch(), language_pairs="en-de")
         compact.generate(input_ids=make_batch()["input_ids"], language_pairs="en-de", max_new_tokens=3)
-    assert seen[0] == 0 < seen[1], "decoder steps share theirs"
+    assert seen[0] == 0 < seen[1], "decoder steps share them"
     assert not alive
 
 
@@ -364,9 +364,9 @@ def test_gradient_checkpointing(use_reentrant):
     checkpoint_activations(compact.train().get_base_model(), use_reentrant)
     compact.enable_input_require_grads()
     compact(**make_batch(), language_pairs="en-de").loss.backward()
-    theirs = dict(masked.named_parameters())
+    reference = dict(masked.named_parameters())
     for name, parameter in compact.named_parameters():
-        torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-8, atol=1e-10, msg=name)
+        torch.testing.assert_close(parameter.grad, reference[name].grad, rtol=1e-8, atol=1e-10, msg=name)
 
 
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)

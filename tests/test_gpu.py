@@ -109,9 +109,9 @@ def test_compact_execution_computes_what_masked_does(device, make):
     torch.testing.assert_close(outputs[1].logits, outputs[0].logits, rtol=1e-4, atol=1e-5)
     for output in outputs:
         output.loss.backward()
-    theirs = dict(masked.named_parameters())
+    reference = dict(masked.named_parameters())
     for name, parameter in compact.named_parameters():
-        torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-3, atol=1e-5, msg=name)
+        torch.testing.assert_close(parameter.grad, reference[name].grad, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_the_peak_of_a_step_is_measured_on_the_models_device(device):
@@ -193,11 +193,11 @@ def test_one_distributed_process_has_the_gradients_of_a_plain_one(device, wrappe
     for language_pairs in (PAIRS, "en-fr"):
         plain(**batch_on(device), language_pairs=language_pairs).loss.backward()
         wrapped(**batch_on(device), language_pairs=language_pairs).loss.backward()
-    theirs = dict(plain.named_parameters())
+    reference = dict(plain.named_parameters())
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and theirs[name].grad is not None:
+        if parameter.requires_grad and reference[name].grad is not None:
             found = parameter.grad.full_tensor() if wrapper == "fsdp2" else parameter.grad
-            torch.testing.assert_close(found, theirs[name].grad, rtol=1e-4, atol=1e-5, msg=name)
+            torch.testing.assert_close(found, reference[name].grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
 class HostReads(TorchDispatchMode):
@@ -239,8 +239,8 @@ def test_masks_are_looked_up_without_waiting_for_the_device(device, pairs, num_b
     for steps in (4, 4, 12):  # the first to warm up
         options = {"min_new_tokens": steps, "max_new_tokens": steps, "num_beams": num_beams}
         ours = synchronizations(device, lambda: model.generate(**inputs, **options, language_pairs=pairs))  # noqa: B023
-        theirs = synchronizations(device, lambda: base.generate(**inputs, **options))  # noqa: B023
-        added.append(ours - theirs)
+        reference = synchronizations(device, lambda: base.generate(**inputs, **options))  # noqa: B023
+        added.append(ours - reference)
     assert added[1] == added[2], added
 
 

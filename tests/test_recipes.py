@@ -1,11 +1,13 @@
-"""The recipes as users run them: separate processes, files in and out."""
+"""The recipes as users run them: files in and out, and separate processes where these matter."""
 
+import io
 import json
 import os
 import runpy
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 import neuron_specialization as ns
+from neuron_specialization.translation.checkpoints import new_m2m100
 
 ROOT = Path(__file__).parent.parent
 ACCELERATE = str(Path(sys.executable).parent / "accelerate")
@@ -51,6 +54,24 @@ def run(recipe: str, *arguments: str, processes: int = 1, fails: bool = False, s
     )
     assert (done.returncode != 0) == fails, done.stderr[-3000:]
     return done.stderr if fails else done.stdout
+
+
+@pytest.fixture
+def run_here(monkeypatch, capfd):
+    """Run a recipe as its own main program, but in this process: no seconds of imports."""
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+    def run(recipe: str, *arguments: str, fails: bool = False, stdin: str = "") -> str:
+        script = str(ROOT / "recipes" / recipe)
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+        capfd.readouterr()
+        with pytest.raises(SystemExit) if fails else nullcontext():
+            runpy.run_path(script, run_name="__main__")
+        return capfd.readouterr().err if fails else capfd.readouterr().out
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +172,7 @@ def test_specialize_then_evaluate_then_translate(identified, workspace, toy_file
         assert text.splitlines() == translated
 
 
-def test_pretrain_makes_a_checkpoint_with_its_tokenizer(workspace, toy_files):
+def test_pretrain_makes_a_checkpoint_with_its_tokenizer(workspace, toy_files, run_here):
     output = workspace / "baseline"
     printed = run(
         "pretrain.py",
@@ -162,7 +183,7 @@ def test_pretrain_makes_a_checkpoint_with_its_tokenizer(workspace, toy_files):
     )
     assert "duplicates" in printed and "overlap" in printed
     assert json.loads((output / "results.json").read_text())["data"][0]["sentence_pairs"] == 300
-    text = run("translate.py", "--model_name_or_path", str(output / "model"), "--pair", "Pv-Ba", stdin="ba\nbu")
+    text = run_here("translate.py", "--model_name_or_path", str(output / "model"), "--pair", "Pv-Ba", stdin="ba\nbu")
     assert len(text.splitlines()) == 2
 
 
@@ -204,8 +225,12 @@ TINY = ("--layers", "1", "--d_model", "16", "--d_ff", "32", "--vocab_size", "60"
 HEAD = ("--head_d_model", "16", "--head_vocab_size", "60", "--head_tokens", "48")
 
 
-def test_the_benchmark_measures_every_row(workspace):
-    run("benchmark.py", "--output_dir", str(workspace / "benchmark"), *TINY, *HEAD, "--repeats", "1")
+def test_the_benchmark_measures_every_row(workspace, run_here, monkeypatch):
+    from benchmark_cases import storage
+
+    small = {"layers": 1, "d_model": 8, "d_ff": 64, "heads": 2, "vocab_size": 100}
+    monkeypatch.setattr(storage, "nllb", lambda d_model: new_m2m100(**small))  # the real one takes seconds to build
+    run_here("benchmark.py", "--output_dir", str(workspace / "benchmark"), *TINY, *HEAD, "--repeats", "1")
     rows = json.loads((workspace / "benchmark" / "results.json").read_text())["rows"]
     compared = {(row["what"], row.get("compared with")) for row in rows}
     assert ("training step, full, 70% kept", "dense") in compared
@@ -218,8 +243,8 @@ def test_the_benchmark_measures_every_row(workspace):
     assert all(0 < row["FLOPs"] < 1 and 0 < row["bytes"] < 1 for row in exported)
 
 
-def test_memory_is_computed_for_nllb_and_measured_here(workspace):
-    run("memory.py", "--output_dir", str(workspace / "memory"), *TINY, *HEAD)
+def test_memory_is_computed_for_nllb_and_measured_here(workspace, run_here):
+    run_here("memory.py", "--output_dir", str(workspace / "memory"), *TINY, *HEAD)
     results = json.loads((workspace / "memory" / "memory.json").read_text())
     rows = {(row["model"], row["trained"]): row for row in results["bytes"]}
     assert rows["NLLB 3.3B", "dense"]["weights"] / 4 == pytest.approx(3.3e9, rel=0.03)
@@ -249,10 +274,13 @@ SCORE = ["score.py", "--model_name_or_path", "{workspace}", "--output_dir", "{wo
         (1, [*SCORE, "--language_pairs", "Pv-ja", "--columns", "ja=Aa"], "neuron-specialization[ja]"),
     ],
 )
-def test_bad_input_ends_with_one_sentence(workspace, toy_files, toy_checkpoint, processes, command, message):
+def test_bad_input_ends_with_one_sentence(workspace, toy_files, toy_checkpoint, run_here, processes, command, message):
     places = {"workspace": workspace, "checkpoint": toy_checkpoint, "test": toy_files / "test.jsonl"}
-    lines = f"ba\n{'babu ' * 99}"
-    printed = run(*(word.format(**places) for word in command), stdin=lines, fails=True, processes=processes)
+    words, lines = [word.format(**places) for word in command], f"ba\n{'babu ' * 99}"
+    if processes == 1:
+        printed = run_here(*words, stdin=lines, fails=True)
+    else:
+        printed = run(*words, stdin=lines, fails=True, processes=processes)
     (error,) = [line for line in printed.splitlines() if line.startswith("Error: ")]
     assert message in error and "Traceback" not in printed
     assert not (workspace / "new").exists(), "nothing is left"
@@ -306,7 +334,7 @@ def test_the_comparison_runs_by_stages_and_makes_its_tables_from_those_that_are_
     assert (output / "differences.svg").read_text().count("<svg") == 1
 
 
-def test_toy_data_is_written_for_the_other_recipes(workspace):
-    printed = run("toy_data.py", "--output_dir", str(workspace / "toy"), "--families", "1", "--sentences", "9")
+def test_toy_data_is_written_for_the_other_recipes(workspace, run_here):
+    printed = run_here("toy_data.py", "--output_dir", str(workspace / "toy"), "--families", "1", "--sentences", "9")
     assert "--language_pairs Pv-Aa Pv-Ab" in printed
     assert len((workspace / "toy" / "train.jsonl").read_text().splitlines()) == 9

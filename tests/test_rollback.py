@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -96,10 +97,20 @@ def logits(model):
     return model(**make_batch(), language_pairs=PAIRS).logits
 
 
-@pytest.fixture
-def base_directory(tmp_path):
-    make_m2m100().save_pretrained(tmp_path / "base")
-    return str(tmp_path / "base")
+@pytest.fixture(scope="module")
+def base_directory(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("base")
+    make_m2m100().save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def good(base_directory, tmp_path_factory):
+    """The directory of an adapter that fits the base."""
+    directory = tmp_path_factory.mktemp("adapter")
+    base = AutoModelForSeq2SeqLM.from_pretrained(base_directory)
+    get_peft_model(base, config(make_masks(base))).save_pretrained(directory)
+    return directory
 
 
 def change_file(directory, change):
@@ -145,12 +156,9 @@ DAMAGES = {
 @pytest.mark.parametrize("second", [False, True], ids=["first", "second"])
 @pytest.mark.parametrize("by_transformers", [False, True], ids=["peft", "transformers"])
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_a_refused_file_leaves_the_model(base_directory, tmp_path, damage, by_transformers, second):
+def test_a_refused_file_leaves_the_model(base_directory, good, tmp_path, damage, by_transformers, second):
     base = AutoModelForSeq2SeqLM.from_pretrained(base_directory)
-    masks = make_masks(base)
-    good, damaged = tmp_path / "good", tmp_path / "damaged"
-    for directory in (good, damaged):
-        get_peft_model(AutoModelForSeq2SeqLM.from_pretrained(base_directory), config(masks)).save_pretrained(directory)
+    damaged = shutil.copytree(good, tmp_path / "damaged")
     damage(damaged)
     call, model = {}, base
     if second and by_transformers:

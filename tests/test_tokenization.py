@@ -18,12 +18,12 @@ def test_a_trained_tokenizer_is_reloaded_by_auto_tokenizer(toy, toy_tokenizer, t
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     sentences = toy.sentences(30, "unseen")
     tokens = resolve_tokens(toy_tokenizer, ["Aa-Pv"])
-    mine = encode(toy_tokenizer, "Aa-Pv", sentences["Aa"], sentences["Pv"], tokens)
-    assert encode(loaded, "Aa-Pv", sentences["Aa"], sentences["Pv"], tokens) == mine
+    encoded = encode(toy_tokenizer, "Aa-Pv", sentences["Aa"], sentences["Pv"], tokens)
+    assert encode(loaded, "Aa-Pv", sentences["Aa"], sentences["Pv"], tokens) == encoded
     assert len(loaded) == len(toy_tokenizer) == max(loaded.get_vocab().values()) + 1
-    tags = [loaded.convert_ids_to_tokens(row)[0] for row in (mine["input_ids"][0], mine["labels"][0])]
+    tags = [loaded.convert_ids_to_tokens(row)[0] for row in (encoded["input_ids"][0], encoded["labels"][0])]
     assert tags == ["Aa", "Pv"], "source tag on the encoder, target tag on the decoder"
-    assert loaded.batch_decode(mine["labels"], skip_special_tokens=True) == sentences["Pv"][:]
+    assert loaded.batch_decode(encoded["labels"], skip_special_tokens=True) == sentences["Pv"][:]
 
 
 def test_truncation_keeps_the_tags(toy_tokenizer):

@@ -27,7 +27,7 @@ from neuron_specialization.translation.training import fit
 written: set[str] = set()
 
 
-def note_what_is_written(event: str, args: tuple) -> None:
+def record_written_files(event: str, args: tuple) -> None:
     if event == "open" and isinstance(args[0], str) and set(args[1] or "") & set("wax"):
         written.add(args[0])
     if event == "os.rename":
@@ -50,7 +50,7 @@ def linear_cross_entropy_calls() -> list:
 
 
 class CutOff(TrainerCallback):
-    """End as a crash would, before the update after so many."""
+    """Stop as a crash would, after the given number of updates."""
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == int(os.environ["CUT_OFF_AFTER"]):
@@ -58,7 +58,7 @@ class CutOff(TrainerCallback):
 
 
 def main() -> None:
-    sys.addaudithook(note_what_is_written)
+    sys.addaudithook(record_written_files)
     processes, checkpoint, data, validation, masks, modes, *rest = sys.argv[1:]
     disable_progress_bars()
     if "CUT_OFF_AFTER" in os.environ:
@@ -85,8 +85,8 @@ def main() -> None:
         fit(model, tokenizer, load_parallel(data, PAIRS), held_out, args)
         if sharded:
             assert any(isinstance(parameter, DTensor) for parameter in model.parameters()), "nothing was sharded"
-        mine = sorted(path for path in written if Path(path).is_relative_to(args.output_dir))
-        Path(f"{args.output_dir}-written-by-{args.process_index}.json").write_text(json.dumps(mine))
+        own_files = sorted(path for path in written if Path(path).is_relative_to(args.output_dir))
+        Path(f"{args.output_dir}-written-by-{args.process_index}.json").write_text(json.dumps(own_files))
         assert bool(chunked) == (processes != "1")
         chunked.clear()
 

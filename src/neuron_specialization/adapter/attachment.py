@@ -100,7 +100,7 @@ class _Entry:
             if isinstance(function, CarriesCall):
                 module._gradient_checkpointing_func = function.checkpoint
         if vars(self.module).get(self.method) is not self:
-            return  # it has been wrapped since, and the wrapper goes on calling it
+            return  # it has been wrapped since, and the wrapper keeps calling it
         delattr(self.module, self.method)
         if self.own is not None:
             setattr(self.module, self.method, self.own)
@@ -127,7 +127,7 @@ class _Generate(_Entry):
 
 
 def _origin(kwargs: Mapping[str, Any]) -> Any:
-    """Return the call whose cache or encoder states this one goes on from, if it is known."""
+    """Return the call whose cache or encoder states this one continues, if it is known."""
     outputs = kwargs.get("encoder_outputs")
     states = outputs[0] if outputs is not None else kwargs.get("encoder_hidden_states")
     return origin_of(kwargs.get("past_key_values")) or origin_of(states)

@@ -85,8 +85,8 @@ class _Calls(threading.local):
 
 _calls = _Calls()
 
-# Outputs that a later call may go on from (encoder states, caches) → the call that made them. The references are weak:
-# an entry goes when the caller drops the output.
+# Outputs that a later call may continue (encoder states, caches) → the call that made them. The references are weak:
+# an entry is removed when the caller drops the output.
 _origins: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 

@@ -102,7 +102,7 @@ def _take_bias(weights: CompactWeights, bias: torch.Tensor | None) -> torch.Tens
 class CompactBlock:
     """One FFN block that can run compact. It belongs to the layer around the block's masked projection.
 
-    The block's other projections, which the model goes on calling, become `CompactLinear`s: the same modules, with the
+    The block's other projections, which the model keeps calling, become `CompactLinear`s: the same modules, with the
     same parameters under the same names, but they run with the weights that the block decided on.
     """
 
@@ -138,9 +138,9 @@ class CompactBlock:
         self.installed = False
 
     def decide(self, projection: nn.Module, x: torch.Tensor, call: Call) -> CompactWeights | None:
-        """Decide how the block runs on inputs like `x`, and hand that on to the projections that come after.
+        """Decide how the block runs on inputs like `x`, and hand that on to its other projections.
 
-        In gated blocks two projections see `x`; the one that comes first decides for both.
+        In gated blocks two projections read `x`; the one that runs first decides for both.
 
         Args:
             projection: the projection that asks.
@@ -255,7 +255,7 @@ def _place(model: nn.Module, name: str) -> tuple[nn.Module, str, nn.Module]:
 
 
 def _mixes_neurons(module: nn.Module, d_ff: int) -> bool:
-    """Whether a module beside the projections works on all neurons of a position at once: a norm over them."""
+    """Whether a module next to the projections combines the neurons of a position: a norm over them."""
     shape = getattr(module, "normalized_shape", None)
     weight = getattr(module, "weight", None)
     width = shape[-1] if shape else (weight.shape[-1] if isinstance(weight, torch.Tensor) and weight.ndim == 1 else 0)

@@ -94,8 +94,8 @@ class TokenBatch:
     target: torch.Tensor | int | None = None
     in_cache: bool = False
 
-    def going_on_from(self, earlier: "TokenBatch") -> "TokenBatch":
-        """Return the tokens of a call that goes on from the outputs of an earlier one: its source, or its cache."""
+    def continuing(self, earlier: "TokenBatch") -> "TokenBatch":
+        """Return the tokens of a call that continues an earlier one, from its encoder states or its cache."""
         if self.in_cache:
             return earlier
         return TokenBatch(earlier.source, earlier.target if self.target is None else self.target)

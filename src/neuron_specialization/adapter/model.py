@@ -229,7 +229,7 @@ class NeuronSpecializationModel(BaseTuner):
 def _pass_adapter_names(
     names: list[str], module: nn.Module, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[tuple, dict[str, Any]]:
-    """Forward pre-hook: hand each sample's adapter name, once per beam, to one of PEFT's own wrappers."""
+    """Forward pre-hook: pass each sample's adapter name, once per beam, to one of PEFT's own wrappers."""
     beams = max(1, len(args[0]) // len(names))
     return args, {**kwargs, "adapter_names": [name for name in names for _ in range(beams)]}
 

@@ -146,7 +146,7 @@ class PairResolver:
         if batch.in_cache:
             raise ValueError(
                 "A cached decoding step carries no language tokens, and the call that filled the cache is not known. "
-                "Pass language_pairs=[...] to every step, or hand on the cache that the model returned."
+                "Pass language_pairs=[...] to every step, or the cache that the model returned."
             )
         samples = len(sources or targets or [])
         routed: dict[tuple[str | None, str | None], tuple[int, int]] = {}

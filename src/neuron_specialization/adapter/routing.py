@@ -1,7 +1,7 @@
 """Which pair runs: the router of a model holds its adapters' pairs and the selected one, and begins its calls.
 
 Order of precedence: pairs passed to the call > a `with language_pair(...)` block > the pair set on the model > the
-call that this one goes on from > language tokens in the batch > the adapter's only pair > its default pair.
+call that this one continues > language tokens in the batch > the adapter's only pair > its default pair.
 """
 
 import threading
@@ -59,7 +59,7 @@ class CallRouter:
     def chosen(self) -> str | None:
         """Return the pair of the innermost `with` block, else the one set on the model.
 
-        A thread that opened no block is taken for a worker of the one that did.
+        A thread that opened no block counts as a worker of the one that did.
 
         Raises:
             RuntimeError: if several threads opened different ones.
@@ -88,13 +88,13 @@ class CallRouter:
     ) -> Call:
         """Make a call: find every adapter's rows. Rows that cannot be found raise an error when a layer asks for them.
 
-        Compiled code sees the result as tensors only, so another pair is no reason to compile again.
+        Compiled code sees the result as tensors only, so another pair needs no recompilation.
 
         Args:
             language_pairs: pairs passed to the call: names or ids, one, or one per sample.
             tokens: tokens of the call.
             samples: number of its samples, where it is known.
-            origin: the call whose outputs it goes on from.
+            origin: the call whose outputs it continues.
             stack: the stack that is called by itself; nothing need be known of the other one.
             device: where the model is.
             generates: whether it is a `generate`.
@@ -108,7 +108,7 @@ class CallRouter:
         if chosen is not None:
             pairs = [chosen]
         elif pairs is None and origin is not None:
-            pairs, tokens = origin.pairs, tokens.going_on_from(origin.tokens)
+            pairs, tokens = origin.pairs, tokens.continuing(origin.tokens)
         side = None if stack is None else STACKS.index(stack)
         rows = {
             name: _found(resolver, pairs, tokens, None if names is None else [n == name for n in names], side, device)

@@ -31,7 +31,7 @@ class NeuronMasks:
         routes: which row each pair uses in each stack.
         selector: how the neurons were selected, as recorded in the file.
         fingerprint: what identifies the base model (see `neurons.ffn.fingerprint`).
-        language_token_ids: language code → id of its token, by which an adapter of these masks tells a sample's pair.
+        language_token_ids: language code → id of its token, from which adapters of these masks read a sample's pair.
         base_model_name_or_path: where the base model was loaded from.
         weights_sample: a few weights of the base model (see `neurons.ffn.sample_weights`).
     """

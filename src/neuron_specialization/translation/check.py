@@ -39,8 +39,8 @@ def check_parallel(
     with a slack of 20 for short sentences, and the expected length follows from the direction's own median ratio: a
     Chinese sentence has a third of the characters of its translation into English.
 
-    Sentences are compared by 64-bit hashes: among 5 million, two different ones are taken for the same with a
-    probability below 10^-6. About 80 bytes per sentence pair of the largest direction are in memory at the peak.
+    Sentences are compared by 64-bit hashes: among 5 million, the probability that two different ones collide is below
+    10^-6. About 80 bytes per sentence pair of the largest direction are in memory at the peak.
 
     Args:
         train: pair → training data.
@@ -121,7 +121,7 @@ def _unequal(lengths: np.ndarray) -> np.ndarray:
     """Return which sentence pairs have sides of very different lengths, given the median ratio of the lengths."""
     filled = lengths[(lengths > 0).all(axis=1)]
     ratio = np.exp(np.median(np.log(filled[:, 1] / filled[:, 0]))) if len(filled) else 1.0
-    # in characters of a language halfway between both, so that the reversed direction is judged alike
+    # in characters of a language halfway between both, so that the reversed direction gives the same result
     sources, targets = lengths[:, 0] * ratio**0.5, lengths[:, 1] / ratio**0.5
     shorter, longer = np.minimum(sources, targets), np.maximum(sources, targets)
     return longer > MAX_LENGTH_RATIO * shorter + _LENGTH_SLACK

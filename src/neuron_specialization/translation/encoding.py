@@ -111,7 +111,7 @@ def _digest(data: Mapping[str, Dataset], tokenizer: Any, settings: Mapping[str, 
     for pair, rows in data.items():
         digest.update(f"{pair} {len(rows)}".encode())
         sample = rows[:_SAMPLE]
-        # how tags, special tokens and truncation come out is told by a sample, not by the tokenizer's many settings
+        # a sample stands for the tokenizer's many settings of tags, special tokens and truncation
         sources, targets = ([*sample[side], " ".join(sample[side] * 8)] for side in ("source", "target"))
         digest.update(json.dumps(encode(tokenizer, pair, sources, targets, **settings)).encode())
         for batch in arrow_batches(rows, ["source", "target"]):

@@ -15,8 +15,7 @@ T = TypeVar("T")
 def this_process() -> PartialState:
     """Return accelerate's state: rank, number of processes, device.
 
-    `PartialState` alone does not see that accelerate was told to stay on the CPU, and then takes each process for the
-    only one.
+    `PartialState` alone ignores that accelerate was launched on the CPU, and would treat each process as the only one.
     """
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     if state.num_processes > 1:

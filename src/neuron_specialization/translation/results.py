@@ -50,7 +50,7 @@ def check_results(directory: str | Path, name: str = "results.json") -> None:
 
 
 def write_results(directory: str | Path, results: Mapping[str, Any], name: str = "results.json") -> Path:
-    """Write results with the recipe, the versions and the device that made them, replacing the file at once.
+    """Write results with the recipe, the versions and the device that made them, replacing the file atomically.
 
     Args:
         directory: created if missing.

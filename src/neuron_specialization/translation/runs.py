@@ -82,7 +82,7 @@ class Run:
             raise ValueError(f"{self.directory} holds {found}, and no {RUN_FILE} of a training run. {_WAY_OUT}")
 
     def write(self) -> None:
-        """Write `run.json` at once; only the main process does."""
+        """Write `run.json` atomically; only the main process does."""
         if this_process().is_main_process:
             run = {"depends_on": self.depends_on, "initial_losses": self.initial_losses, "result": self.result}
             _write_json(self.directory / RUN_FILE, run)

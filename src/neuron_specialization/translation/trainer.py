@@ -40,7 +40,7 @@ class SpecializationTrainingArguments(Seq2SeqTrainingArguments):
     preprocessing_num_workers: int = field(default=1, metadata={"help": "Processes that tokenize."})
     save_total_limit: int = field(default=2, metadata={"help": "Checkpoints to keep, the best among them."})
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Discard the run that output_dir holds, and start anew."}
+        default=False, metadata={"help": "Discard the run that output_dir holds, and start again."}
     )
 
 

@@ -188,8 +188,11 @@ def _as_list(sentences: Iterable[str]) -> list[str]:
 
 
 def _target_tag(base: Any, tokenizer: Any, pair: str, tokens: Mapping[str, str]) -> dict[str, int]:
-    """Return how `generate` is told the target language: as the first token of the decoder's input where training puts
-    the tag there (mBART), else as the first token generated (NLLB, M2M100, mBART-50)."""
+    """Return the argument that gives `generate` the target's tag.
+
+    It is the decoder's first input where training puts the tag there (mBART), else the first token generated (NLLB,
+    M2M100, mBART-50).
+    """
     tag = tokenizer.convert_tokens_to_ids(tokens[split_pair(pair)[1]])
     labels = torch.tensor(encode(tokenizer, pair, [""], [""], tokens)["labels"])
     opens = label_shift(base)(labels)[0, 0].item() == tag
