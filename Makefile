@@ -46,7 +46,7 @@ quality: .venv
 	$(BIN)/ruff format --check src recipes tests
 	$(BIN)/mypy
 
-# PEFT's own annotations cannot be evaluated, which is no fault of ours
+# the ignored warning is about annotations of PEFT, which pdoc cannot evaluate
 docs: .venv
 	$(BIN)/python -m pytest --quiet tests/test_docs.py
 	$(BIN)/python -W error::UserWarning -W "ignore:Error parsing type annotation Optional:UserWarning" \
