@@ -38,7 +38,7 @@ def start(launch, checkpoint, data, masks, modes, output, *options, validation="
         "--output_dir",
         str(output),
     ]
-    arguments += ["--per_device_train_batch_size", "4", "--disable_tqdm", "true", "--dataloader_pin_memory", "false"]
+    arguments += ["--per_device_train_batch_size", "4", "--disable_tqdm", "true"]
     command = [ACCELERATE, "launch", *launch, SCRIPT, *arguments, *options]
     environment = {**os.environ, **CPU, **({} if cut_off_after is None else {"CUT_OFF_AFTER": str(cut_off_after)})}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)

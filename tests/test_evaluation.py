@@ -1,6 +1,5 @@
 """Translating and scoring."""
 
-import copy
 import io
 import sys
 from contextlib import nullcontext
@@ -10,7 +9,7 @@ import sacrebleu
 from datasets import Dataset
 from peft import get_peft_model
 from tqdm.auto import tqdm
-from transformers import GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
 import neuron_specialization as ns
 from neuron_specialization.neurons.stability import stability
@@ -162,9 +161,9 @@ def test_a_progress_bar_counts_sentences_whatever_their_pieces(toy_model, toy_to
 
 
 @pytest.mark.parametrize("how", ["truncate", "split", "error"])
-def test_what_is_too_long_is_said_once_and_by_us(toy_model, toy_tokenizer, how, caplog):
+def test_what_is_too_long_is_said_once_and_by_us(toy_model, toy_checkpoint, how, caplog):
     """The tokenizer knows a limit too, and warns that the model will fail, which it does not."""
-    tokenizer = copy.deepcopy(toy_tokenizer)  # which warns once in its life
+    tokenizer = AutoTokenizer.from_pretrained(toy_checkpoint)  # a new one, because each warns once
     refused = pytest.raises(ValueError, match="positions for 64") if how == "error" else nullcontext()
     with transformers_logs(caplog), refused:
         ns.translate(toy_model, tokenizer, ["babu " * 99], "Pv-Aa", long_sentences=how, num_beams=1)

@@ -1,7 +1,9 @@
 """Training: the loss scale, rows that must not move, checkpoints, resuming."""
 
 import copy
+import os
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -31,7 +33,6 @@ def arguments(directory, **changes) -> SpecializationTrainingArguments:
         "logging_steps": 1,
         "save_steps": 100,
         "use_cpu": True,
-        "dataloader_pin_memory": False,
         **changes,
     }
     return SpecializationTrainingArguments(output_dir=str(directory), **options)
@@ -272,6 +273,10 @@ def test_directories_that_are_no_checkpoint_are_refused(tmp_path, toy_checkpoint
         load_checkpoint(str(tmp_path / "masks"))
     with pytest.raises(ValueError, match="Cannot load 'no/such/model'"):
         load_checkpoint("no/such/model")
+    shutil.copytree(toy_checkpoint, tmp_path / "damaged")
+    os.truncate(tmp_path / "damaged" / "model.safetensors", 500)
+    with pytest.raises(ValueError, match="Cannot load .*damaged' .*deserializing header"):
+        load_checkpoint(str(tmp_path / "damaged"))
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,18 @@
 
 from contextlib import suppress
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, M2M100Config, M2M100ForConditionalGeneration
 
 from ..neurons.adapter_file import CONFIG_NAME, fetch, read_config_file
 from ..neurons.files import complete_writing
+
+# what reading a missing, foreign or cut-off file raises: safetensors, pickled weights, weights of other shapes
+_DAMAGES = (OSError, ValueError, SafetensorError, UnpicklingError, EOFError, RuntimeError)
 
 
 def load_checkpoint(location: str) -> tuple[Any, Any]:
@@ -37,7 +42,7 @@ def load_checkpoint(location: str) -> tuple[Any, Any]:
     try:
         model = AutoModelForSeq2SeqLM.from_pretrained(location)
         tokenizer = AutoTokenizer.from_pretrained(location)
-    except (OSError, ValueError) as error:
+    except _DAMAGES as error:
         raise ValueError(
             f"Cannot load {location!r} as a seq2seq checkpoint: expected a directory or Hub id of an encoder-decoder "
             f"model with its tokenizer ({error})."
@@ -54,7 +59,7 @@ def load_adapted(location: str, adapter: str | None, is_trainable: bool = False)
         try:
             read_config_file(fetch(adapter, CONFIG_NAME))  # PEFT does not say which file is damaged, or how
             model = PeftModel.from_pretrained(model, adapter, is_trainable=is_trainable)
-        except (OSError, ValueError) as error:
+        except _DAMAGES as error:
             raise ValueError(f"Cannot load the adapter {adapter!r}: {error}") from error
     return model, tokenizer
 

@@ -69,6 +69,7 @@ class SpecializationTrainer(Seq2SeqTrainer):
             raise ValueError("Set max_steps: with temperature sampling there are no epochs.")
         if not len(train_dataset):
             raise ValueError("The training data is empty.")
+        args.dataloader_pin_memory &= torch.accelerator.is_available()  # or torch warns at each evaluation
         switch_off_layerdrop(model)
         self._head: LinearHead | None = None  # the one that computes the loss of the current call
         self._plain_head: LinearHead | None = None
