@@ -194,7 +194,7 @@ def test_a_run_makes_no_noise(toy_data, toy_tokenizer, toy_model, tmp_path, capl
     with transformers_logs(caplog):
         metrics = fit(
             *(toy_model, toy_tokenizer, toy_data["train"], toy_data["validation"]),
-            arguments(tmp_path, max_steps=2, eval_steps=1),
+            arguments(tmp_path, max_steps=2, eval_steps=1, use_cpu=False),  # as users leave it, also on a CPU
         )
     assert not any("epoch" in entry for entry in metrics["log"])
     assert [record.message for record in caplog.records if "filesystem" not in record.message] == []
