@@ -11,6 +11,7 @@ from .adapter.routing import language_pair, set_language_pair
 from .adapter.storage import checked_load_adapter, described_upload, save_adapter
 from .export.compaction import compact
 from .neurons.activations import ActivationCounts, record_activations
+from .neurons.attribution import record_attribution
 from .neurons.controls import Pooled, RandomOverlap, WrongPair
 from .neurons.ffn import FfnBlock, find_ffn_blocks
 from .neurons.masks import NeuronMasks
@@ -44,6 +45,7 @@ __all__ = [
     "language_token_ids",
     "load_parallel",
     "record_activations",
+    "record_attribution",
     "record_corpus",
     "save_adapter",
     "set_language_pair",

@@ -5,7 +5,7 @@ sign of the activated gate is counted, since the product with the other branch i
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any
@@ -22,14 +22,17 @@ from .language_pairs import check_pairs, check_source_tag, shorten
 from .observation import is_distributed, observed, recording_bar, sum_over_processes
 from .recorder import Recorder
 
+ACTIVITY, ATTRIBUTION = "activity", "attribution"  # what was measured of each neuron
+
 
 @dataclass(repr=False)
 class ActivationCounts:
-    """Activation counts of every FFN block, for several language pairs.
+    """Activation counts of every FFN block, for several language pairs; or their attribution, for the same selectors.
 
     Attributes:
         language_pairs: names of the pairs; row `i` of every tensor belongs to `language_pairs[i]`.
-        counts: block name → int64 [pairs, d_ff], number of positions at which each neuron was active.
+        counts: block name → int64 [pairs, d_ff], number of positions at which each neuron was active; of attribution
+            (see `record_attribution`), float64 sums over positions.
         tokens: stack → int64 [pairs], number of positions counted.
         stacks: block name → "encoder" or "decoder".
         fingerprint: what identifies the base model (see `neurons.ffn.fingerprint`).
@@ -37,6 +40,7 @@ class ActivationCounts:
         language_token_ids: language code → id of its token, where the recording knew them.
         base_model_name_or_path: where the model was loaded from, where it was.
         weights_sample: a few of the model's weights (see `neurons.ffn.sample_weights`).
+        measure: what was measured, "activity" or "attribution".
     """
 
     language_pairs: list[str]
@@ -48,6 +52,7 @@ class ActivationCounts:
     language_token_ids: dict[str, int] | None = None
     base_model_name_or_path: str | None = None
     weights_sample: list[float] | None = None
+    measure: str = ACTIVITY
 
     def __repr__(self) -> str:
         tokens = ", ".join(f"{int(count.sum()):,} {stack}" for stack, count in self.tokens.items())
@@ -110,6 +115,7 @@ class ActivationCounts:
             "language_token_ids": self.language_token_ids,
             "base_model_name_or_path": self.base_model_name_or_path,
             "weights_sample": self.weights_sample,
+            "measure": self.measure,
         }
         save_file(tensors, path, metadata={"activation_counts": json.dumps(about)})
 
@@ -132,6 +138,8 @@ class ActivationCounts:
         return cls(counts=counts, tokens=tokens, **json.loads(about))
 
     def _check_same_model(self, other: "ActivationCounts") -> None:
+        if self.measure != other.measure:
+            raise ValueError(f"Expected two recordings of one measure, got {self.measure} and {other.measure}.")
         widths, others = ({n: t.shape[1] for n, t in counts.counts.items()} for counts in (self, other))
         if widths != others or self.fingerprint != other.fingerprint or self.source_tag != other.source_tag:
             raise ValueError(
@@ -179,36 +187,62 @@ def record_activations(
         ValueError: if a pair's name is malformed, if there is no pair, if a pair has no batch, or if a batch has no
             decoder side or does not run through both stacks.
     """
-    pairs = check_pairs(batches)
-    if not pairs:
+    check_recordable(batches, source_tag)
+    recorder = Recorder(unwrap(model), find_ffn_blocks(model), len(batches), count_padding)
+    with recorder.attached(), observed(model) as run:
+        for index, batch in each_batch(recorder.model, batches, progress):
+            recorder.start_batch(index, batch)
+            run(batch)
+            recorder.check_batch()
+    return recorded(recorder, batches, ACTIVITY, source_tag, language_token_ids)
+
+
+def check_recordable(batches: Mapping[str, Any], source_tag: str) -> None:
+    """Raise ValueError if a pair's name is malformed, if there is no pair, or if the source tag is unknown."""
+    if not check_pairs(batches):
         raise ValueError("Expected at least one language pair to record, got an empty mapping.")
     check_source_tag(source_tag)
-    base = unwrap(model)
-    blocks = find_ffn_blocks(base)
-    recorder = Recorder(base, blocks, len(pairs), count_padding)
+
+
+def each_batch(
+    base: nn.Module, batches: Mapping[str, Iterable[Mapping[str, Any]]], progress: bool | tqdm
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield every batch on the device of `base`, after the index of its pair.
+
+    Raises:
+        ValueError: if a pair has no batch.
+    """
     device = next(base.parameters()).device
-    with recorder.attached(), observed(model) as run, recording_bar(batches.values(), progress) as bar:
-        for index, pair in enumerate(pairs):
+    with recording_bar(batches.values(), progress) as bar:
+        for index, pair in enumerate(batches):
             bar.set_postfix_str(pair, refresh=False)
             seen = 0
             for batch in batches[pair]:
-                moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-                recorder.start_batch(index, moved)
-                run(moved)
-                recorder.check_batch()
+                yield index, {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
                 bar.update()
                 seen += 1
             if not seen and not is_distributed():  # other processes may hold this pair's batches
                 raise ValueError(f"{pair} has no batch to record. Every pair needs at least one sentence pair.")
+
+
+def recorded(
+    recorder: Recorder,
+    language_pairs: Iterable[str],
+    measure: str,
+    source_tag: str,
+    language_token_ids: Mapping[str, int] | None,
+) -> ActivationCounts:
+    """Return what a recorder summed up, after warning of padding that had to be told by its token."""
     recorder.warn_about_padding()
     return ActivationCounts(
-        pairs,
+        list(language_pairs),
         {name: tensor.cpu() for name, tensor in recorder.counts.items()},
         {stack: tensor.cpu() for stack, tensor in recorder.tokens.items()},
-        {block.name: block.stack for block in blocks},
-        fingerprint(base, blocks),
+        {block.name: block.stack for block in recorder.blocks},
+        fingerprint(recorder.model, recorder.blocks),
         source_tag,
         None if language_token_ids is None else dict(language_token_ids),
-        getattr(base, "name_or_path", None) or None,
-        sample_weights(blocks),
+        getattr(recorder.model, "name_or_path", None) or None,
+        sample_weights(recorder.blocks),
+        measure,
     )

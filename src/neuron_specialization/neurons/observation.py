@@ -29,6 +29,21 @@ def observed(model: nn.Module) -> Iterator[Callable[[Mapping[str, Any]], None]]:
         yield run
 
 
+@contextmanager
+def differentiable(model: nn.Module) -> Iterator[None]:
+    """Within the context, losses of a model are differentiated by its activations alone: parameters are frozen and get
+    no gradient. The model runs in eval mode, never compiled."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        with _plain_execution(model), torch.enable_grad():
+            yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
 def recording_bar(texts: Iterable[Iterable], progress: bool | tqdm = True) -> AbstractContextManager[tqdm]:
     """Return the progress bar of a recording, one for all of its texts, as a context manager.
 

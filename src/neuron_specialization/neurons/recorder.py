@@ -28,16 +28,18 @@ class Recorder:
     """Hooks that add each block's active positions to counters on its device.
 
     Attributes:
-        counts: block name → int64 [pairs, d_ff].
+        counts: block name → [pairs, d_ff], of type `dtype`.
         tokens: stack → int64 [pairs].
     """
+
+    dtype = torch.int64
 
     def __init__(self, model: Any, blocks: list[FfnBlock], pairs: int, count_padding: bool) -> None:
         self.model = model
         self.blocks = blocks
         self.count_padding = count_padding
         self.counts = {
-            block.name: torch.zeros(pairs, block.d_ff, dtype=torch.int64, device=_device_of(block)) for block in blocks
+            block.name: torch.zeros(pairs, block.d_ff, dtype=self.dtype, device=_device_of(block)) for block in blocks
         }
         self.tokens = {stack: torch.zeros(pairs, dtype=torch.int64, device=_device_of(blocks[0])) for stack in STACKS}
         # of the batch that runs: its pair, where each stack counts, and what has been counted already
@@ -132,16 +134,21 @@ class Recorder:
         if values.ndim == 2:  # tokens routed to an expert; padding is marked
             self.counts[block.name][self.pair] += active.sum(0, dtype=torch.float64).long()
             return
-        positions = self._positions_of(block.stack, values).to(values.device, torch.float32)
-        if block.stack not in self.counted_stacks:
-            self.counted_stacks.add(block.stack)
-            total = self.tokens[block.stack]
-            total[self.pair] += positions.sum(dtype=torch.float64).long().to(total.device)
+        positions = self._count_positions(block, values)
         # A product counts faster than any sum under a mask, and in float32 it is exact up to 2^24 positions per batch;
         # autocast would compute it in 16 bits.
         with torch.autocast(values.device.type, enabled=False):
             counts = positions.reshape(-1) @ active.reshape(-1, block.d_ff)
         self.counts[block.name][self.pair] += counts.long()
+
+    def _count_positions(self, block: FfnBlock, values: torch.Tensor) -> torch.Tensor:
+        """Return where a block's values count, float32 in the shape of its positions; count those once per stack."""
+        positions = self._positions_of(block.stack, values).to(values.device, torch.float32)
+        if block.stack not in self.counted_stacks:
+            self.counted_stacks.add(block.stack)
+            total = self.tokens[block.stack]
+            total[self.pair] += positions.sum(dtype=torch.float64).long().to(total.device)
+        return positions
 
     def _positions_of(self, stack: str, values: torch.Tensor) -> torch.Tensor:
         """Return the positions in the shape of a block's values, [batch, length] or, time-major, [length, batch]."""

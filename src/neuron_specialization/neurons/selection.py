@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from .activations import ActivationCounts
+from .activations import ACTIVITY, ActivationCounts
 from .ffn import DECODER, ENCODER, STACKS
 from .language_pairs import Routes, split_pair
 from .masks import NeuronMasks
@@ -136,7 +136,7 @@ class LAPE:
             rows.update(zip(names, kept.split([counts.counts[name].shape[1] for name in names], dim=1), strict=True))
         routes = Routes(languages[ENCODER], languages[DECODER])
         rows = {name: rows[name].contiguous() for name in counts.counts}
-        return NeuronMasks(rows=rows, routes=routes, selector=_describe(self), **counts.origin)
+        return NeuronMasks(rows=rows, routes=routes, selector=_describe(self, counts), **counts.origin)
 
     def _kept(self, probabilities: torch.Tensor) -> torch.Tensor:
         """Return bool [languages, neurons] from float64 activation probabilities of the same shape."""
@@ -197,11 +197,12 @@ def per_pair_masks(rows: dict[str, torch.Tensor], counts: ActivationCounts, sele
         )
     rows = {name: row | inactive[name] for name, row in rows.items()}
     routes = Routes.per_pair(counts.language_pairs, counts.source_tag)
-    return NeuronMasks(rows=rows, routes=routes, selector=_describe(selector), **counts.origin)
+    return NeuronMasks(rows=rows, routes=routes, selector=_describe(selector, counts), **counts.origin)
 
 
-def _describe(selector: Any) -> dict[str, Any]:
-    return {"name": type(selector).__name__, **asdict(selector)}
+def _describe(selector: Any, counts: ActivationCounts) -> dict[str, Any]:
+    measure = {} if counts.measure == ACTIVITY else {"measure": counts.measure}
+    return {"name": type(selector).__name__, **asdict(selector), **measure}
 
 
 def check_share(name: str, share: Any) -> None:

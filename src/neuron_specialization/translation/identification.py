@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader
 
 from ..adapter.language_tokens import language_token_ids
 from ..adapter.routing import is_routed
-from ..neurons.activations import ActivationCounts, record_activations
+from ..neurons.activations import ACTIVITY, ATTRIBUTION, ActivationCounts, record_activations
+from ..neurons.attribution import record_attribution
 from ..neurons.base_model import number_of_positions
 from ..neurons.observation import recording_bar
 from .batching import TranslationCollator
@@ -18,7 +19,7 @@ from .tokenization import encode, resolve_tokens
 
 
 def record_corpus(model: Any, tokenizer: Any, corpus: Mapping[str, Dataset], **options: Any) -> ActivationCounts:
-    """Count the activations of a corpus; see `record_corpus_parts` for the options."""
+    """Count the activations of a corpus, or sum attribution; see `record_corpus_parts` for the options."""
     (counts,) = record_corpus_parts(model, tokenizer, corpus, parts=1, **options)
     return counts
 
@@ -33,6 +34,7 @@ def record_corpus_parts(
     max_length: int = 128,
     batch_size: int = 64,
     count_padding: bool = False,
+    measure: str = ACTIVITY,
     parts: int = 1,
     seed: int = 0,
 ) -> list[ActivationCounts]:
@@ -49,6 +51,7 @@ def record_corpus_parts(
         max_length: truncate both sides to this many tokens, or to the model's positions if there are fewer.
         batch_size: sentence pairs per batch.
         count_padding: count padding positions too.
+        measure: "activity", or "attribution" (see `record_attribution`).
         parts: number of disjoint parts.
         seed: of the order in which sentences are assigned to parts.
 
@@ -56,8 +59,13 @@ def record_corpus_parts(
         Counts of each part; `counts[0].merge(*counts[1:])` are those of the corpus.
 
     Raises:
-        ValueError: if a direction has fewer sentence pairs than there are parts.
+        ValueError: if a direction has fewer sentence pairs than there are parts, or the measure is unknown.
     """
+    if measure not in (ACTIVITY, ATTRIBUTION) or (count_padding and measure == ATTRIBUTION):
+        raise ValueError(
+            f"measure is {ACTIVITY!r} or, without count_padding, {ATTRIBUTION!r}; got {measure!r}"
+            f"{' with count_padding' if count_padding else ''}."
+        )
     tokens = resolve_tokens(tokenizer, corpus, language_tokens)
     max_length = min(max_length, number_of_positions(model) or max_length)
     token_ids = language_token_ids(tokenizer, tokens)
@@ -88,9 +96,9 @@ def record_corpus_parts(
     recordings = [{pair: batches(pair, part) for pair in encoded} for part in range(parts)]
     every = [loader for recording in recordings for loader in recording.values()]
     with recording_bar(every, this_process().is_main_process) as bar:
+        shown: dict[str, Any] = {"progress": bar, "language_token_ids": token_ids}
+        if measure == ATTRIBUTION:
+            return [record_attribution(model, part, source_tag, **shown).all_reduce() for part in recordings]
         return [
-            record_activations(
-                model, recording, count_padding, source_tag, progress=bar, language_token_ids=token_ids
-            ).all_reduce()
-            for recording in recordings
+            record_activations(model, part, count_padding, source_tag, **shown).all_reduce() for part in recordings
         ]
