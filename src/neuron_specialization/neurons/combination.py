@@ -46,11 +46,11 @@ def joined(a: "NeuronMasks", b: "NeuronMasks") -> "NeuronMasks":
         places[stack] = [names[stack].index(name) for name in second]
     rows = {}
     for block, stack in a.stacks.items():
-        first, second, new = a.rows[block], b.rows[block], len(names[stack])
-        _check_equal(first, second, places[stack], names[stack], block)
-        rows[block] = torch.ones(new, first.shape[1], dtype=torch.bool)
-        rows[block][: len(first)] = first
-        rows[block][places[stack]] = second
+        ours, others = a.rows[block], b.rows[block]
+        _check_equal(ours, others, places[stack], names[stack], block)
+        rows[block] = torch.ones(len(names[stack]), ours.shape[1], dtype=torch.bool)
+        rows[block][: len(ours)] = ours
+        rows[block][places[stack]] = others
     moved = {pair: (places[ENCODER][e], places[DECODER][d]) for pair, (e, d) in b.routes.listed.items()}
     routed_elsewhere = [pair for pair in moved if a.routes.listed.get(pair, moved[pair]) != moved[pair]]
     if routed_elsewhere:
