@@ -13,7 +13,7 @@ from neuron_specialization.neurons.adapter_file import CONFIG_NAME, WEIGHTS_NAME
 from neuron_specialization.neurons.files import atomic_directory, check_not_input, check_replaceable
 from neuron_specialization.neurons.stability import stability
 from neuron_specialization.translation.arguments import DataArguments, ModelArguments
-from neuron_specialization.translation.checkpoints import load_adapted
+from neuron_specialization.translation.checkpoints import load_adapted, untrained_model
 from neuron_specialization.translation.command_line import parse, run
 from neuron_specialization.translation.identification import record_corpus_parts
 from neuron_specialization.translation.processes import this_process
@@ -35,20 +35,27 @@ class IdentifyArguments:
     encoder_k: float | None = field(default=None, metadata={"help": "Another share for the encoder."})
     decoder_k: float | None = field(default=None, metadata={"help": "Another share for the decoder."})
     count_padding: bool = field(default=False, metadata={"help": "Count padding too, as the released code does."})
+    untrained: bool = field(
+        default=False, metadata={"help": "Draw the model's weights anew: the control for analyses of masks."}
+    )
     batch_size: int = field(default=64, metadata={"help": "Sentence pairs per batch; changes speed only."})
     stability: bool = field(default=False, metadata={"help": "Compare masks of halves and of growing samples."})
     parts: int = field(default=8, metadata={"help": "Parts that --stability splits the sample into."})
-    seed: int = field(default=0, metadata={"help": "Of the random split into parts."})
+    seed: int = field(default=0, metadata={"help": "Of the random split into parts, and of weights drawn anew."})
 
 
 def main() -> None:
     args, where, data = parse(IdentifyArguments, ModelArguments, DataArguments, unused=UNUSED)
+    if args.untrained and where.adapter is not None:
+        raise ValueError("--untrained draws the weights of a model anew, so an --adapter says nothing there.")
     selector = ns.CumulativeThreshold(args.k, args.encoder_k, args.decoder_k)
     check_not_input(args.output_dir, where.adapter)
     check_holds_no_model(args.output_dir)
     check_replaceable(args.output_dir, FILES, args.overwrite_output_dir)
     corpus = data.load("validation", max_sentences=data.max_sentences)
     model, tokenizer = load_adapted(where.model_name_or_path, where.adapter)
+    if args.untrained:
+        model = untrained_model(where.model_name_or_path, args.seed)
     started = time.perf_counter()
     parts = record_corpus_parts(
         model.to(this_process().device),

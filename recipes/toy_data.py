@@ -1,9 +1,12 @@
-"""Write artificial related languages as parallel text: train.jsonl, validation.jsonl and test.jsonl.
+"""Write artificial related languages as parallel text, train.jsonl, validation.jsonl and test.jsonl, and how far apart
+they are, distances.csv.
 
 python recipes/toy_data.py --config recipes/configs/toy_data/toy-control.yaml --output_dir build/toy
 """
 
+import csv
 from dataclasses import dataclass, field
+from itertools import combinations
 
 from datasets import disable_progress_bars
 
@@ -17,7 +20,7 @@ from neuron_specialization.translation.toy import ToyLanguages
 class ToyArguments:
     """The languages, and how many sentences."""
 
-    output_dir: str = field(metadata={"help": "Directory of the three files."})
+    output_dir: str = field(metadata={"help": "Directory of the four files."})
     families: int = field(default=2, metadata={"help": "Language families."})
     languages_per_family: int = field(default=3, metadata={"help": "Languages in each."})
     replaced: float = field(default=0.15, metadata={"help": "Share of roots that a language replaces by its own."})
@@ -35,6 +38,9 @@ def main() -> None:
     with atomic_directory(args.output_dir) as folder:
         for split, count in (("train", args.sentences), ("validation", args.held_out), ("test", args.held_out)):
             toy.sentences(count, split).to_json(folder / f"{split}.jsonl")
+        with (folder / "distances.csv").open("w", newline="") as file:
+            rows = ((a, b, toy.distance(a, b)) for a, b in combinations(toy.languages, 2))
+            csv.writer(file).writerows([("a", "b", "distance"), *rows])
     print(f"wrote {args.output_dir}; --language_pairs {' '.join(toy.language_pairs)}")
 
 

@@ -1,6 +1,11 @@
 """Small real models, languages and corpora that the tests share."""
 
 import copy
+import io
+import runpy
+import sys
+from contextlib import nullcontext
+from pathlib import Path
 
 import datasets
 import pytest
@@ -14,6 +19,7 @@ from neuron_specialization.translation.data import load_parallel
 from neuron_specialization.translation.tokenization import train_tokenizer
 from neuron_specialization.translation.toy import ToyLanguages
 
+RECIPES = Path(__file__).parent.parent / "recipes"
 PAIRS = ["en-de", "de-en", "en-fr", "fr-en"]
 
 
@@ -100,6 +106,24 @@ def zero_masked_rows(model, masks: ns.NeuronMasks, pair: str):
         for name in masks.rows:
             reference.get_submodule(name).weight[~masks.row(pair, name)] = 0
     return reference
+
+
+@pytest.fixture
+def run_here(monkeypatch, capfd):
+    """Run a recipe as its own main program, but in this process: no seconds of imports."""
+    monkeypatch.syspath_prepend(str(RECIPES))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+    def run(recipe: str, *arguments: str, fails: bool = False, stdin: str = "") -> str:
+        script = str(RECIPES / recipe)
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+        capfd.readouterr()
+        with pytest.raises(SystemExit) if fails else nullcontext():
+            runpy.run_path(script, run_name="__main__")
+        return capfd.readouterr().err if fails else capfd.readouterr().out
+
+    return run
 
 
 @pytest.fixture

@@ -1,11 +1,23 @@
 """Overlap of neurons against the distance of languages: known relations are found, and shuffled ones are not."""
 
+import json
+import sys
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
 
-from neuron_specialization.analysis.distances import families, language_distances, script_distances
+from neuron_specialization.analysis.agreement import comparable_pairs, mask_agreement, mean_agreement
+from neuron_specialization.analysis.distances import (
+    families,
+    label_distances,
+    language_distances,
+    load_distances,
+    scripts,
+    subword_distances,
+)
 from neuron_specialization.analysis.overlap import holm, mantel, neuron_overlap, overlap_rows
 from neuron_specialization.neurons.language_pairs import Routes
 from neuron_specialization.neurons.masks import NeuronMasks
@@ -91,9 +103,114 @@ def test_distances_of_real_languages_from_any_code():
     assert np.array_equal(genetic, genetic.T) and not genetic.diagonal().any()
     assert genetic[0, 1] < genetic[0, 3] and genetic[1, 2] < genetic[1, 4] == 1
     assert families(codes) == ["Germanic", "Germanic", "Germanic", "Sinitic", "Uralic"]
-    assert script_distances(codes)[0].tolist() == [0, 0, 0, 1, 0]
+    assert label_distances(scripts(codes))[0].tolist() == [0, 0, 0, 1, 0]
     assert language_distances(["fr", "es"], "syntactic")[0, 1] == pytest.approx(0.1566)
     with pytest.raises(ValueError, match="no language 'xx'; it has en, de"):
         language_distances(["en", "xx"])
     with pytest.raises(ValueError, match="kind must be one of genetic"):
         language_distances(["en"], "typological")
+
+
+def test_distances_come_from_the_table_from_a_file_or_from_urielplus(tmp_path):
+    assert np.array_equal(load_distances(["fr", "es"], "syntactic"), language_distances(["fr", "es"], "syntactic"))
+    own = tmp_path / "own.csv"
+    own.write_text("a,b,distance\nAb,Aa,0.25\nAa,Ba,1\nBa,Ab,0.5\n")
+    assert load_distances(["Aa", "Ab", "Ba"], str(own)).tolist() == [[0, 0.25, 1], [0.25, 0, 0.5], [1, 0.5, 0]]
+    with pytest.raises(ValueError, match="no distance between Aa and Bb"):
+        load_distances(["Aa", "Bb"], str(own))
+    own.write_text("a,b,genetic\n")
+    with pytest.raises(ValueError, match="expected a, b and distance"):
+        load_distances(["Aa", "Ab"], str(own))
+
+
+def test_distances_of_urielplus():
+    pytest.importorskip("urielplus", reason="the optional package urielplus is not installed")
+    found = load_distances(["en", "deu_Latn", "tgl"], "urielplus:genetic")
+    assert np.array_equal(found, found.T) and not found.diagonal().any() and found[0, 1] < found[0, 2] == 1
+    with pytest.raises(ValueError, match="URIEL\\+ does not know xxq"):
+        load_distances(["en", "xxq"], "urielplus:genetic")
+
+
+def test_urielplus_that_is_missing_is_asked_for(monkeypatch):
+    monkeypatch.setitem(sys.modules, "urielplus.urielplus", None)
+    with pytest.raises(ImportError, match="pip install urielplus"):
+        load_distances(["en", "de"], "urielplus:genetic")
+
+
+def test_subword_distance_is_what_two_texts_do_not_share():
+    found = subword_distances([[1, 1, 2, 3], [1, 2, 2, 9], [7, 7], [1, 1, 2, 3] * 2])
+    assert found[0].tolist() == pytest.approx([0, 0.5, 1, 0])
+
+
+def test_masks_of_the_same_neurons_agree_with_their_own_pair_only(related):
+    toy, masks = related
+    same = mask_agreement(masks, masks)
+    assert [(row["stack"], row["layer"]) for row in same] == [("encoder", 0), ("encoder", 1), ("decoder", 0)]
+    for row in same:
+        assert row["own"] == row["lowest"] == 1 > row["others"] > row["chance"] and row["pairs"] == 8
+    pairs = masks.language_pairs
+    into = [pair for pair in pairs if pair.endswith(f"-{PIVOT}")]
+    by_hand = [masks.iou(a, b)["encoder.0"] for a in into for b in into if a != b]
+    assert same[0]["others"] == pytest.approx(np.mean(by_hand))
+    rows = {name: rows[:, torch.randperm(400)] for name, rows in masks.rows.items()}
+    for row in mask_agreement(masks, NeuronMasks(rows, BLOCKS, Routes.per_pair(pairs))):
+        assert row["own"] == pytest.approx(row["chance"], abs=0.05), "other neurons agree by chance"
+    averaged = mean_agreement([{"masks": "m", **row} for row in [*same, *({**r, "own": 0.5} for r in same)]])
+    assert len(averaged) == 3 and averaged[0]["own"] == 0.75 and averaged[0]["times"] == 2
+
+
+def test_agreement_needs_a_pair_in_common_and_the_same_blocks(related):
+    _, masks = related
+    other = replace(masks, routes=Routes.per_pair([f"x{i}-y" for i in range(16)]))
+    with pytest.raises(ValueError, match="share no language pair"):
+        mask_agreement(masks, other)
+    with pytest.raises(ValueError, match="different models"):
+        mask_agreement(masks, replace(masks, rows={name: rows[:, :9] for name, rows in masks.rows.items()}))
+
+
+def test_comparable_pairs_differ_in_the_side_that_the_stack_sees():
+    pairs = ["en-de", "en-fr", "de-en", "fr-en", "de-fr"]
+    assert comparable_pairs(pairs, "encoder") == {
+        "en-fr": ["de-fr"],
+        "de-en": ["fr-en"],
+        "fr-en": ["de-en"],
+        "de-fr": ["en-fr"],
+    }
+    assert comparable_pairs(pairs, "decoder")["de-en"] == ["de-fr"]
+
+
+def test_analyze_finds_the_known_distances_in_trained_masks_and_not_in_others(
+    related, run_here, toy_checkpoint, tmp_path
+):
+    toy, masks = related
+    masks.save_pretrained(tmp_path / "trained")
+    shuffled = {
+        name: rows[torch.randperm(16, generator=torch.Generator().manual_seed(3))] for name, rows in masks.rows.items()
+    }
+    replace(masks, rows=shuffled).save_pretrained(tmp_path / "untrained")
+    codes = toy.languages[1:]
+    pairs = [(a, b) for a in codes for b in codes if a < b]
+    (tmp_path / "distances.csv").write_text(
+        "a,b,distance\n" + "".join(f"{a},{b},{toy.distance(a, b)}\n" for a, b in pairs)
+    )
+    toy.sentences(30, "validation").to_json(tmp_path / "validation.jsonl")
+    run_here(
+        *("analyze.py", "--overlap", "--output_dir", str(tmp_path / "out"), "--pivot", PIVOT, "--permutations", "999"),
+        *("--masks", f"trained={tmp_path / 'trained'}", f"untrained={tmp_path / 'untrained'}"),
+        *("--distances", str(tmp_path / "distances.csv"), "--families", *(f"{c}={toy.family[c]}" for c in codes)),
+        *("--scripts", *(f"{c}=Latin" for c in codes), "--tiers", *(f"{c}={c[1]}" for c in codes)),
+        *("--tokenizer", str(toy_checkpoint), "--validation_file", str(tmp_path / "validation.jsonl")),
+        *("--report", str(tmp_path / "report.html")),
+    )
+    assert (tmp_path / "report.html").read_text().count("data:image/svg+xml") == 3
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert list(found["encoder"]["controlled"]) == ["tier", "subwords"], "one script leaves nothing to control for"
+    assert np.array(found["encoder"]["iou"]["trained"]).shape == (2, 8, 8)
+    trained, other = ([row for row in found["overlap"] if row["masks"] == name] for name in ("trained", "untrained"))
+    assert [row["stack"] for row in trained] == ["encoder", "encoder", "decoder"]
+    assert all(row["rho"] < -0.5 and row["p"] < 0.05 and row["within"] > row["across"] for row in trained)
+    assert all(row["p"] > 0.05 for row in other) and "partial rho" in other[0]
+    assert {path.name for path in (tmp_path / "out").glob("*.svg")} == {
+        f"overlap-{name}.svg" for name in ("encoder", "decoder", "depth")
+    }
+    assert "Say what to do: --overlap" in run_here("analyze.py", "--output_dir", str(tmp_path / "out"), fails=True)

@@ -1,13 +1,11 @@
 """The recipes as users run them: files in and out, and separate processes where these matter."""
 
-import io
 import json
 import os
 import runpy
 import socket
 import subprocess
 import sys
-from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 
@@ -54,24 +52,6 @@ def run(recipe: str, *arguments: str, processes: int = 1, fails: bool = False, s
     )
     assert (done.returncode != 0) == fails, done.stderr[-3000:]
     return done.stderr if fails else done.stdout
-
-
-@pytest.fixture
-def run_here(monkeypatch, capfd):
-    """Run a recipe as its own main program, but in this process: no seconds of imports."""
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-
-    def run(recipe: str, *arguments: str, fails: bool = False, stdin: str = "") -> str:
-        script = str(ROOT / "recipes" / recipe)
-        monkeypatch.setattr(sys, "argv", [script, *arguments])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
-        capfd.readouterr()
-        with pytest.raises(SystemExit) if fails else nullcontext():
-            runpy.run_path(script, run_name="__main__")
-        return capfd.readouterr().err if fails else capfd.readouterr().out
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -338,3 +318,4 @@ def test_toy_data_is_written_for_the_other_recipes(workspace, run_here):
     printed = run_here("toy_data.py", "--output_dir", str(workspace / "toy"), "--families", "1", "--sentences", "9")
     assert "--language_pairs Pv-Aa Pv-Ab" in printed
     assert len((workspace / "toy" / "train.jsonl").read_text().splitlines()) == 9
+    assert len((workspace / "toy" / "distances.csv").read_text().splitlines()) == 1 + 6

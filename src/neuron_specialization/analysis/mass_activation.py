@@ -36,7 +36,7 @@ class MassActivation:
 
     Attributes:
         names: the sets; row `i` of every tensor belongs to `names[i]`.
-        site: what was recorded, one of `sites.SITES`.
+        site: what was recorded, one of SITES in `sites`.
         stacks: layer → "encoder" or "decoder". A layer is named by its FFN block, or by its module.
         positive: layer → float64 [names, units], positive mass.
         negative: layer → float64 [names, units], negative mass, as positive numbers.

@@ -7,6 +7,7 @@ from typing import Any
 from ..neurons.ffn import STACKS
 from ..neurons.masks import NeuronMasks
 from .comparison import REFERENCE, interference
+from .figures import save, single
 from .statistics import hierarchical_bootstrap, paired_differences
 
 _SHOWN_PAIRS = 60
@@ -18,7 +19,7 @@ def plot_differences(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Pat
     Dots are averages over seeds; the interval is that of `hierarchical_bootstrap`.
     """
     methods = [m for m in dict.fromkeys(row["method"] for row in rows) if m != REFERENCE]
-    figure, axes = _figure(height=1.2 + 0.32 * len(methods))
+    figure, axes = single(height=1.2 + 0.32 * len(methods))
     for place, method in enumerate(methods):
         differences, _, directions = paired_differences(rows, method, REFERENCE, "loss")
         interval = hierarchical_bootstrap(differences)
@@ -29,12 +30,12 @@ def plot_differences(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Pat
     axes.set_yticks(range(len(methods)), methods)
     axes.invert_yaxis()
     axes.set_xlabel(f"test loss minus that of {REFERENCE} (nats per token; left is better)")
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def plot_interference(rows: Sequence[Mapping[str, Any]], methods: Sequence[str], path: str | Path) -> Path:
     """Draw, per direction, each method's difference from joint fine-tuning against the interference measured there."""
-    figure, axes = _figure(height=4)
+    figure, axes = single(height=4)
     for i, method in enumerate(methods):
         points = interference(rows, method)
         across, up = ([point[key] for point in points] for key in ("interference", "difference"))
@@ -44,14 +45,14 @@ def plot_interference(rows: Sequence[Mapping[str, Any]], methods: Sequence[str],
     axes.set_xlabel(f"interference: loss of {REFERENCE} minus that of the bilingual model")
     axes.set_ylabel(f"loss minus that of {REFERENCE} (below 0 is better)")
     axes.legend()
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def plot_kept(masks: NeuronMasks, path: str | Path) -> Path:
     """Draw the share of neurons that each language pair keeps, one column per block."""
     pairs, blocks = masks.language_pairs[:_SHOWN_PAIRS], list(masks.rows)
     kept = [[1 - share for share in masks.sparsity(pair).values()] for pair in pairs]
-    figure, axes = _figure(height=1.6 + 0.25 * len(pairs))
+    figure, axes = single(height=1.6 + 0.25 * len(pairs))
     image = axes.imshow(kept, vmin=0, vmax=1, cmap="viridis", aspect="auto")
     axes.set_yticks(range(len(pairs)), pairs)
     numbers = {stack: iter(range(len(blocks))) for stack in STACKS}
@@ -59,21 +60,4 @@ def plot_kept(masks: NeuronMasks, path: str | Path) -> Path:
     axes.set_xticks(range(len(blocks)), labels, rotation=90 if len(blocks) > 12 else 0)
     axes.set_xlabel("FFN block")
     figure.colorbar(image, label="share of neurons kept")
-    return _save(figure, path)
-
-
-def _figure(height: float) -> tuple[Any, Any]:
-    import matplotlib  # an optional dependency
-    from matplotlib.figure import Figure
-
-    matplotlib.rcParams["svg.hashsalt"] = "neuron-specialization"  # the same rows give the same file
-    figure = Figure(figsize=(7, height), layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _save(figure: Any, path: str | Path) -> Path:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None} if Path(path).suffix == ".svg" else None)
-    return Path(path)
+    return save(figure, path)

@@ -24,6 +24,18 @@ class CountingHook:
         self.count(args[0] if output is None else output)
 
 
+def watch_neurons(block: FfnBlock, see: Callable[[torch.Tensor], None]) -> RemovableHandle:
+    """Hand what decides whether neurons are active to `see`: what enters the down projection, or, in gated blocks,
+    what the activation makes of the gate's output.
+
+    The activation is applied once more there: its own output is hidden, and activation modules may be shared by all
+    layers.
+    """
+    if block.gate is None:
+        return block.down.register_forward_pre_hook(CountingHook(see))
+    return block.gate.register_forward_hook(CountingHook(lambda output: see(block.activation(output))))
+
+
 class Recorder:
     """Hooks that add each block's active positions to counters on its device.
 
@@ -87,7 +99,7 @@ class Recorder:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Attach the hooks for the length of the context."""
-        handles = [self._attach(block) for block in self.blocks]
+        handles = [watch_neurons(block, partial(self._count, block)) for block in self.blocks]
         for experts, stack in _expert_groups(self.model, self.blocks):
             handles.append(experts.register_forward_pre_hook(partial(self._mark_padding, stack)))
             handles.append(experts.register_forward_hook(lambda module, args, output: output.nan_to_num()))
@@ -96,18 +108,6 @@ class Recorder:
         finally:
             for handle in handles:
                 handle.remove()
-
-    def _attach(self, block: FfnBlock) -> RemovableHandle:
-        """Count what enters the down projection; in gated blocks, what the activation makes of the gate's output.
-
-        The activation is applied once more there: its own output is hidden, and activation modules may be shared by
-        all layers.
-        """
-        if block.gate is None:
-            return block.down.register_forward_pre_hook(CountingHook(partial(self._count, block)))
-        return block.gate.register_forward_hook(
-            CountingHook(lambda output: self._count(block, block.activation(output)))
-        )
 
     def _mark_padding(self, stack: str, module: nn.Module, args: tuple) -> tuple:
         """Make padding rows NaN before the experts read them: NaN is not above zero, so no expert counts them.

@@ -7,7 +7,14 @@ from typing import Any
 
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, M2M100Config, M2M100ForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    M2M100Config,
+    M2M100ForConditionalGeneration,
+    set_seed,
+)
 
 from ..neurons.adapter_file import CONFIG_NAME, fetch, read_config_file
 from ..neurons.files import complete_writing
@@ -62,6 +69,13 @@ def load_adapted(location: str, adapter: str | None, is_trainable: bool = False)
         except _DAMAGES as error:
             raise ValueError(f"Cannot load the adapter {adapter!r}: {error}") from error
     return model, tokenizer
+
+
+def untrained_model(location: str, seed: int) -> Any:
+    """Return a model with the architecture of a checkpoint and weights drawn from `seed`: the control for what a
+    trained model shows."""
+    set_seed(seed)
+    return AutoModelForSeq2SeqLM.from_config(AutoConfig.from_pretrained(location))
 
 
 def new_m2m100(

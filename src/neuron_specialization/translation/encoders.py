@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, set_seed
+from transformers import AutoConfig
 
 from ..adapter.language_tokens import check_language_tokens
 from ..neurons.positions import IGNORED
-from .checkpoints import load_checkpoint
+from .checkpoints import load_checkpoint, untrained_model
 from .processes import this_process
 from .tokenization import language_tags
 from .understanding import Examples
@@ -44,8 +44,7 @@ def load_encoder(location: str) -> tuple[Any, Any]:
 
 def random_encoder(location: str, seed: int) -> Any:
     """Return an untrained encoder with the architecture of a checkpoint, its weights drawn from `seed`."""
-    set_seed(seed)
-    model = AutoModelForSeq2SeqLM.from_config(AutoConfig.from_pretrained(location))
+    model = untrained_model(location, seed)
     return model.get_encoder().eval().to(this_process().device)
 
 

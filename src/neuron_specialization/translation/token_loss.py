@@ -1,6 +1,6 @@
 """Loss of a model on parallel text, per direction."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -38,31 +38,59 @@ def token_losses(
         batch_size: sentence pairs per batch.
     """
     tokens = resolve_tokens(tokenizer, data, language_tokens)
-    collate = TranslationCollator(tokenizer, model)
     device = next(model.parameters()).device
     training = model.training
     model.eval()
     losses = {}
     try:
         for pair, rows in data.items():
-            encoded = encode(tokenizer, pair, rows["source"], rows["target"], tokens, source_tag)
-            examples = [
-                {"input_ids": source, "labels": target}
-                for source, target in zip(encoded["input_ids"], encoded["labels"], strict=True)
-            ]
-            examples.sort(key=lambda e: len(e["input_ids"]) + len(e["labels"]))
-            route = {"language_pairs": [pair]} if is_routed(model) else {}
-            tag = tokenizer.convert_tokens_to_ids(tokens[split_pair(pair)[1]])
             nats, count = 0.0, 0
-            for start in range(0, len(examples), batch_size):
-                batch = {name: t.to(device) for name, t in collate(examples[start : start + batch_size]).items()}
-                labels = batch.pop("labels")
-                labels = labels.masked_fill(labels == tag, IGNORED)
+            for batch in scored_batches(model, tokenizer, pair, rows, tokens, source_tag, batch_size):
+                moved = {name: t.to(device) if isinstance(t, torch.Tensor) else t for name, t in batch.items()}
+                labels = moved.pop("labels")
                 with torch.no_grad():
-                    logits = model(**batch, **route).logits.float()
+                    logits = model(**moved).logits.float()
                 nats += F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
                 count += int(labels.ne(IGNORED).sum())
             losses[pair] = nats / count
     finally:
         model.train(training)
     return losses
+
+
+def scored_batches(
+    model: Any,
+    tokenizer: Any,
+    pair: str,
+    rows: Dataset,
+    tokens: Mapping[str, str],
+    source_tag: str = "source",
+    batch_size: int = 64,
+) -> Iterator[dict[str, Any]]:
+    """Yield one direction's batches, of similar length, as the model's forward takes them, with labels.
+
+    The target's language tag is not among the labels (see `token_losses`). With adapters of ours a batch names its
+    pair.
+
+    Args:
+        model: the model that the batches are for.
+        tokenizer: its tokenizer.
+        pair: the direction.
+        rows: Dataset with columns "source" and "target"; nothing is truncated.
+        tokens: language code → language token.
+        source_tag: what the tag on the source side names.
+        batch_size: sentence pairs per batch.
+    """
+    collate = TranslationCollator(tokenizer, model)
+    encoded = encode(tokenizer, pair, rows["source"], rows["target"], tokens, source_tag)
+    examples = [
+        {"input_ids": source, "labels": target}
+        for source, target in zip(encoded["input_ids"], encoded["labels"], strict=True)
+    ]
+    examples.sort(key=lambda e: len(e["input_ids"]) + len(e["labels"]))
+    route = {"language_pairs": [pair]} if is_routed(model) else {}
+    tag = tokenizer.convert_tokens_to_ids(tokens[split_pair(pair)[1]])
+    for start in range(0, len(examples), batch_size):
+        batch = collate(examples[start : start + batch_size])
+        batch["labels"] = batch["labels"].masked_fill(batch["labels"] == tag, IGNORED)
+        yield {**batch, **route}

@@ -1,0 +1,37 @@
+"""What all figures share: sizes, colors that color-blind people tell apart, files."""
+
+from pathlib import Path
+from typing import Any
+
+# Okabe and Ito (2008), without yellow, which is faint on white
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+MARKERS = "os^Dvp*"
+
+
+def panels(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
+    """Return a figure of that size in inches and its axes [rows, columns]."""
+    import matplotlib  # an optional dependency
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["svg.hashsalt"] = "neuron-specialization"  # the same rows give the same file
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for each in axes.flat:
+        each.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def single(height: float) -> tuple[Any, Any]:
+    """Return a figure of one panel, 7 inches wide, and its axes."""
+    figure, axes = panels(1, 1, 7, height)
+    return figure, axes[0, 0]
+
+
+def save(figure: Any, path: str | Path) -> Path:
+    """Write a figure in the format that its suffix names, and a .png of the same name beside an .svg."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".svg":
+        figure.savefig(path, metadata={"Date": None})
+    figure.savefig(path.with_suffix(".png"), dpi=150)
+    return path

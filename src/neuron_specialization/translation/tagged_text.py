@@ -1,0 +1,147 @@
+"""Parallel sentences whose words are tagged, as batches that carry a tag for every token."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..neurons.language_pairs import split_pair
+from ..neurons.positions import IGNORED
+from .batching import TranslationCollator
+from .data_files import read_rows
+from .tokenization import language_tags
+
+LENGTHS = ("short", "medium", "long")
+
+
+@dataclass(frozen=True)
+class TaggedSentence:
+    """The words of one sentence, and a tag for each."""
+
+    words: list[str]
+    tags: list[str]
+
+
+def load_tagged(
+    path: str,
+    languages: Sequence[str],
+    max_sentences: int | None = None,
+    *,
+    words: str = "tokens",
+    tags: str = "upos",
+    id: str = "sent_id",
+) -> dict[str, dict[str, TaggedSentence]]:
+    """Return language → name of the sentence → its words and tags, of sentences that every language has.
+
+    Args:
+        path: a file per language, with "{lang}" for its code, as .parquet or .jsonl.
+        languages: codes.
+        max_sentences: take at most so many, from the top of the first language's file.
+        words: column of the lists of words.
+        tags: column of the lists of tags.
+        id: column that names sentences; two with one name are translations of each other.
+
+    Raises:
+        ValueError: if a file or column is missing, words and tags differ in number, or no sentence is in all
+            languages.
+    """
+    found: dict[str, dict[str, TaggedSentence]] = {}
+    for code in languages:
+        place = path.replace("{lang}", code)
+        rows = read_rows(place, True)
+        absent = [words, tags, id] if rows is None else [c for c in (words, tags, id) if c not in rows.column_names]
+        if rows is None or absent:
+            raise ValueError(
+                f"{place} is no table with the columns {', '.join(absent)}: lists of words, of tags, and names."
+            )
+        columns = zip(rows[id], rows[words], rows[tags], strict=True)
+        found[code] = {str(name): TaggedSentence(list(w), list(t)) for name, w, t in columns}
+        wrong = [name for name, each in found[code].items() if len(each.words) != len(each.tags)]
+        if wrong:
+            raise ValueError(f"{place}: {wrong[0]} has another number of words than of tags.")
+    common = [name for name in found[languages[0]] if all(name in rows for rows in found.values())]
+    common = common[:max_sentences]
+    if not common:
+        raise ValueError(f"No sentence of {path} is in all of {', '.join(languages)}: their {id} never agree.")
+    return {code: {name: rows[name] for name in common} for code, rows in found.items()}
+
+
+def by_length(sentences: Mapping[str, TaggedSentence]) -> dict[str, TaggedSentence]:
+    """Return the sentences with every word tagged by the length of its sentence: thirds of them by number of words."""
+    lengths = [len(each.words) for each in sentences.values()]
+    bounds = np.quantile(lengths, [1 / 3, 2 / 3])
+    names = [LENGTHS[int(np.searchsorted(bounds, length))] for length in lengths]
+    return {
+        key: TaggedSentence(each.words, [name] * len(each.words))
+        for (key, each), name in zip(sentences.items(), names, strict=True)
+    }
+
+
+def tagged_batches(
+    model: Any,
+    tokenizer: Any,
+    sentences: Mapping[str, Mapping[str, TaggedSentence]],
+    language_pairs: Sequence[str],
+    tags: Sequence[str],
+    language_tokens: Mapping[str, str],
+    max_length: int = 128,
+    batch_size: int = 64,
+) -> dict[str, list[dict[str, torch.Tensor]]]:
+    """Return pair → batches with "source_tags" and "target_tags", int64 like `input_ids` and `labels`.
+
+    Every token of a word has the word's tag; special tokens, and words whose tag is not among `tags`, have -100.
+    Sentences are the words joined by spaces, so punctuation stands apart.
+
+    Args:
+        model: the model that the batches are for.
+        tokenizer: a fast tokenizer that adds language tags itself (NLLB, M2M100, mBART).
+        sentences: language → name → sentence, as `load_tagged` returns them.
+        language_pairs: the pairs.
+        tags: names of the tags.
+        language_tokens: language code → language token.
+        max_length: truncate both sides to this many tokens.
+        batch_size: sentence pairs per batch.
+
+    Raises:
+        ValueError: if the tokenizer does not tell which word a token is of, or adds no language tags.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(f"A {type(tokenizer).__name__} does not tell which word a token is of; use a fast tokenizer.")
+    collate, places = TranslationCollator(tokenizer, model), {tag: i for i, tag in enumerate(tags)}
+    batches: dict[str, list[dict[str, torch.Tensor]]] = {}
+    for pair in language_pairs:
+        sides = split_pair(pair)
+        with language_tags(tokenizer, *(language_tokens[code] for code in sides)):
+            source, target = (
+                _encode(tokenizer, list(sentences[code].values()), places, side, max_length)
+                for code, side in zip(sides, ("text", "text_target"), strict=True)
+            )
+        order = sorted(range(len(source)), key=lambda i: len(source[i][0]) + len(target[i][0]))
+        batches[pair] = []
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = collate([{"input_ids": source[i][0], "labels": target[i][0]} for i in chosen])
+            batch["source_tags"] = _pad([source[i][1] for i in chosen])
+            batch["target_tags"] = _pad([target[i][1] for i in chosen])
+            batches[pair].append(batch)
+    return batches
+
+
+def _encode(
+    tokenizer: Any, sentences: list[TaggedSentence], places: Mapping[str, int], side: str, max_length: int
+) -> list[tuple[list[int], list[int]]]:
+    """Return each sentence's token ids and the places of their tags."""
+    options = {"is_split_into_words": True, "truncation": True, "max_length": max_length}
+    encoded = tokenizer(**{side: [each.words for each in sentences]}, **options)
+    found = []
+    for i, sentence in enumerate(sentences):
+        owners = encoded.word_ids(i)
+        tags = [IGNORED if word is None else places.get(sentence.tags[word], IGNORED) for word in owners]
+        found.append((encoded["input_ids"][i], tags))
+    return found
+
+
+def _pad(rows: list[list[int]]) -> torch.Tensor:
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, IGNORED)
