@@ -1,6 +1,7 @@
 """The pair of a call is its own: recomputed, nested, interrupted, and in several threads."""
 
 import copy
+import sys
 import threading
 import types
 
@@ -9,6 +10,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import neuron_specialization as ns
+from neuron_specialization.adapter import routing
 
 from .conftest import PAIRS, checkpoint_activations, make_batch, make_m2m100, make_masks
 from .test_adapter import adapt, gradients
@@ -248,6 +250,35 @@ def test_calls_inside_generate_have_their_own_pair_and_give_the_outer_one_back()
         assert during.results and all(result.equal(alone) for result in during.results), name
 
 
+@pytest.mark.parametrize("source", ["input_ids", "inputs_embeds", "encoder_outputs", "by position"])
+def test_a_pair_chosen_inside_generate_holds_for_the_call_made_there(source):
+    """However that call is given its source: it is none of generate's own."""
+    model, batch, other = routed(), make_batch(), make_batch(seed=5)
+    base = model.get_base_model()
+    with torch.no_grad():
+        encoded = base.get_encoder()(**inputs_of(other), language_pairs="fr-en").last_hidden_state.clone()
+        embedded = base.get_input_embeddings()(other["input_ids"])
+    given = {
+        "input_ids": {"input_ids": other["input_ids"]},
+        "inputs_embeds": {"inputs_embeds": embedded},
+        "encoder_outputs": {"encoder_outputs": (encoded,)},
+        "by position": {},
+    }[source]
+    position = (other["input_ids"],) if source == "by position" else ()
+    rest = {"attention_mask": other["attention_mask"], "labels": other["labels"]}
+
+    def inside():
+        with ns.language_pair(model, "fr-en"), torch.no_grad():
+            return base(*position, **given, **rest).logits
+
+    alone, expected = inside(), model.generate(**inputs_of(batch), language_pairs="en-de", **GENERATE)
+    during = During(inside)
+    found = model.generate(
+        **inputs_of(batch), language_pairs="en-de", **GENERATE, logits_processor=LogitsProcessorList([during])
+    )
+    assert found.equal(expected) and all(logits.equal(alone) for logits in during.results)
+
+
 def test_a_forward_inside_generate_reads_its_own_tokens():
     model = adapted()
     batch, other = tagged(["en-de"], "nllb"), tagged(["fr-en", "de-en"], "nllb")
@@ -359,6 +390,35 @@ def test_an_interrupted_call_leaves_nothing_behind(call, error):
     expected = routed()(**batch, language_pairs="fr-en").logits
     assert model(**batch, language_pairs="fr-en").logits.equal(expected)
     assert in_thread(lambda: model(**batch, language_pairs="fr-en").logits).equal(expected)
+
+
+def test_an_interruption_while_a_pair_is_chosen_leaves_none_chosen():
+    """Ctrl-C may arrive before any line that opens the `with` block."""
+    model, line, interrupted = routed(), 0, True
+
+    def trace(frame, event, _):
+        nonlocal passed
+        if frame.f_code.co_filename != routing.__file__:
+            return None
+        passed += event == "line"
+        if passed > line:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return trace
+
+    while interrupted:
+        passed, interrupted = 0, False
+        sys.settrace(trace)
+        try:
+            with ns.language_pair(model, "en-de"):
+                sys.settrace(None)
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            sys.settrace(None)
+        assert not routing._with_blocks, f"before line {line}"
+        line += 1
+    assert line > 5
 
 
 def test_an_abandoned_generation_leaves_nothing_behind():

@@ -1,9 +1,11 @@
 """Directories: only what this package wrote is replaced, and an interruption loses nothing."""
 
 import os
+import shutil
+from pathlib import Path
 
 import pytest
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 
 import neuron_specialization as ns
 from neuron_specialization.export.compaction import save_compact
@@ -117,6 +119,57 @@ def test_an_interrupted_writing_is_completed_at_the_next_read_or_write(full, mon
     assert not [path for path in full.iterdir() if path.name.startswith(".neuron")], "no hidden copies"
 
 
+class Killed(BaseException):
+    """Stands for a kill: whatever cleans up after it is killed too."""
+
+
+def kill_at(step, patch):
+    """Kill at a file operation, counted from 0; in the middle of it where it writes."""
+    done, write_text = [], Path.write_text
+
+    def killing(operation):
+        def run(*args, **kwargs):
+            if len(done) == step:
+                if operation is write_text:
+                    write_text(args[0], args[1][: len(args[1]) // 2])
+                raise Killed
+            done.append(operation)
+            return operation(*args, **kwargs)
+
+        return run
+
+    for name in ("rename", "replace", "unlink", "rmdir", "mkdir"):
+        patch.setattr(os, name, killing(getattr(os, name)))
+    patch.setattr(Path, "write_text", killing(write_text))
+    patch.setattr(shutil, "rmtree", killing(shutil.rmtree))
+
+
+def test_a_kill_at_any_step_leaves_the_old_files_or_the_new_ones(tmp_path, monkeypatch):
+    old, new = ["a", "model.bin"], ["a", "b", "model.safetensors"]
+    step, killed = 0, True
+    while killed:
+        target = tmp_path / str(step)
+        write(target, old, "old")
+        (target / "mine").write_text("mine")
+        killed = False
+        with monkeypatch.context() as patch:
+            kill_at(step, patch)
+            try:
+                with atomic_directory(target) as fresh:
+                    for name in new:
+                        (fresh / name).write_bytes(b"new")
+            except Killed:
+                killed = True
+        complete_writing(target)
+        found = {name: text for name, text in content(target).items() if not name.startswith(".neuron")}
+        assert found.pop("mine") == "mine"
+        assert found in ({"a": "old", "model.bin": "old"}, dict.fromkeys(new, "new")), f"after step {step}"
+        write(target, new, "later")  # they are known to be ours
+        assert content(target) == {**dict.fromkeys(new, "later"), "mine": "mine"}, f"after step {step}"
+        step += 1
+    assert step > 10
+
+
 def test_what_a_killed_process_left_half_written_is_discarded(tmp_path):
     write(tmp_path, ["a"], "old")
     left = files.begin_writing(tmp_path)
@@ -178,23 +231,32 @@ def test_another_methods_adapter_is_not_replaced(tmp_path):
     assert os.listdir(tmp_path) == ["adapter_config.json"]
 
 
-def test_an_adapter_whose_saving_was_interrupted_is_completed_by_who_loads_it(tmp_path, monkeypatch):
+@pytest.mark.parametrize("first", [False, True], ids=["over another", "first"])
+def test_an_adapter_whose_saving_was_interrupted_is_completed_by_who_loads_it(tmp_path, monkeypatch, first):
     model = make_m2m100()
     old, new = make_masks(model, seed=0), make_masks(model, seed=5)
     real = os.replace
 
-    def fail_at_the_weights(source, target):
-        if str(target).endswith(".safetensors"):
+    def fail(source, target):
+        if first or str(target).endswith(".safetensors"):
             raise OSError("Input/output error")
         real(source, target)
+
+    def loaded(load):
+        load(str(tmp_path))
+        return ns.NeuronMasks.from_pretrained(tmp_path)
 
     for load in (
         lambda: ns.NeuronMasks.from_pretrained(tmp_path),
         lambda: ns.NeuronSpecializationConfig(masks=tmp_path).masks,
-        lambda: ns.NeuronSpecializationConfig.from_pretrained(tmp_path) and ns.NeuronMasks.from_pretrained(tmp_path),
+        lambda: loaded(lambda path: PeftModel.from_pretrained(make_m2m100(), path)),
+        lambda: loaded(lambda path: make_m2m100().load_adapter(path)),
     ):
-        old.save_pretrained(tmp_path)
+        if first:
+            files.remove_written(tmp_path)
+        else:
+            old.save_pretrained(tmp_path)
         with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output"):
-            patch.setattr(os, "replace", fail_at_the_weights)
+            patch.setattr(os, "replace", fail)
             new.save_pretrained(tmp_path)
         assert all(load().rows[name].equal(rows) for name, rows in new.rows.items())

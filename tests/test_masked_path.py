@@ -61,6 +61,30 @@ def test_offloaded_models_run_masked(what, trainable, when):
             torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("pairs", ["en-de", PAIRS], ids=["one pair", "mixed"])
+@pytest.mark.filterwarnings("ignore:FFN blocks run masked")
+def test_offloaded_models_generate_with_the_tags_of_their_pairs(pairs):
+    masks, ids = make_masks(make_m2m100()), {"en": 50, "de": 51, "fr": 52}
+    reference, model = (added(make_m2m100(), masks, trainable="none", language_token_ids=ids) for _ in range(2))
+    cpu_offload(model, torch.device("cpu"))
+    call = {"input_ids": make_batch()["input_ids"] % 50, "language_pairs": pairs, "max_new_tokens": 4}
+    assert model.generate(**call).equal(reference.generate(**call))
+
+
+@pytest.mark.parametrize("how", ["offloaded", "quantized"])
+@pytest.mark.filterwarnings("ignore:.*quantiz", "ignore:.*deprecat")
+def test_offloaded_and_quantized_models_are_recorded(how):
+    batches = {"en-de": [make_batch()]}
+    expected = ns.record_activations(make_m2m100(), batches, progress=False).counts
+    if how == "offloaded":
+        found = ns.record_activations(cpu_offload(make_m2m100(), torch.device("cpu")), batches, progress=False).counts
+        assert all(found[name].equal(counts) for name, counts in expected.items())
+    else:
+        model = torch.ao.quantization.quantize_dynamic(make_m2m100(), {torch.nn.Linear}, dtype=torch.qint8)
+        found = ns.record_activations(model, batches, progress=False).counts
+        assert all((found[name] - counts).abs().float().mean() < 1 for name, counts in expected.items())
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.filterwarnings("ignore:FFN blocks run masked", "ignore:.*quantiz", "ignore:.*deprecat")
 def test_dynamically_quantized_layers_run_masked(when):

@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
-from peft import get_peft_model
+from accelerate import cpu_offload
+from peft import PeftModel, get_peft_model
 
 import neuron_specialization as ns
 
-from .conftest import make_batch, make_m2m100, make_masks
+from .conftest import PAIRS, make_batch, make_m2m100, make_masks
 
 
 def adapt(model, masks=None, **config):
@@ -56,12 +57,56 @@ def test_a_refused_merge_keeps_no_backup_that_a_later_one_would_put_back():
     assert layer.weight.equal(trained)
 
 
+def test_what_is_merged_into_a_trained_base_is_not_saved_as_the_base(tmp_path):
+    """The rows of all other pairs would be zero for good."""
+    adapted = adapt(make_m2m100(), trainable="full").eval()
+    expected = adapted(**make_batch(), language_pairs="fr-en").logits
+    adapted.set_language_pair("en-de")
+    adapted.merge_adapter()
+    with pytest.raises(ValueError, match="merged into them.*unmerge_adapter"):
+        adapted.save_pretrained(str(tmp_path))
+    adapted.unmerge_adapter()
+    adapted.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(make_m2m100(), str(tmp_path))
+    torch.testing.assert_close(loaded(**make_batch(), language_pairs="fr-en").logits, expected)
+
+
 def test_the_untouched_base_is_not_merged_as_if_it_were_a_pair():
     adapted = adapt(make_m2m100(), default_pair="base", init_weights=False)
     for pair in (None, "base", "en-it"):
         adapted.set_language_pair(pair)
         with pytest.raises(ValueError, match="is the untouched base. Choose a pair"):
             adapted.merge_adapter()
+
+
+@pytest.mark.parametrize("how", ["passed", "selected", "mixed", "ids"])
+def test_a_merged_model_refuses_other_pairs(how):
+    adapted, batch = adapt(make_m2m100(), init_weights=False).eval(), make_batch()
+    expected = adapted(**batch, language_pairs="en-de").logits
+    with ns.language_pair(adapted, "en-de"):
+        adapted.merge_adapter()
+    for call in ({}, {"language_pairs": "en-de"}, {"language_pairs": torch.tensor([0])}):
+        torch.testing.assert_close(adapted(**batch, **call).logits, expected)
+    if how == "selected":
+        adapted.set_language_pair("fr-en")
+    pairs = {"passed": "fr-en", "mixed": PAIRS, "ids": torch.tensor([3]), "selected": None}[how]
+    with pytest.raises(ValueError, match="Another language pair .* is merged.*unmerge_adapter"):
+        adapted(**batch, language_pairs=pairs)
+
+
+@pytest.mark.parametrize("unload", [False, True])
+@pytest.mark.filterwarnings("ignore:FFN blocks run masked")
+def test_an_offloaded_model_is_merged(unload):
+    adapted, batch = adapt(make_m2m100(), init_weights=False).eval(), make_batch()
+    expected = adapted(**batch, language_pairs="en-de").logits
+    adapted.set_language_pair("en-de")
+    cpu_offload(adapted, torch.device("cpu"))
+    if unload:
+        merged = adapted.merge_and_unload()
+    else:
+        adapted.merge_adapter()
+        merged = adapted
+    torch.testing.assert_close(merged(**batch).logits, expected)
 
 
 def test_what_was_merged_and_cast_is_unmerged_in_the_new_type():
@@ -87,6 +132,17 @@ def test_tied_projections_are_not_merged():
         assert all(tensor.equal(before[name]) for name, tensor in adapted.state_dict().items())
 
 
+def test_tied_biases_are_not_merged():
+    model = make_m2m100(decoder_ffn_dim=20)
+    model.model.decoder.layers[0].fc1.bias = model.model.encoder.layers[0].fc1.bias
+    adapted = adapt(model, init_weights=False, mask_bias=True)
+    before = copy.deepcopy(adapted.state_dict())
+    adapted.set_language_pair("en-de")
+    with pytest.raises(ValueError, match="encoder.layers.0.fc1 and .*decoder.layers.0.fc1 share one bias"):
+        adapted.merge_adapter()
+    assert all(tensor.equal(before[name]) for name, tensor in adapted.state_dict().items())
+
+
 class MasterWeights:
     """An optimizer on float32 copies of the parameters, which are written back after its step, as Apex does it."""
 
@@ -102,7 +158,17 @@ class MasterWeights:
         self.inner.step()
         with torch.no_grad():
             for parameter, copy_ in zip(self.parameters, self.copies, strict=True):
-                parameter.copy_(copy_)
+                self.write(parameter, copy_)
+
+    def write(self, parameter, values):
+        parameter.copy_(values)
+
+
+class NewTensors(MasterWeights):
+    """Puts new tensors into the parameters instead of writing into theirs."""
+
+    def write(self, parameter, values):
+        parameter.data = values.clone()
 
 
 def train(adapted, optimizer, steps=2, **call):
@@ -115,18 +181,87 @@ def unselected(masks, name):
     return ~masks.rows[name].any(0)
 
 
-@pytest.mark.parametrize("make", [MasterWeights, lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.1)])
-def test_rows_that_no_pair_selects_are_saved_unmoved(make, tmp_path):
+def saved(adapted, tmp_path):
+    adapted.save_pretrained(str(tmp_path))
+    return adapted.get_base_model()
+
+
+def copied(adapted, tmp_path):
+    return copy.deepcopy(adapted).get_base_model()
+
+
+def in_a_state_dict(adapted, tmp_path):
+    base = make_m2m100()
+    state = adapted.get_base_model().state_dict()
+    base.load_state_dict({name: state[name.replace("fc1.", "fc1.base_layer.")] for name in base.state_dict()})
+    return base
+
+
+def unloaded(adapted, tmp_path):
+    return adapted.unload()
+
+
+def deleted(adapted, tmp_path):
+    adapted.delete_adapter("default")
+    return adapted.base_model.model
+
+
+def merged_and_unmerged(adapted, tmp_path):
+    adapted.merge_adapter()
+    merged = adapted.get_base_model()(**make_batch()).logits
+    adapted.unmerge_adapter()
+    torch.testing.assert_close(merged, adapted(**make_batch()).logits, rtol=1e-4, atol=1e-5)
+    return adapted.get_base_model()
+
+
+def disabled(adapted, tmp_path):
+    with adapted.disable_adapter():
+        adapted(**make_batch())
+    return adapted.get_base_model()
+
+
+@pytest.mark.parametrize("leave", [saved, copied, in_a_state_dict, unloaded, deleted, merged_and_unmerged, disabled])
+@pytest.mark.parametrize(
+    "make", [MasterWeights, NewTensors, lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.1)]
+)
+def test_rows_that_no_pair_selects_stay_unmoved(make, leave, tmp_path):
     model = make_m2m100()
     masks = make_masks(model, ["en-de"], k=0.4)
     before = {name: model.get_submodule(name).weight.detach().clone() for name in masks.rows}
     adapted = adapt(model, masks, trainable="full").train()
     train(adapted, make(adapted.parameters()))
-    adapted.save_pretrained(str(tmp_path))
+    base = leave(adapted, tmp_path)
     for name, weight in before.items():
         rest = unselected(masks, name)
-        now = adapted.get_submodule(f"base_model.model.{name}").weight
+        now = base.get_submodule(name).weight
         assert rest.any() and now[rest].equal(weight[rest]) and not now[~rest].equal(weight[~rest])
+
+
+def step_another_model():
+    """Its optimizer might step on copies of anybody's weights."""
+    layer = torch.nn.Linear(2, 2)
+    layer(torch.ones(1, 2)).sum().backward()
+    torch.optim.AdamW(layer.parameters()).step()
+
+
+def test_loading_weights_is_not_undone():
+    model = make_m2m100()
+    masks = make_masks(model, ["en-de"], k=0.4)
+    adapted = adapt(model, masks, trainable="full").train()
+    step_another_model()
+    base = adapted.get_base_model()
+    base.load_state_dict({name: tensor + 1 if "fc1" in name else tensor for name, tensor in base.state_dict().items()})
+    loaded = copy.deepcopy(base.state_dict())
+    adapted(**make_batch())
+    assert all(tensor.equal(loaded[name]) for name, tensor in base.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:.*quantiz", "ignore:.*deprecat")
+def test_a_trained_model_that_was_quantized_does_not_stop_other_training():
+    adapted = adapt(make_m2m100(), trainable="full").eval()
+    quantized = torch.ao.quantization.quantize_dynamic(adapted, {torch.nn.Linear}, dtype=torch.qint8)
+    step_another_model()
+    quantized(**make_batch(), language_pairs="en-de")
 
 
 def test_every_row_trains_once_the_adapter_is_deleted_or_unloaded():

@@ -182,6 +182,59 @@ def test_a_refused_file_leaves_the_model(base_directory, good, tmp_path, damage,
         PeftModel.from_pretrained(base, str(good), "second")
 
 
+@pytest.fixture
+def good(base_directory, tmp_path):
+    model = AutoModelForSeq2SeqLM.from_pretrained(base_directory)
+    get_peft_model(model, config(make_masks(model), init_weights=False)).save_pretrained(tmp_path / "good")
+    return tmp_path / "good"
+
+
+def test_weights_refused_after_injection_leave_the_model(base_directory, good):
+    """Where the caller brings the config, and where the tensors cannot be put on the device named."""
+    base = AutoModelForSeq2SeqLM.from_pretrained(base_directory)
+    before = describe(base)
+    masks = make_masks(base)
+    with pytest.raises(Exception, match="nowhere"):
+        PeftModel.from_pretrained(base, str(good), torch_device="nowhere")
+    assert_same(describe(base), before)
+    change_file(good, lambda tensors: tensors.pop(key(tensors, "_delta")))
+    before = describe(base)
+    with pytest.raises(ValueError, match="missing .*delta"):
+        PeftModel.from_pretrained(base, str(good), config=config(masks))
+    assert_same(describe(base), before)
+
+
+def test_a_second_adapter_that_cannot_be_read_is_not_left_selectable(base_directory, good):
+    model = PeftModel.from_pretrained(AutoModelForSeq2SeqLM.from_pretrained(base_directory), str(good), "first")
+    before = describe(model, language_pairs=PAIRS)
+    with pytest.raises(Exception, match="nowhere"):
+        model.load_adapter(str(good), "second", torch_device="nowhere")
+    assert list(model.peft_config) == ["first"]
+    assert_same(describe(model, language_pairs=PAIRS), before)
+
+
+@pytest.mark.parametrize("damage", ["other pairs", "other bias", "damaged", "none"])
+def test_weights_loaded_in_place_of_others_are_checked(base_directory, good, tmp_path, damage):
+    """PEFT itself does not look at their config; masks of other pairs would run under the names of these."""
+    model = PeftModel.from_pretrained(AutoModelForSeq2SeqLM.from_pretrained(base_directory), str(good))
+    expected = logits(model)
+    base = AutoModelForSeq2SeqLM.from_pretrained(base_directory)
+    masks = make_masks(base, PAIRS[::-1]) if damage == "other pairs" else make_masks(base)
+    torch.manual_seed(3)
+    other = get_peft_model(base, config(masks, init_weights=False, mask_bias=damage == "other bias")).eval()
+    other.save_pretrained(tmp_path / "other")
+    if damage == "damaged":
+        path = tmp_path / "other" / "adapter_model.safetensors"
+        path.write_bytes(path.read_bytes()[:-1] + b"!")
+    if damage == "none":
+        model.load_adapter(str(tmp_path / "other"), "default")
+        assert logits(model).equal(logits(other)) and not logits(other).equal(expected)
+        return
+    with pytest.raises(ValueError, match="cannot replace those of 'default'|save was interrupted"):
+        model.load_adapter(str(tmp_path / "other"), "default")
+    assert logits(model).equal(expected)
+
+
 def test_a_damaged_lora_file_does_not_take_the_masks_away(base_directory, tmp_path):
     lora = LoraConfig(target_modules=["q_proj"], init_lora_weights=False, task_type="SEQ_2_SEQ_LM")
     get_peft_model(AutoModelForSeq2SeqLM.from_pretrained(base_directory), lora).save_pretrained(tmp_path / "lora")

@@ -118,6 +118,15 @@ def test_generate_reads_the_target_from_where_it_is_said(how):
     assert found.shape != other.shape or not found.equal(other)
 
 
+def test_generate_reads_what_is_passed_by_position():
+    base = adapted().get_base_model()
+    sources = tagged(["en-de", "en-de"], "nllb")["input_ids"]
+    settings = GenerationConfig(forced_bos_token_id=DE, max_new_tokens=5, decoder_start_token_id=START)
+    expected = base.generate(sources, generation_config=settings)
+    assert expected[:, 1].eq(DE).all() and base.generate(sources, settings).equal(expected)
+    assert base.generate(sources, settings, language_pairs="en-fr")[:, 1].eq(DE).all(), "the caller's token holds"
+
+
 def test_the_models_generation_config_is_read_last():
     model = adapted()
     sources = tagged(["en-de"], "nllb")["input_ids"]
@@ -189,6 +198,10 @@ def test_generate_sets_the_tags_of_several_targets():
     starts = torch.tensor([[START, CODES[pair.split("-")[1]]] for pair in PAIRS])
     expected = model.generate(input_ids=sources, decoder_input_ids=starts, max_new_tokens=5)
     assert model.generate(input_ids=sources, language_pairs=PAIRS, max_new_tokens=5).equal(expected)
+    settings = GenerationConfig(decoder_start_token_id=0, max_new_tokens=5)
+    for start in ({"decoder_start_token_id": 0, "max_new_tokens": 5}, {"generation_config": settings}):
+        found = model.generate(input_ids=sources, language_pairs=PAIRS, **start)
+        assert found[:, :2].equal(torch.stack([torch.zeros(4, dtype=torch.long), starts[:, 1]], 1))
 
 
 @pytest.mark.parametrize("convention", ["nllb", "marian"])

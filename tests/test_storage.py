@@ -325,6 +325,18 @@ def test_saving_in_the_other_format_replaces_the_old_weights(base_directory, tmp
         torch.testing.assert_close(loaded(**make_batch(), language_pairs=PAIRS).logits, expected)
 
 
+def test_the_older_weights_are_told_without_trusting_the_clock(base_directory, tmp_path):
+    """Files from another machine may be of the future."""
+    directory = tmp_path / "adapter"
+    trained(base_directory, "delta").save_pretrained(str(directory))
+    os.utime(directory / "adapter_model.safetensors", (4e9, 4e9))
+    adapted = trained(base_directory, "delta", init_weights=False)
+    adapted.save_pretrained(str(directory), safe_serialization=False)
+    loaded = AutoPeftModelForSeq2SeqLM.from_pretrained(str(directory))
+    expected = adapted(**make_batch(), language_pairs=PAIRS).logits
+    torch.testing.assert_close(loaded(**make_batch(), language_pairs=PAIRS).logits, expected)
+
+
 def test_what_transformers_saves_twice_into_one_directory_is_the_second(base_directory, tmp_path):
     for seed in (0, 1):
         model = AutoModelForSeq2SeqLM.from_pretrained(base_directory)

@@ -5,10 +5,11 @@ Importing this package registers the method with PEFT.
 
 from .adapter.config import NeuronSpecializationConfig
 from .adapter.language_tokens import language_token_ids
+from .adapter.loading import check_loaded_adapters
 from .adapter.model import NeuronSpecializationModel
 from .adapter.registration import register
 from .adapter.routing import language_pair, set_language_pair
-from .adapter.storage import checked_load_adapter, described_upload, save_adapter
+from .adapter.storage import described_upload, save_adapter
 from .export.compaction import compact
 from .neurons.activations import ActivationCounts, record_activations
 from .neurons.attribution import record_attribution
@@ -21,7 +22,8 @@ from .translation.data import load_parallel
 from .translation.identification import record_corpus
 from .translation.translate import translate
 
-register(NeuronSpecializationConfig, NeuronSpecializationModel, checked_load_adapter, described_upload)
+register(NeuronSpecializationConfig, NeuronSpecializationModel, described_upload)
+check_loaded_adapters()
 
 __version__ = "0.1.0"
 __all__ = [

@@ -46,17 +46,19 @@ class _Entry:
         if args and args[0] is self.module:  # accelerate binds whatever it finds as `forward` to the model
             args = args[1:]
         pairs = kwargs.pop("language_pairs", None)
-        if pairs is None and self._goes_on(kwargs):
+        if pairs is None and self._goes_on(args, kwargs):
             return self._whole(*args, **kwargs)
         return self._begin(pairs, *args, **kwargs)
 
-    def _goes_on(self, kwargs: Mapping[str, Any]) -> bool:
+    def _goes_on(self, args: tuple, kwargs: Mapping[str, Any]) -> bool:
         """Whether this is a part of the call that is running."""
         call = innermost_call(self.router)
         if call is None:
             return False
+        if not torch.compiler.is_compiling() and self.router.chosen_since(call):
+            return False
         # of the forward passes inside `generate`, its own ones see the source as the encoder's output
-        return self.stack is not None or (call.generates and kwargs.get("input_ids") is None)
+        return self.stack is not None or (call.generates and _sees_only_encoder_outputs(args, kwargs))
 
     @torch.compiler.disable(recursive=False)
     def _begin(self, pairs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -111,7 +113,15 @@ class _Generate(_Entry):
 
     method = "generate"
 
-    def _goes_on(self, kwargs: Mapping[str, Any]) -> bool:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # what is passed by position (inputs, generation_config, ...) is read by name
+        named = list(self.__signature__.parameters.values())[: len(args)]
+        if all(parameter.kind is parameter.POSITIONAL_OR_KEYWORD for parameter in named):
+            kwargs |= {parameter.name: value for parameter, value in zip(named, args, strict=False)}
+            args = args[len(named) :]
+        return super().__call__(*args, **kwargs)
+
+    def _goes_on(self, args: tuple, kwargs: Mapping[str, Any]) -> bool:
         return False
 
     def _tokens(self, args: tuple, kwargs: Mapping[str, Any]) -> Any:
@@ -124,6 +134,11 @@ class _Generate(_Entry):
 
     def _finish(self, call: Call, outputs: Any) -> Any:
         return steps_in(call, outputs) if inspect.isgenerator(outputs) else outputs
+
+
+def _sees_only_encoder_outputs(args: tuple, kwargs: Mapping[str, Any]) -> bool:
+    sources = (kwargs.get(name) for name in ("input_ids", "inputs_embeds", "input_features", "input_values"))
+    return not args and kwargs.get("encoder_outputs") is not None and all(source is None for source in sources)
 
 
 def _origin(kwargs: Mapping[str, Any]) -> Any:

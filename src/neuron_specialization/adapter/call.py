@@ -5,6 +5,7 @@ each thread has its own; a masked layer uses the innermost one. Nothing about a 
 has to be reset after errors, in copies, or in pickles.
 """
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..neurons.ffn import STACKS
 from .language_tokens import TokenBatch
 
+# numbers calls and `with language_pair(...)` blocks in the order in which they begin
+sequence = itertools.count()
 LanguagePairs = list[str] | torch.Tensor
 
 
@@ -51,6 +54,7 @@ class Call:
         alone: whether one layer is called by itself, outside of its model.
         handed_on: how each FFN block runs in the pass that is under way, by the block's id.
         compact_weights: what blocks gathered for the decoder steps of a `generate`.
+        order: number in the sequence of calls and `with` blocks.
     """
 
     router: Any
@@ -62,6 +66,7 @@ class Call:
     alone: bool = False
     handed_on: dict[int, Any] = field(default_factory=dict)
     compact_weights: dict[tuple, Any] = field(default_factory=dict)
+    order: int = field(default_factory=sequence.__next__)
 
     def rows_in(self, adapter: str, stack: str, device: torch.device | None = None) -> MaskRows:
         """Return the rows that the batch uses in `stack` under `adapter`.

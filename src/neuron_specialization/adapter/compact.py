@@ -237,9 +237,10 @@ class CompactLinear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Project x [..., all neurons, or those computed] to [..., d_model], or x [..., d_model] to neurons."""
         weights = None
-        block = self.compact_block
-        call = innermost_call(block.layer.router)
-        if call is not None and not torch.compiler.is_compiling():
+        # accelerate's hooks keep this forward when the block is released
+        block: CompactBlock | None = getattr(self, "compact_block", None)
+        call = None if block is None else innermost_call(block.layer.router)
+        if block is not None and call is not None and not torch.compiler.is_compiling():
             if self is block.other:
                 weights = block.decide(self, x, call)
                 return F.linear(x, *((self.weight, self.bias) if weights is None else weights.other()))

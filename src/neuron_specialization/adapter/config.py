@@ -36,7 +36,8 @@ class NeuronSpecializationConfig(PeftConfig):
             and masked per pair; the base stays intact. "low_rank": ΔW1 = B·A. "full": every base parameter (the
             paper's continued training); the adapter directory then holds them all.
         r: rank of "low_rank".
-        mask_bias: masked neurons output 0. By default they output the constant act(b1), as in the paper.
+        mask_bias: masked neurons output act(0), which is 0 for all but unusual activations (sigmoid). By default they
+            output the constant act(b1), as in the paper.
         execution: "masked" computes all neurons and then masks; "compact" computes only those kept (and a few more,
             to pad the width) and raises an error where that is not possible; "auto" runs compact where it is possible
             (one pair in the batch, plain weights, nothing else attached to the block, no activation dropout in
@@ -88,6 +89,8 @@ class NeuronSpecializationConfig(PeftConfig):
         self.peft_type = NATIVE_OR_OWN
         # the file that holds this adapter's weights, for injection to check; None where it is a new adapter
         self.weights_file: Path | None = None
+        # where this config was read from, until PEFT has loaded the weights
+        self.read_from: str | None = None
         # transformers saves the config first, when the weights beside it are still those of an older save
         self.weights_follow = False
         self._check_choices()
@@ -170,6 +173,7 @@ class NeuronSpecializationConfig(PeftConfig):
         if config.weights_file is not None:
             adapter_file.verify_digest(config.weights_digest, config.weights_file, pretrained_model_name_or_path)
         config.weights_digest = None
+        config.read_from = str(pretrained_model_name_or_path)
         return config
 
     def _check_choices(self) -> None:
@@ -180,7 +184,7 @@ class NeuronSpecializationConfig(PeftConfig):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}.")
         check_source_tag(self.source_tag)
-        if not isinstance(self.r, int) or self.r < 1:
+        if type(self.r) is not int or self.r < 1:
             raise ValueError(f"r, the rank of trainable='low_rank', must be a positive integer; got {self.r!r}.")
         texts = {code: token for code, token in (self.language_token_ids or {}).items() if not isinstance(token, int)}
         if texts:

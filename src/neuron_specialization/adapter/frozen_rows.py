@@ -2,8 +2,8 @@
 
 In `trainable="full"` their gradient is zero, but weight decay would shrink them and momentum from before would move
 them. Each optimizer step therefore saves and restores them. Optimizers that step on copies of the weights (master
-weights of mixed precision) write the weights after their step: what they moved is put back before the layer trains
-on, and before it is saved.
+weights of mixed precision) write the weights after their step: what they moved is put back when a model is called
+next, and before a layer is saved, loaded, merged or removed.
 """
 
 import weakref
@@ -32,15 +32,18 @@ def protect(layer: Any) -> None:
 
 def release(layer: Any) -> None:
     """Stop protecting a layer: its adapter is gone, and every row may train."""
+    put_back()
     _protected.discard(layer)
-    _held.pop(layer, None)
 
 
-def put_back(layer: Any) -> None:
-    """Undo what an optimizer that steps on copies of the weights wrote into the unselected rows."""
-    held = _held.pop(layer, None)
-    if held is not None:
-        _write([held])
+def put_back() -> None:
+    """Undo what optimizers that step on copies of the weights wrote into the unselected rows."""
+    for layer, (before, index, values) in list(_held.items()):
+        # the parameter may hold another tensor by now: one of the optimizer's, or a part of a sharded one
+        weight = _local(layer.weight.detach()) if _has_weight(layer) else None
+        if weight is not None and weight.shape == before.shape:
+            _write([(weight, index, values)])
+    _held.clear()
 
 
 def _save(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -57,17 +60,22 @@ def _save(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any])
         if id(layers[0].weight) in stepped:
             rows.append((weight, index, weight[index]))
         elif not any(layer in _held for layer in layers):
-            _held[layers[0]] = (weight, index, weight[index])
+            _held[layers[0]] = weight, index, weight[index]
     _saved[optimizer] = rows
 
 
 def _by_weight() -> dict[int, list[Any]]:
-    """Return the protected layers that train, grouped by their weight; models described without weights do not."""
+    """Return the protected layers that train, grouped by their weight."""
     groups: dict[int, list[Any]] = {}
     for layer in _protected:
-        if layer.weight.requires_grad and not layer.weight.is_meta:
+        if _has_weight(layer) and layer.weight.requires_grad:
             groups.setdefault(id(layer.weight), []).append(layer)
     return groups
+
+
+def _has_weight(layer: Any) -> bool:
+    """Whether a layer has a weight at hand: it may have been quantized since, or be described without weights."""
+    return isinstance(layer.weight, torch.Tensor) and not layer.weight.is_meta
 
 
 def _here(weight: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,9 +83,13 @@ def _here(weight: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch
     if not isinstance(weight, DTensor):
         return weight, rows
     dim = next(i for i, placement in enumerate(weight.placements) if placement.is_shard(0))
-    mesh, local = weight.device_mesh, weight.to_local()
+    mesh, local = weight.device_mesh, _local(weight)
     start = mesh.get_local_rank(dim) * -(-len(weight) // mesh.size(dim))  # shards are as large as torch.chunk's
     return local, rows[(rows >= start) & (rows < start + len(local))] - start
+
+
+def _local(weight: torch.Tensor) -> torch.Tensor:
+    return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 def _restore(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -87,4 +99,4 @@ def _restore(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, An
 def _write(rows: list[Rows]) -> None:
     with torch.no_grad():
         for weight, index, values in rows:
-            weight[index] = values
+            weight[index] = values.to(weight)

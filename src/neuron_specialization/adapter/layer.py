@@ -21,7 +21,7 @@ from .compact import CompactBlock, CompactWeights
 from .compact_policy import active_adapters, compact_row
 from .config import NeuronSpecializationConfig
 from .masked import forward_masked, forward_per_sample_adapters
-from .merging import merged_weights
+from .merging import check_merged_pair, merged_row, merged_weights
 from .routing import CallRouter
 
 RANDOM_INIT_STD = 0.1
@@ -47,6 +47,7 @@ class NeuronSpecializationLayer(BaseTunerLayer):
         self.compact_block: CompactBlock | None = None
         self.trains_base = False
         self.merged_adapters = []
+        self.merged_rows: dict[str, int] = {}
         self._unmerged: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self._unselected: tuple[list[torch.Tensor], list[int], torch.Tensor] | None = None
         linear: Any = self.get_base_layer()
@@ -140,10 +141,22 @@ class Linear(nn.Module, NeuronSpecializationLayer):
         NeuronSpecializationLayer.__init__(self, base_layer, router, stack)
         self._active_adapter = adapter_name
 
+    def __getstate__(self) -> dict[str, Any]:
+        frozen_rows.put_back()  # a copy would hold what is moved now
+        return vars(self)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if self.trains_base:  # copies and unpickled layers are protected like the first one
             frozen_rows.protect(self)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        frozen_rows.put_back()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        frozen_rows.put_back()  # later it would undo the loading
+        super()._load_from_state_dict(*args, **kwargs)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Project x [..., d_model] to [..., d_ff] under the masks of the current language pairs."""
@@ -156,9 +169,8 @@ class Linear(nn.Module, NeuronSpecializationLayer):
         if call.adapter_names is not None:
             return forward_per_sample_adapters(self, x, call.adapter_names)
         if self.merged:
+            check_merged_pair(self, call)
             return self.base_layer(x, *args, **kwargs)
-        if self.trains_base and self.training:
-            frozen_rows.put_back(self)
         weights = self._compact_weights(x, call)
         if weights is not None:
             return F.linear(x, *weights.up())
@@ -189,7 +201,10 @@ class Linear(nn.Module, NeuronSpecializationLayer):
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.mask_bias]
         if not names:
             return
-        weight, bias = merged_weights(self, [*self.merged_adapters, *names], safe_merge)
+        frozen_rows.put_back()
+        merged = [*self.merged_adapters, *names]
+        weight, bias = merged_weights(self, merged, safe_merge)
+        self.merged_rows = {name: merged_row(self, name) for name in merged}
         base: Any = self.get_base_layer()
         if self._unmerged is None:  # the merged weight is a tensor of its own, the bias may be the same one
             self._unmerged = (base.weight.data, None if base.bias is None else base.bias.data.clone())
@@ -216,6 +231,7 @@ class Linear(nn.Module, NeuronSpecializationLayer):
         if bias is not None:
             base.bias.data = bias.to(base.bias)
         self.merged_adapters.clear()
+        self.merged_rows.clear()
         self._unmerged = None
 
     def __repr__(self) -> str:

@@ -7,6 +7,7 @@ from torch import nn
 
 from ..neurons.adapter_file import unpack_rows
 from ..neurons.ffn import STACKS
+from .call import Call
 from .pair_resolver import BASE_ROW
 
 
@@ -35,12 +36,14 @@ def check_merge(model: nn.Module, layer_class: type, adapter_names: list[str] | 
         if not names:
             continue
         check_mergeable(masked, names)
-        tied = users[id(masked.get_base_layer().weight)]
-        if len(tied) > 1:
-            raise ValueError(
-                f"Cannot merge: {' and '.join(tied)} share one weight, which cannot hold the masks of one of them "
-                "only. Keep the adapter unmerged, or untie the weights of the base first."
-            )
+        for parameter in masked.get_base_layer().parameters(recurse=False):
+            tied = users[id(parameter)]
+            if len(tied) > 1:
+                raise ValueError(
+                    f"Cannot merge: {' and '.join(tied)} share one {'weight' if parameter.ndim > 1 else 'bias'}, "
+                    "which cannot hold the masks of one of them only. Keep the adapter unmerged, or untie the base "
+                    "first."
+                )
         if safe_merge:
             merged_weights(masked, [*masked.merged_adapters, *names], safe_merge)
 
@@ -59,8 +62,8 @@ def merged_weights(
     kept = torch.ones(layer.out_features, dtype=torch.bool, device=original.device)
     weight = original
     for adapter in adapters:
-        row = layer.router.single_route(adapter)[STACKS.index(layer.stack)]
-        mask = unpack_rows(layer.neuron_specialization_mask[adapter][row], layer.out_features).to(kept.device)
+        packed = layer.neuron_specialization_mask[adapter][merged_row(layer, adapter)]
+        mask = unpack_rows(packed, layer.out_features).to(kept.device)
         kept &= mask
         delta = layer.delta(adapter)
         weight = weight if delta is None else weight + delta.detach().to(original.device)
@@ -70,6 +73,24 @@ def merged_weights(
     if safe_merge and not torch.isfinite(weight).all():
         raise ValueError(f"NaNs detected in the merged weights. The adapter {adapters[-1]} seems to be broken")
     return weight, bias
+
+
+def merged_row(layer: Any, adapter: str) -> int:
+    """Return the row of an adapter's masks that is merged: that of the pair set on the model, or of the only one."""
+    return layer.router.single_route(adapter)[STACKS.index(layer.stack)]
+
+
+def check_merged_pair(layer: Any, call: Call) -> None:
+    """Raise ValueError if a call passes, selects, or carries the tokens of another pair than the one merged."""
+    for adapter, row in layer.merged_rows.items():
+        resolver, rows = layer.router.resolvers.get(adapter), call.rows.get(adapter)
+        if not isinstance(rows, tuple) or (call.pairs is None and resolver.reader is None):
+            continue  # the call says nothing of its pair
+        if rows[STACKS.index(layer.stack)].single != row:
+            raise ValueError(
+                f"Another language pair of the adapter {adapter!r} is merged into the weights than this call is for. "
+                "Call unmerge_adapter() first."
+            )
 
 
 def check_mergeable(layer: Any, adapters: list[str]) -> None:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ..neurons.adapter_file import PREFIX, pack_rows
 from ..neurons.base_model import make_trainable
 from ..neurons.ffn import DECODER, ENCODER, FfnBlock, find_ffn_blocks, fingerprint, same_weights, sample_weights
-from . import attachment, frozen_rows, routing, storage
+from . import attachment, routing, storage
 from .call import per_sample_adapters
 from .compact import CompactBlock
 from .config import NeuronSpecializationConfig
@@ -211,9 +211,11 @@ class NeuronSpecializationModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         if config.trainable == "full":
-            for layer in model.modules():
-                if isinstance(layer, NeuronSpecializationLayer):
-                    frozen_rows.put_back(layer)
+            if any(isinstance(layer, NeuronSpecializationLayer) and layer.merged for layer in model.modules()):
+                raise ValueError(
+                    "trainable='full' saves the base's weights, but a language pair is merged into them: what the "
+                    "other pairs learned would be lost. Call unmerge_adapter() before saving."
+                )
             selected |= {name: state_dict[name] for name in storage.base_parameter_names(model)}
         return selected
 

@@ -6,7 +6,6 @@ from typing import Any
 
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from transformers.integrations.peft import PeftAdapterMixin
 from transformers.utils import PushToHubMixin
 
 from ..neurons.adapter_file import PEFT_TYPE, PREFIX
@@ -18,26 +17,21 @@ class NeuronSpecializationPeftType(str, Enum):  # noqa: UP042 - as PEFT defines 
     NEURON_SPECIALIZATION = PEFT_TYPE
 
 
-_LOAD_ADAPTER = PeftAdapterMixin.load_adapter
 _UPLOAD = PushToHubMixin._upload_modified_files
 NATIVE_OR_OWN: Any = getattr(PeftType, PEFT_TYPE, NeuronSpecializationPeftType.NEURON_SPECIALIZATION)
 
 
-Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
-
-
-def register(config_class: type, tuner_class: type, checked: Wrapper, described: Wrapper) -> None:
+def register(
+    config_class: type, tuner_class: type, described: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> None:
     """Register the method with PEFT; registering it again changes nothing.
 
     Args:
         config_class: the method's config.
         tuner_class: its tuner.
-        checked: wraps transformers' `load_adapter`, which has no hook for methods: it would load the tensors that fit
-            and leave a refused adapter injected.
         described: wraps the upload of transformers' `push_to_hub`, which puts an empty card over the adapter's.
     """
     PEFT_TYPE_TO_CONFIG_MAPPING[NATIVE_OR_OWN] = config_class
     PEFT_TYPE_TO_TUNER_MAPPING[NATIVE_OR_OWN] = tuner_class
     PEFT_TYPE_TO_PREFIX_MAPPING[NATIVE_OR_OWN] = PREFIX
-    PeftAdapterMixin.load_adapter = checked(_LOAD_ADAPTER)  # type: ignore[method-assign]
     PushToHubMixin._upload_modified_files = described(_UPLOAD)  # type: ignore[method-assign]

@@ -14,7 +14,8 @@ from torch import nn
 
 from ..neurons.base_model import unwrap
 from ..neurons.ffn import STACKS
-from .call import Call, LanguagePairs, MaskRows, take_adapter_names
+from . import frozen_rows
+from .call import Call, LanguagePairs, MaskRows, sequence, take_adapter_names
 from .language_tokens import TokenBatch
 from .pair_resolver import BASE_ROW, PairResolver
 
@@ -55,6 +56,11 @@ class CallRouter:
             except ValueError as error:
                 errors.append(error)
         raise errors[0]
+
+    def chosen_since(self, call: Call) -> bool:
+        """Whether this thread opened a `with` block after `call` had begun, inside it: for another call."""
+        thread = threading.get_ident()
+        return any(b.router is self and b.thread == thread and b.order > call.order for b in _with_blocks)
 
     def chosen(self) -> str | None:
         """Return the pair of the innermost `with` block, else the one set on the model.
@@ -102,6 +108,7 @@ class CallRouter:
         Raises:
             ValueError: if a name is unknown to every adapter, or there are fewer or more pairs than samples.
         """
+        frozen_rows.put_back()
         names = take_adapter_names()
         pairs, tokens = self._passed(language_pairs, samples), tokens or TokenBatch()
         chosen = self.chosen() if pairs is None else None
@@ -188,6 +195,7 @@ class _WithBlock:
     router: CallRouter
     thread: int
     pair: str
+    order: int = field(default_factory=sequence.__next__)
 
 
 _with_blocks: list[_WithBlock] = []
@@ -235,8 +243,9 @@ def language_pair(model: nn.Module, pair: str) -> Iterator[None]:
     router = router_of(model)
     router.check(pair)
     block = _WithBlock(router, threading.get_ident(), pair)
-    _with_blocks.append(block)
     try:
+        _with_blocks.append(block)  # inside, for an interruption right behind it
         yield
     finally:
-        _with_blocks.remove(block)
+        if block in _with_blocks:
+            _with_blocks.remove(block)

@@ -22,12 +22,10 @@ from ..neurons.adapter_file import (
     check_holds_no_model,
     check_packed_rows,
     read_weights,
-    verify_digest,
 )
 from ..neurons.card import CardFacts, describe_adapter
 from ..neurons.files import atomic_directory
 from .layer import NeuronSpecializationLayer
-from .rollback import rolled_back_on_error
 
 
 def save_adapter(model: PeftModel, directory: str | PathLike[str], *, overwrite: bool = False, **kwargs: Any) -> None:
@@ -88,48 +86,7 @@ def check_tensors(model: nn.Module, config: Any, adapter_name: str, tensors: dic
 
 def check_file(model: nn.Module, config: Any, adapter_name: str, path: Path) -> None:
     """Check a weights file against the adapter that was just injected for it; see `check_tensors`."""
-    check_tensors(model, config, adapter_name, _as_model_keys(model, adapter_name, read_weights(path)))
-
-
-class CheckedLoad:
-    """Replaces a model's `_load_pretrained_model` while transformers loads an adapter, and checks the adapter first.
-
-    transformers injects an adapter and then loads the tensors that fit, without a hook for the adapter's method.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.before = set(getattr(model, "peft_config", {}))
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        model = self.model
-        vars(model).pop("_load_pretrained_model", None)
-        new = {name: config for name, config in model.peft_config.items() if name not in self.before}
-        ours = {name: config for name, config in new.items() if config.peft_type == PEFT_TYPE}
-        for name, config in ours.items():
-            tensors = _tensors_to_load(config, **kwargs)
-            check_tensors(model, config, name, _as_model_keys(model, name, tensors))
-        loaded = model._load_pretrained_model(*args, **kwargs)
-        if any(config.trainable == "full" for config in ours.values()):
-            model.tie_weights()  # loading replaced one of the tied parameters
-        return loaded
-
-
-def checked_load_adapter(load_adapter: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap transformers' `load_adapter`: adapters of this method are checked, and a refused one is removed again."""
-
-    @functools.wraps(load_adapter)
-    def load(model: Any, *args: Any, **kwargs: Any) -> Any:
-        with rolled_back_on_error(model):
-            model._load_pretrained_model = CheckedLoad(model)
-            try:
-                return load_adapter(model, *args, **kwargs)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"The adapter's {CONFIG_NAME} is damaged: it is no JSON ({error}).") from error
-            finally:
-                vars(model).pop("_load_pretrained_model", None)
-
-    return load
+    check_tensors(model, config, adapter_name, as_model_keys(model, adapter_name, read_weights(path)))
 
 
 def described_upload(upload: Callable[..., Any]) -> Callable[..., Any]:
@@ -145,19 +102,7 @@ def described_upload(upload: Callable[..., Any]) -> Callable[..., Any]:
     return described
 
 
-def _tensors_to_load(
-    config: Any, state_dict: Any = None, checkpoint_files: Any = None, **kwargs: Any
-) -> dict[str, torch.Tensor]:
-    """Return what `_load_pretrained_model` was asked to load, after checking a file's digest."""
-    if state_dict is not None:
-        return state_dict
-    path = Path(checkpoint_files[0])
-    verify_digest(config.weights_digest, path, path.parent)
-    config.weights_digest = None
-    return read_weights(path)
-
-
-def _as_model_keys(model: nn.Module, adapter_name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def as_model_keys(model: nn.Module, adapter_name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return a file's tensors under the names they get in the model."""
     named = {key.removeprefix(KEY_PREFIX): tensor for key, tensor in tensors.items()}
     suffix = f".{adapter_name}"

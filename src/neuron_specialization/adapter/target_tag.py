@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ..neurons.base_model import device_of
 from ..neurons.language_pairs import split_pair
 from ..neurons.positions import IGNORED
 from .call import Call
@@ -45,9 +46,15 @@ def target_arguments(
     opens = tag_opens_decoder(model, reader, call.tokens.source)
     if len(set(tags)) == 1:
         return {"decoder_start_token_id" if opens else "forced_bos_token_id": tags[0]}
-    start = kwargs.get("decoder_start_token_id") or model.generation_config.decoder_start_token_id
-    begins = [[tag] if opens else [start, tag] for tag in tags]
-    return {"decoder_input_ids": torch.tensor(begins, device=model.device)}
+    begins = [[tag] if opens else [_start_token(model, kwargs), tag] for tag in tags]
+    return {"decoder_input_ids": torch.tensor(begins, device=device_of(model))}
+
+
+def _start_token(model: Any, kwargs: Mapping[str, Any]) -> int:
+    """Return the first token of the decoder's input: by the arguments, their generation config, the model's own."""
+    name, configs = "decoder_start_token_id", (kwargs.get("generation_config"), model.generation_config)
+    settings = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+    return next((token for token in settings if token is not None), model.generation_config.bos_token_id)
 
 
 def tag_opens_decoder(model: Any, reader: TagReader, source: torch.Tensor | None) -> bool:

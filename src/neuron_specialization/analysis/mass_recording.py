@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..neurons.base_model import unwrap
+from ..neurons.base_model import device_of, unwrap
 from ..neurons.ffn import DECODER, ENCODER, STACKS, find_ffn_blocks, fingerprint, is_time_major, sample_weights
 from ..neurons.observation import observed, recording_bar
 from ..neurons.positions import fit_positions, source_positions, target_positions
@@ -60,7 +60,7 @@ def record_mass(
             f"numbers, more than the {MOST_CELLS:,} allowed. Name fewer token_ids, layers, or sets at a time."
         )
     recorder = _Recorder(base, places, list(batches), tracked, list(tags))
-    device = next(base.parameters()).device
+    device = device_of(base)
     with attached(places, recorder.add), observed(model) as run, recording_bar(batches.values(), progress) as bar:
         for row, name in enumerate(batches):
             bar.set_postfix_str(name, refresh=False)

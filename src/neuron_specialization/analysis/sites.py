@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..neurons.base_model import device_of
 from ..neurons.ffn import STACKS, FfnBlock, find_ffn_blocks
 
 SITES = ("pre_activation", "neurons", "residual")
@@ -68,7 +69,7 @@ def find_places(
 
 def _place(site: str, block: FfnBlock, modules: dict[str, nn.Module]) -> Place:
     down: Any = block.down
-    device = next(down.parameters()).device
+    device = device_of(down)
     if site == "neurons":
         return Place(block.name, block.stack, block.layer, block.d_ff, down, True, device)
     if site == "pre_activation":

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from .base_model import unwrap
+from .base_model import device_of, unwrap
 from .ffn import find_ffn_blocks, fingerprint, same_weights, sample_weights
 from .language_pairs import check_pairs, check_source_tag, shorten
 from .observation import is_distributed, observed, recording_bar, sum_over_processes
@@ -212,7 +212,7 @@ def each_batch(
     Raises:
         ValueError: if a pair has no batch.
     """
-    device = next(base.parameters()).device
+    device = device_of(base)
     with recording_bar(batches.values(), progress) as bar:
         for index, pair in enumerate(batches):
             bar.set_postfix_str(pair, refresh=False)

@@ -87,12 +87,13 @@ def newest_weights_file(directory: str | PathLike[str]) -> Path | None:
     """Return the weights file that was just written into a local adapter directory, or None.
 
     Saving in the other format leaves the file of an older save behind, which would be read in its place: it is
-    removed.
+    removed. It is the one that the config there, still the older save's, was written for; times may be wrong.
     """
     found = [path for name in (WEIGHTS_NAME, PICKLED_WEIGHTS_NAME) if (path := Path(directory) / name).is_file()]
     if len(found) == 2:
-        stale, _ = sorted(found, key=lambda path: path.stat().st_mtime_ns)
-        stale.unlink()
+        found.sort(key=lambda path: path.stat().st_mtime_ns)
+        known = _recorded_digest(Path(directory) / CONFIG_NAME)
+        next((path for path in found if file_digest(path) == known), found[0]).unlink()
     return weights_file(directory)
 
 
@@ -109,6 +110,12 @@ def read_config_file(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or "peft_type" not in config:
         raise ValueError(f"{path} is damaged: expected a JSON object with a peft_type.")
     return config
+
+
+def _recorded_digest(config: Path) -> str | None:
+    with suppress(OSError, ValueError):
+        return read_config_file(config).get("weights_digest")
+    return None
 
 
 def file_digest(path: Path) -> str:

@@ -29,6 +29,16 @@ def number_of_positions(model: nn.Module) -> int | None:
     return getattr(unwrap(model).config, "max_position_embeddings", None)
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Return the device that a module takes its inputs on.
+
+    Where accelerate offloaded the weights, its hooks move the inputs from the CPU; modules that torch quantized
+    dynamically have no parameters and run on the CPU.
+    """
+    weight = next(module.parameters(), None)
+    return torch.device("cpu") if weight is None or weight.is_meta else weight.device
+
+
 def build_on_meta(model: nn.Module) -> Any:
     """Return the model that a plain transformers model's config describes, without weights (on the meta device)."""
     with torch.device("meta"):

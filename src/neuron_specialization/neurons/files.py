@@ -142,8 +142,9 @@ def complete_writing(target: str | PathLike[str]) -> None:
     stale = {name for name in _written(target) - new if _family(name) in families}
     for name in stale:
         (target / name).unlink(missing_ok=True)
-    (complete / WRITTEN).write_text(json.dumps(sorted((_listed(target / WRITTEN) | new) - stale), indent=1) + "\n")
-    _move(complete / WRITTEN, target / WRITTEN)
+    # in a file of its own: the list of new files is needed again if this is interrupted too
+    (complete / _PARTIAL).write_text(json.dumps(sorted((_listed(target / WRITTEN) | new) - stale), indent=1) + "\n")
+    _move(complete / _PARTIAL, target / WRITTEN)
     shutil.rmtree(complete, ignore_errors=True)
 
 

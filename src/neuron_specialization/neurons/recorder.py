@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from .base_model import device_of
 from .ffn import DECODER, ENCODER, STACKS, FfnBlock, is_time_major
 from .positions import fit_positions, source_positions, target_positions
 
@@ -51,9 +52,12 @@ class Recorder:
         self.blocks = blocks
         self.count_padding = count_padding
         self.counts = {
-            block.name: torch.zeros(pairs, block.d_ff, dtype=self.dtype, device=_device_of(block)) for block in blocks
+            block.name: torch.zeros(pairs, block.d_ff, dtype=self.dtype, device=device_of(block.down))
+            for block in blocks
         }
-        self.tokens = {stack: torch.zeros(pairs, dtype=torch.int64, device=_device_of(blocks[0])) for stack in STACKS}
+        self.tokens = {
+            stack: torch.zeros(pairs, dtype=torch.int64, device=device_of(blocks[0].down)) for stack in STACKS
+        }
         # of the batch that runs: its pair, where each stack counts, and what has been counted already
         self.pair = 0
         self.positions: dict[str, torch.Tensor | None] = {}
@@ -132,14 +136,18 @@ class Recorder:
         # straight into float32: a bool tensor would have to be converted for the product
         active = torch.gt(values, 0, out=torch.empty(values.shape, dtype=torch.float32, device=values.device))
         if values.ndim == 2:  # tokens routed to an expert; padding is marked
-            self.counts[block.name][self.pair] += active.sum(0, dtype=torch.float64).long()
+            self._add(block, active.sum(0, dtype=torch.float64))
             return
         positions = self._count_positions(block, values)
         # A product counts faster than any sum under a mask, and in float32 it is exact up to 2^24 positions per batch;
         # autocast would compute it in 16 bits.
         with torch.autocast(values.device.type, enabled=False):
             counts = positions.reshape(-1) @ active.reshape(-1, block.d_ff)
-        self.counts[block.name][self.pair] += counts.long()
+        self._add(block, counts)
+
+    def _add(self, block: FfnBlock, counts: torch.Tensor) -> None:
+        total = self.counts[block.name]
+        total[self.pair] += counts.to(total)
 
     def _count_positions(self, block: FfnBlock, values: torch.Tensor) -> torch.Tensor:
         """Return where a block's values count, float32 in the shape of its positions; count those once per stack."""
@@ -179,7 +187,3 @@ def _expert_groups(model: nn.Module, blocks: list[FfnBlock]) -> list[tuple[nn.Mo
     return [
         (modules[n], stack) for n, stack in owners.items() if isinstance(modules[n], nn.ModuleDict | nn.ModuleList)
     ]
-
-
-def _device_of(block: FfnBlock) -> torch.device:
-    return next(block.down.parameters()).device

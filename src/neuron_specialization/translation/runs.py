@@ -195,7 +195,7 @@ def last_complete_checkpoint(output_dir: str) -> str | None:
     """
     for checkpoint in reversed(_checkpoints(Path(output_dir))):
         fault = _fault(checkpoint)
-        if fault is None and (best := _read_json(checkpoint / "trainer_state.json")["best_model_checkpoint"]):
+        if fault is None and (best := _read_json(checkpoint / "trainer_state.json").get("best_model_checkpoint")):
             best_one = Path(output_dir) / Path(best).name
             fault = _fault(best_one) and f"the best checkpoint before it, {best_one.name}, {_fault(best_one)}"
         if fault is None:
@@ -214,11 +214,14 @@ def _checkpoints(directory: Path) -> list[Path]:
 def _fault(checkpoint: Path) -> str | None:
     """Say what is wrong with a checkpoint, or return None."""
     marker = _read_json(checkpoint / COMPLETE_MARKER)
-    if marker is None:
+    if not isinstance(marker, dict) or not isinstance(marker.get("bytes"), dict):
         return f"it has no readable {COMPLETE_MARKER}, so writing it was interrupted"
     found = _file_sizes(checkpoint)
     damaged = [name for name, size in marker["bytes"].items() if found.get(name) != size]
-    return f"{damaged[0]} has changed since it was written" if damaged else None
+    if damaged:
+        return f"{damaged[0]} has changed since it was written"
+    state = _read_json(checkpoint / "trainer_state.json")
+    return None if isinstance(state, dict) else "its trainer_state.json cannot be read"
 
 
 def _file_sizes(directory: Path) -> dict[str, int]:

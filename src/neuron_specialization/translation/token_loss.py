@@ -8,6 +8,7 @@ from datasets import Dataset
 from torch.nn import functional as F
 
 from ..adapter.routing import is_routed
+from ..neurons.base_model import device_of
 from ..neurons.language_pairs import split_pair
 from ..neurons.positions import IGNORED
 from .batching import TranslationCollator
@@ -38,7 +39,7 @@ def token_losses(
         batch_size: sentence pairs per batch.
     """
     tokens = resolve_tokens(tokenizer, data, language_tokens)
-    device = next(model.parameters()).device
+    device = device_of(model)
     training = model.training
     model.eval()
     losses = {}

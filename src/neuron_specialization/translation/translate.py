@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from ..adapter.active import active_config, known_language_tokens
 from ..adapter.routing import is_routed
 from ..adapter.target_tag import label_shift
-from ..neurons.base_model import number_of_positions, unwrap
+from ..neurons.base_model import device_of, number_of_positions, unwrap
 from ..neurons.language_pairs import split_pair
 from .long_sentences import LongSentences, encode_within, join_pieces
 from .tokenization import encode, resolve_tokens
@@ -211,7 +211,7 @@ def pair_tokens(
 
 
 def _generate(model: Any, tokenizer: Any, rows: list[list[int]], kwargs: Mapping[str, Any]) -> list[list[int]]:
-    device = next(model.parameters()).device
+    device = device_of(model)
     inputs = tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(device)
     # without any limit of its own, generate stops at 20 tokens
     limit = {}
