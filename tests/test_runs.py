@@ -148,7 +148,8 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(train, finished, tmp_
     assert f"not resuming from {directory / 'checkpoint-4'}: " in capsys.readouterr().out
     if damaged.endswith(".json"):  # of the right size, with nothing in it: after a power cut, or by another program
         for content in ("{}", "[]", "null", '{"bytes": 3}', "\0"):
-            file.write_text(content.ljust((finished / "checkpoint-4" / damaged).stat().st_size, content[-1:]))
+            size = (finished / "checkpoint-4" / damaged).stat().st_size
+            file.write_text(content.ljust(size, "\0" if content == "\0" else " "))
             assert last_complete_checkpoint(str(directory)) == str(directory / "checkpoint-2"), content
     if damaged == "scheduler.pt" and kept == 0:
         run = json.loads((directory / RUN_FILE).read_text())

@@ -195,7 +195,7 @@ def last_complete_checkpoint(output_dir: str) -> str | None:
     """
     for checkpoint in reversed(_checkpoints(Path(output_dir))):
         fault = _fault(checkpoint)
-        if fault is None and (best := _read_json(checkpoint / "trainer_state.json").get("best_model_checkpoint")):
+        if fault is None and (best := _read_json(checkpoint / "trainer_state.json")["best_model_checkpoint"]):
             best_one = Path(output_dir) / Path(best).name
             fault = _fault(best_one) and f"the best checkpoint before it, {best_one.name}, {_fault(best_one)}"
         if fault is None:
@@ -221,7 +221,8 @@ def _fault(checkpoint: Path) -> str | None:
     if damaged:
         return f"{damaged[0]} has changed since it was written"
     state = _read_json(checkpoint / "trainer_state.json")
-    return None if isinstance(state, dict) else "its trainer_state.json cannot be read"
+    readable = isinstance(state, dict) and "best_model_checkpoint" in state
+    return None if readable else "its trainer_state.json cannot be read"
 
 
 def _file_sizes(directory: Path) -> dict[str, int]:
