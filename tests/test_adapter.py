@@ -335,7 +335,7 @@ def test_masks_made_for_another_model_are_refused_and_nothing_is_replaced():
         ({"language_pairs": ["en_de"]}, "Expected a language pair such as 'en-de'"),
         ({"language_pairs": ["en-de", "en-de"]}, "repeated: en-de"),
         ({"default_pair": "en-de"}, "no language pair 'en-de'"),
-        ({"language_token_ids": {"en": "eng_Latn"}}, "must map codes to token ids, got .*eng_Latn.*ns.language_token_ids"),
+        ({"language_token_ids": {"en": "eng_Latn"}}, "map codes to token ids, got .*eng.*ns.language_token_ids"),
         ({"format_version": 7}, "format version 7"),
     ],
 )

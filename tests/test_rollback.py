@@ -182,14 +182,7 @@ def test_a_refused_file_leaves_the_model(base_directory, good, tmp_path, damage,
         PeftModel.from_pretrained(base, str(good), "second")
 
 
-@pytest.fixture
-def good(base_directory, tmp_path):
-    model = AutoModelForSeq2SeqLM.from_pretrained(base_directory)
-    get_peft_model(model, config(make_masks(model), init_weights=False)).save_pretrained(tmp_path / "good")
-    return tmp_path / "good"
-
-
-def test_weights_refused_after_injection_leave_the_model(base_directory, good):
+def test_weights_refused_after_injection_leave_the_model(base_directory, good, tmp_path):
     """Where the caller brings the config, and where the tensors cannot be put on the device named."""
     base = AutoModelForSeq2SeqLM.from_pretrained(base_directory)
     before = describe(base)
@@ -197,10 +190,11 @@ def test_weights_refused_after_injection_leave_the_model(base_directory, good):
     with pytest.raises(Exception, match="nowhere"):
         PeftModel.from_pretrained(base, str(good), torch_device="nowhere")
     assert_same(describe(base), before)
-    change_file(good, lambda tensors: tensors.pop(key(tensors, "_delta")))
+    shutil.copytree(good, tmp_path / "damaged")
+    change_file(tmp_path / "damaged", lambda tensors: tensors.pop(key(tensors, "_delta")))
     before = describe(base)
     with pytest.raises(ValueError, match="missing .*delta"):
-        PeftModel.from_pretrained(base, str(good), config=config(masks))
+        PeftModel.from_pretrained(base, str(tmp_path / "damaged"), config=config(masks))
     assert_same(describe(base), before)
 
 
