@@ -22,9 +22,9 @@ from .config import NeuronSpecializationConfig
 from .rollback import rolled_back_on_error
 from .storage import as_model_keys, check_tensors
 
-_FIRST_WITH_PEFT = PeftModel.from_pretrained.__func__
-_WITH_PEFT = PeftModel.load_adapter
-_WITH_TRANSFORMERS = PeftAdapterMixin.load_adapter
+_FIRST_WITH_PEFT: Any = vars(PeftModel)["from_pretrained"].__func__
+_WITH_PEFT: Any = PeftModel.load_adapter
+_WITH_TRANSFORMERS: Any = PeftAdapterMixin.load_adapter
 
 
 def check_loaded_adapters() -> None:
