@@ -62,6 +62,8 @@ def test_known_relations_are_found_and_shuffled_ones_are_not(related):
     rows = overlap_rows(overlap, distances, family, permutations=999)
     for row in rows:
         assert row["within"] > row["across"] and row["rho"] < -0.5 and row["p"] < 0.05, row
+    alone = overlap_rows(overlap, distances, overlap.languages, permutations=9)
+    assert {row["within"] for row in alone} == {None}, "no NaN, which JSON does not know"
     shuffled = np.random.default_rng(0).permutation(len(distances))
     for row in overlap_rows(overlap, distances[np.ix_(shuffled, shuffled)], permutations=999):
         assert row["p"] > 0.05 and abs(row["rho"]) < 0.5, row

@@ -49,7 +49,7 @@ def plot_depth(rows: Rows, path: str | Path) -> Path:
 
     Args:
         rows: those of "overlap_rows", with the name of their "masks". A correlation is filled where its
-            corrected p is below 0.05, hollow elsewhere.
+            corrected p is below 0.05, hollow elsewhere, and left out where there are too few languages to test.
         path: .svg file.
     """
     stacks = [stack for stack in STACKS if any(row["stack"] == stack for row in rows)]
@@ -59,14 +59,15 @@ def plot_depth(rows: Rows, path: str | Path) -> Path:
         for i, (name, part) in enumerate(_groups([row for row in rows if row["stack"] == stack], "masks").items()):
             layers = [row["layer"] for row in part]
             for kind, line in (("within", "-"), ("across", "--")):
-                if kind in part[0]:
+                if part[0].get(kind) is not None:
                     style = {"color": COLORS[i], "linestyle": line, "marker": MARKERS[i], "markersize": 4}
                     upper.plot(layers, [row[kind] for row in part], label=f"{name}, {kind} families", **style)
             if "within" not in part[0]:
                 upper.plot(layers, [row["iou"] for row in part], color=COLORS[i], marker=MARKERS[i], label=name)
-            lower.plot(layers, [row["rho"] for row in part], color=COLORS[i], linewidth=1)
-            for row in part:
-                fill = COLORS[i] if row["p"] is not None and row["p"] < 0.05 else "white"
+            tested = [row for row in part if row["p"] is not None]  # of a few languages any order is likely
+            lower.plot([row["layer"] for row in tested], [row["rho"] for row in tested], color=COLORS[i], linewidth=1)
+            for row in tested:
+                fill = COLORS[i] if row["p"] < 0.05 else "white"
                 lower.plot(row["layer"], row["rho"], MARKERS[i], color=COLORS[i], markerfacecolor=fill, markersize=6)
         upper.set_title(f"{stack}: {'into' if stack == 'encoder' else 'out of'} the pivot", fontsize=10)
         upper.set_ylim(0, 1)

@@ -157,6 +157,8 @@ def overlap_rows(
 ) -> list[dict[str, Any]]:
     """Return one row per block: mean IoU, within and across families, and the Mantel tests, corrected over layers.
 
+    None stands for a mean of no pair, and for p where there are too few languages.
+
     Args:
         overlap: of one stack.
         distances: [n, n] between its languages, in their order.
@@ -176,7 +178,7 @@ def overlap_rows(
     ]
     for name, values in groups.items():
         for row, value in zip(rows, values.tolist(), strict=True):
-            row[name] = value
+            row[name] = None if np.isnan(value) else value
     for prefix, results in tests.items():
         p_values = [result["p"] for result in results if result["p"] is not None]
         corrected = iter(holm(p_values))
