@@ -16,10 +16,10 @@ from neuron_specialization.translation.command_line import parse, run
 
 @dataclass
 class PublishArguments:
-    """What is published, and what its card tells."""
+    """What is published, and what its card says."""
 
     adapter: str = field(metadata={"help": "Adapter directory."})
-    repo: str = field(metadata={"help": "Hub repository, such as user/name; made if need be."})
+    repo: str = field(metadata={"help": "Hub repository, such as user/name; created if missing."})
     private: bool = field(default=False, metadata={"help": "Make a new repository private."})
     license: str | None = field(default=None, metadata={"help": "Identifier of the license, such as cc-by-4.0."})
     datasets: list[str] = field(default_factory=list, metadata={"help": "Hub ids of the data it was made from."})

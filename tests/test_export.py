@@ -63,7 +63,7 @@ def test_a_compact_model_is_plain_smaller_and_computes_the_same(make, mode, mask
 
 
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
-def test_the_checkpoint_is_loaded_by_transformers_alone(make, tmp_path):
+def test_the_checkpoint_is_loaded_by_transformers(make, tmp_path):
     model = adapted(make)
     settings = model.get_base_model().generation_config
     settings.num_beams, settings.max_length = 3, 11
@@ -80,9 +80,14 @@ def test_the_checkpoint_is_loaded_by_transformers_alone(make, tmp_path):
     for stack, width in widest.items():
         kept = [int(masks.row("de-en", name).sum()) for name in masks.rows if masks.stacks[name] == stack]
         assert width == max(kept) or make is not make_m2m100 and width >= max(kept)  # T5 has one width for both
+
+
+def test_checkpoints_are_loaded_without_this_package(tmp_path):
+    for name, make in MODELS.items():
+        save_compact(ns.compact(adapted(make), "de-en"), tmp_path / name)
     code = (
         "import sys; from transformers import AutoModelForSeq2SeqLM as A;"
-        f"A.from_pretrained({str(tmp_path / 'checkpoint')!r});"
+        f"[A.from_pretrained({str(tmp_path)!r} + '/' + name) for name in {list(MODELS)}];"
         "assert not any(m.startswith(('neuron_specialization', 'peft')) for m in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -16,12 +16,12 @@ RECIPES = {
     "merge_masks": "Merge adapters that different people made.",
     "pretrain": "Train a multilingual baseline.",
     "compare_methods": "The paper's comparison, in stages.",
-    "transfer_cross_lingually": "What representations are worth in other languages.",
-    "demo": "All of it on artificial languages, in minutes.",
+    "transfer_cross_lingually": "Compare encoders by cross-lingual transfer.",
+    "demo": "The whole method on artificial languages, in minutes.",
     "toy_data": "Write artificial languages.",
     "benchmark": "Time the method against its alternatives.",
-    "benchmark_data": "Time what happens to data before the first step.",
-    "memory": "Memory of training.",
+    "benchmark_data": "Time reading, checking and encoding data.",
+    "memory": "Compute and measure the memory of training.",
 }
 
 

@@ -1,4 +1,4 @@
-"""Publish an adapter directory on the Hub, with a card that tells how it was made and how well it translates."""
+"""Publish an adapter directory on the Hub, with a card that says how it was made and how well it translates."""
 
 import json
 from collections.abc import Mapping
@@ -24,11 +24,11 @@ def publish(
 ) -> str:
     """Upload an adapter directory in one commit, and return its address.
 
-    The card in the directory is written anew with what `facts` tells, unless it was edited.
+    The card in the directory is rewritten from `facts`, unless it was edited.
 
     Args:
         adapter: directory that holds an adapter, whose files are checked first.
-        facts: what the card tells; its `repo_id` is the repository, made if need be.
+        facts: what the card says; its `repo_id` is the repository, created if missing.
         private: whether a new repository is private; None for the default of its owner.
         token: see `huggingface_hub.HfApi`.
 
@@ -53,10 +53,10 @@ def publish(
 def facts_from_results(
     facts: CardFacts, scores: str | PathLike[str] | None, training: str | PathLike[str] | None
 ) -> CardFacts:
-    """Add what results files tell.
+    """Add the facts in results files.
 
     Args:
-        facts: what is known besides.
+        facts: the other facts.
         scores: `results.json` of `recipes/score.py`.
         training: `results.json` of `recipes/specialize.py`.
 
