@@ -2,9 +2,11 @@
 
 import json
 import os
+import runpy
 import socket
 import subprocess
 import sys
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 import neuron_specialization as ns
+from neuron_specialization.analysis.shapes import NLLB_SHAPES
 from neuron_specialization.translation.checkpoints import new_m2m100
 
 ROOT = Path(__file__).parent.parent
@@ -101,7 +104,7 @@ def test_identify_gives_the_same_under_two_processes(identified, workspace, toy_
 
 
 @pytest.mark.parametrize("masks", ["masks", "none"])
-def test_specialize_then_evaluate_then_translate(identified, workspace, toy_files, toy_checkpoint, masks):
+def test_specialize_then_evaluate_then_translate(identified, workspace, toy_files, toy_checkpoint, run_here, masks):
     output = workspace / f"run-{masks}"
     run(
         "specialize.py",
@@ -116,7 +119,8 @@ def test_specialize_then_evaluate_then_translate(identified, workspace, toy_file
     where = ["--model_name_or_path", str(toy_checkpoint), "--adapter", str(output / "adapter")]
     if masks == "none":
         where = ["--model_name_or_path", str(output / "model")]
-    printed = run(
+    score = run_here if masks == "masks" else partial(run, processes=2)
+    printed = score(
         "score.py",
         *where,
         *(
@@ -130,7 +134,6 @@ def test_specialize_then_evaluate_then_translate(identified, workspace, toy_file
             "2",
         ),
         *("--output_dir", str(output / "scores"), "--max_sentences", "6"),
-        processes=2 if masks == "none" else 1,
     )
     scores = json.loads((output / "scores" / "results.json").read_text())
     assert scores["environment"]["processes"] == (2 if masks == "none" else 1)
@@ -147,7 +150,7 @@ def test_specialize_then_evaluate_then_translate(identified, workspace, toy_file
         run("translate.py", *where, *options, stdin="\n".join(source), processes=2)
         assert (output / "new" / "translated.txt").read_text().splitlines() == translated
     else:
-        text = run("translate.py", *where, *options, stdin="\n".join(source))
+        text = run_here("translate.py", *where, *options, stdin="\n".join(source))
         assert text.splitlines() == translated
 
 
@@ -222,7 +225,8 @@ def test_the_benchmark_measures_every_row(workspace, run_here, monkeypatch):
     assert all(0 < row["FLOPs"] < 1 and 0 < row["bytes"] < 1 for row in exported)
 
 
-def test_memory_is_computed_for_nllb_and_measured_here(workspace, run_here):
+def test_memory_is_computed_for_nllb_and_measured_here(workspace, run_here, monkeypatch):
+    monkeypatch.delitem(NLLB_SHAPES, "NLLB 1.3B")
     run_here("memory.py", "--output_dir", str(workspace / "memory"), *TINY, *HEAD)
     results = json.loads((workspace / "memory" / "memory.json").read_text())
     rows = {(row["model"], row["trained"]): row for row in results["bytes"]}
