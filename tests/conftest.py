@@ -34,24 +34,6 @@ def datasets_cache(tmp_path_factory):
 
 
 @pytest.fixture
-def run_here(monkeypatch, capfd):
-    """Run a recipe as its own main program, but in this process: no seconds of imports."""
-    monkeypatch.syspath_prepend(str(RECIPES))
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-
-    def run(recipe: str, *arguments: str, fails: bool = False, stdin: str = "") -> str:
-        script = str(RECIPES / recipe)
-        monkeypatch.setattr(sys, "argv", [script, *arguments])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
-        capfd.readouterr()
-        with pytest.raises(SystemExit) if fails else nullcontext():
-            runpy.run_path(script, run_name="__main__")
-        return capfd.readouterr().err if fails else capfd.readouterr().out
-
-    return run
-
-
-@pytest.fixture
 def small_batches_run_compact(monkeypatch):
     """execution="auto" runs compact in batches of any size, as it does in large ones."""
     monkeypatch.setattr(compact_policy, "FEW_TOKENS", 0)
