@@ -12,6 +12,7 @@ from peft import get_peft_model
 from transformers import set_seed
 
 import neuron_specialization as ns
+from neuron_specialization.analysis.report import write_report
 from neuron_specialization.neurons.files import atomic_directory
 from neuron_specialization.translation.checkpoints import new_model
 from neuron_specialization.translation.command_line import parse, run
@@ -91,8 +92,11 @@ def main() -> None:
     print("\nIoU of the neurons of two languages' pairs, mean over layers")
     print(table([{"stack": side, **iou} for side, iou in results["iou"].items()]))
     seconds = round(time.perf_counter() - started, 1)
-    path = write_results(str(training.output_dir), {**results, "seed": training.seed, "seconds": seconds})
-    print(f"\n{seconds} s; wrote {path}")
+    results |= {"comparison": rows, "seed": training.seed, "seconds": seconds}
+    path = write_results(str(training.output_dir), results)
+    report = f"{training.output_dir}/report.html"
+    write_report(report, "Neurons of artificial languages", masks, [str(training.output_dir)], toy.family)
+    print(f"\n{seconds} s; wrote {path}; look at {report}")
 
 
 def write_data(toy: ToyLanguages, demo: DemoArguments, directory: str) -> dict:

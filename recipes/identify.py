@@ -7,9 +7,12 @@ accelerate launch --quiet recipes/identify.py --config recipes/configs/identify/
 
 import time
 from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
 
 import neuron_specialization as ns
 from neuron_specialization.neurons.adapter_file import CONFIG_NAME, WEIGHTS_NAME, check_holds_no_model
+from neuron_specialization.neurons.ffn import STACKS
 from neuron_specialization.neurons.files import atomic_directory, check_not_input, check_replaceable
 from neuron_specialization.neurons.stability import stability
 from neuron_specialization.translation.arguments import DataArguments, ModelArguments
@@ -20,7 +23,8 @@ from neuron_specialization.translation.processes import this_process
 from neuron_specialization.translation.results import table, write_results
 
 UNUSED = ("train_file", "test_file", "pivot", "drop_faulty")
-FILES = (CONFIG_NAME, WEIGHTS_NAME, "counts.safetensors", "results.json")
+FILES = (CONFIG_NAME, WEIGHTS_NAME, "counts.safetensors", "results.json", "overlap.svg", "overlap.png")
+MOST_COLUMNS = 12
 
 
 @dataclass
@@ -77,8 +81,11 @@ def main() -> None:
     kept = {pair: {name: 1 - share for name, share in masks.sparsity(pair).items()} for pair in masks.language_pairs}
     print("share of neurons kept")
     print(table([{"block": name, **{pair: kept[pair][name] for pair in kept}} for name in masks.rows]))
+    overlap = {stack: masks.mean_overlap(stack) for stack in STACKS if stack in masks.stacks.values()}
+    report_overlap(overlap)
     results = {
         "kept": kept,
+        "overlap": overlap,
         "tokens": {stack: t.tolist() for stack, t in counts.tokens.items()},
         "seconds": seconds,
         "selector": masks.selector,
@@ -90,7 +97,23 @@ def main() -> None:
         masks.save_pretrained(folder)
         counts.save(folder / "counts.safetensors")
         write_results(folder, results)
+        if find_spec("matplotlib") and find_spec("scipy"):
+            mask_plots = import_module("neuron_specialization.analysis.mask_plots")
+            mask_plots.plot_pairs(overlap, folder / "overlap.svg")
+        else:
+            print("no heatmap of the overlap: pip install 'neuron-specialization[report]'")
     print(f"wrote {args.output_dir} ({seconds:.1f} s of recording)")
+
+
+def report_overlap(overlap: dict[str, dict[str, dict[str, float]]]) -> None:
+    """Print how much of their neurons pairs share: every two of them, or of many the mean for each."""
+    for stack, of in overlap.items():
+        print(f"overlap of the pairs' neurons in the {stack} (IoU, mean over blocks)")
+        if len(of) <= MOST_COLUMNS:
+            print(table([{"pair": pair, **others} for pair, others in of.items()]))
+        else:
+            means = {pair: (sum(others.values()) - 1) / (len(of) - 1) for pair, others in of.items()}
+            print(table([{"pair": pair, "mean with the others": mean} for pair, mean in means.items()]))
 
 
 def report_stability(result: dict) -> dict:

@@ -7,7 +7,7 @@ python recipes/publish.py --adapter build/specialized/adapter --repo user/name -
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from neuron_specialization.analysis.plots import plot_kept
+from neuron_specialization.analysis.mask_plots import plot_kept
 from neuron_specialization.export.hub import facts_from_results, publish
 from neuron_specialization.neurons.card import CardFacts
 from neuron_specialization.neurons.masks import NeuronMasks

@@ -7,11 +7,47 @@ from typing import Any
 import numpy as np
 
 from ..neurons.ffn import STACKS
-from .figures import COLORS, MARKERS, panels, save
+from ..neurons.masks import NeuronMasks
+from .figures import COLORS, MARKERS, panels, save, single
 from .overlap import Overlap
 
 Rows = Sequence[Mapping[str, Any]]
+_SHOWN_PAIRS = 60
 _MOST_NUMBERS = 8  # languages, above which cells are too small for numbers
+
+
+def plot_kept(masks: NeuronMasks, path: str | Path) -> Path:
+    """Draw the share of neurons that each language pair keeps, one column per block."""
+    pairs, blocks = masks.language_pairs[:_SHOWN_PAIRS], list(masks.rows)
+    kept = [[1 - share for share in masks.sparsity(pair).values()] for pair in pairs]
+    figure, axes = single(height=1.6 + 0.25 * len(pairs))
+    image = axes.imshow(kept, vmin=0, vmax=1, cmap="cividis", aspect="auto")
+    axes.set_yticks(range(len(pairs)), pairs)
+    numbers = {stack: iter(range(len(blocks))) for stack in STACKS}
+    labels = [f"{masks.stacks[block][:3]} {next(numbers[masks.stacks[block]])}" for block in blocks]
+    axes.set_xticks(range(len(blocks)), labels, rotation=90 if len(blocks) > 12 else 0)
+    axes.set_xlabel("FFN block")
+    figure.colorbar(image, label="share of neurons kept")
+    return save(figure, path)
+
+
+def plot_pairs(overlap: Mapping[str, Mapping[str, Mapping[str, float]]], path: str | Path) -> Path:
+    """Draw one heatmap per stack of the overlap of every two pairs, the means over blocks of `mean_overlap`."""
+    pairs = list(next(iter(overlap.values())))[:_SHOWN_PAIRS]
+    side = max(2.5, 0.25 * len(pairs))
+    figure, axes = panels(1, len(overlap), len(overlap) * (side + 0.8), side + 0.5)
+    values = {stack: np.array([[of[a][b] for b in pairs] for a in pairs]) for stack, of in overlap.items()}
+    low = min(float(each.min()) for each in values.values())
+    image = None
+    for each, (stack, matrix) in zip(axes.flat, values.items(), strict=True):
+        image = each.imshow(matrix, cmap="cividis", vmin=low, vmax=1)
+        each.set_title(f"{stack}, mean over layers", fontsize=10)
+        each.set_xticks(range(len(pairs)), pairs, rotation=90, fontsize=8)
+        each.set_yticks(range(len(pairs)), pairs, fontsize=8)
+        if len(pairs) <= _MOST_NUMBERS:
+            _write_numbers(each, matrix, light=matrix < (low + 1) / 2)
+    figure.colorbar(image, ax=axes, label="IoU of the pairs' neurons", shrink=0.8)
+    return save(figure, path)
 
 
 def plot_overlap(overlap: Overlap, families: Sequence[str], path: str | Path) -> Path:

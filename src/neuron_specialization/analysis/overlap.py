@@ -76,10 +76,7 @@ def neuron_overlap(masks: NeuronMasks, stack: str, pivot: str) -> Overlap:
     blocks = [name for name in masks.rows if masks.stacks[name] == stack]
     iou = np.empty((len(blocks), len(fitting), len(fitting)))
     for b, block in enumerate(blocks):
-        rows = np.stack([masks.row(pair, block).numpy() for pair in fitting.values()]).astype(np.float64)
-        shared = rows @ rows.T
-        sizes = rows.sum(1)
-        iou[b] = shared / (sizes[:, None] + sizes - shared)
+        iou[b] = masks.iou_matrix(block, list(fitting.values())).numpy()
     return Overlap(stack, list(fitting), blocks, iou)
 
 

@@ -1,16 +1,12 @@
-"""Figures of masks, and of a comparison, computed from its rows."""
+"""Figures of a comparison, all computed from its rows."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..neurons.ffn import STACKS
-from ..neurons.masks import NeuronMasks
 from .comparison import REFERENCE, interference
 from .figures import save, single
 from .statistics import hierarchical_bootstrap, paired_differences
-
-_SHOWN_PAIRS = 60
 
 
 def plot_differences(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
@@ -45,19 +41,4 @@ def plot_interference(rows: Sequence[Mapping[str, Any]], methods: Sequence[str],
     axes.set_xlabel(f"interference: loss of {REFERENCE} minus that of the bilingual model")
     axes.set_ylabel(f"loss minus that of {REFERENCE} (below 0 is better)")
     axes.legend()
-    return save(figure, path)
-
-
-def plot_kept(masks: NeuronMasks, path: str | Path) -> Path:
-    """Draw the share of neurons that each language pair keeps, one column per block."""
-    pairs, blocks = masks.language_pairs[:_SHOWN_PAIRS], list(masks.rows)
-    kept = [[1 - share for share in masks.sparsity(pair).values()] for pair in pairs]
-    figure, axes = single(height=1.6 + 0.25 * len(pairs))
-    image = axes.imshow(kept, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-    axes.set_yticks(range(len(pairs)), pairs)
-    numbers = {stack: iter(range(len(blocks))) for stack in STACKS}
-    labels = [f"{masks.stacks[block][:3]} {next(numbers[masks.stacks[block]])}" for block in blocks]
-    axes.set_xticks(range(len(blocks)), labels, rotation=90 if len(blocks) > 12 else 0)
-    axes.set_xlabel("FFN block")
-    figure.colorbar(image, label="share of neurons kept")
     return save(figure, path)

@@ -75,8 +75,7 @@ def _describe(masks: NeuronMasks, known: Mapping[str, str]) -> dict[str, Any]:
     blocks = []
     for name in masks.rows:
         rows = np.stack([masks.row(pair, name).numpy() for pair in pairs]).astype(np.float64)
-        shared, sizes = rows @ rows.T, rows.sum(1)
-        iou = shared / (sizes[:, None] + sizes - shared)
+        iou = masks.iou_matrix(name, pairs).numpy()
         others = iou[np.triu_indices(len(pairs), 1)]
         kept = rows.mean(1)
         block = {"name": name, "stack": masks.stacks[name], "neurons": rows.shape[1], "iou": iou.round(3).tolist()}

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
@@ -91,6 +92,19 @@ class NeuronMasks:
     def iou(self, pair_a: str, pair_b: str) -> dict[str, float]:
         """Return block name → intersection over union of the two pairs' kept neurons (paper, section 5.3)."""
         return {name: intersection_over_union(self.row(pair_a, name), self.row(pair_b, name)) for name in self.rows}
+
+    def iou_matrix(self, block: str, pairs: Sequence[str]) -> torch.Tensor:
+        """Return the IoU of every two pairs' kept neurons in one block: float64 [pairs, pairs]."""
+        rows = torch.stack([self.row(pair, block) for pair in pairs]).double()
+        shared, sizes = rows @ rows.T, rows.sum(1)
+        return shared / (sizes[:, None] + sizes - shared)
+
+    def mean_overlap(self, stack: str) -> dict[str, dict[str, float]]:
+        """Return pair → pair → IoU of the neurons they keep, mean over the blocks of one stack."""
+        pairs = self.language_pairs
+        blocks = [name for name, of in self.stacks.items() if of == stack]
+        mean = sum(self.iou_matrix(block, pairs) for block in blocks) / len(blocks)
+        return {pair: dict(zip(pairs, row, strict=True)) for pair, row in zip(pairs, mean.tolist(), strict=True)}
 
     def union(self, other: "NeuronMasks") -> "NeuronMasks":
         """Keep the neurons that either of two masks of the same model and rows keeps."""
