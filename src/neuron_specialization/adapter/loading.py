@@ -29,9 +29,11 @@ _WITH_TRANSFORMERS: Any = PeftAdapterMixin.load_adapter
 
 def check_loaded_adapters() -> None:
     """Wrap the functions of both libraries that load adapters; doing so again changes nothing."""
-    PeftModel.from_pretrained = classmethod(_first_with_peft)  # type: ignore[assignment]
-    PeftModel.load_adapter = _with_peft  # type: ignore[method-assign]
-    PeftAdapterMixin.load_adapter = _with_transformers  # type: ignore[method-assign]
+    with_peft: Any = PeftModel
+    with_transformers: Any = PeftAdapterMixin
+    with_peft.from_pretrained = classmethod(_first_with_peft)
+    with_peft.load_adapter = _with_peft
+    with_transformers.load_adapter = _with_transformers
 
 
 @functools.wraps(_FIRST_WITH_PEFT)
