@@ -6,24 +6,28 @@ accelerate launch --quiet recipes/compare_methods.py --config recipes/configs/co
 
 `--only METHOD --seed N` runs one stage and leaves the tables to a later call; `--tables_only true` makes them from the
 stages that exist. Finished stages are skipped and interrupted ones resume, so that the directory can be filled step by
-step, and on several machines.
+step, and on several machines. Zero-shot directions (`--zero_shot_pairs`) are scored after the stages, from the models
+that they kept; `--zero_shot_only true` runs no stage before that.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from datasets import disable_progress_bars
 
-from neuron_specialization.analysis.comparison import headroom, main_table, premise
-from neuron_specialization.analysis.plots import plot_differences, plot_interference
-from neuron_specialization.analysis.statistics import paired_bootstrap
-from neuron_specialization.baselines.methods import MethodArguments
+from neuron_specialization.analysis.budget import budget_facts
+from neuron_specialization.analysis.comparison import headroom, premise
+from neuron_specialization.analysis.comparison_report import comparison_tables, directions_tested, draw
+from neuron_specialization.analysis.comparison_tables import usable_rows
+from neuron_specialization.baselines.methods import MethodArguments, seeds_of
 from neuron_specialization.baselines.stages import Comparison, StageArguments, collect
+from neuron_specialization.baselines.zero_shot import ZeroShot, ZeroShotArguments, collect_zero_shot
 from neuron_specialization.translation.arguments import DataArguments, ModelArguments, as_mapping
 from neuron_specialization.translation.checkpoints import load_checkpoint
 from neuron_specialization.translation.command_line import parse, run
 from neuron_specialization.translation.processes import check_single_process
 from neuron_specialization.translation.results import table, write_results
+from neuron_specialization.translation.runs import training_of
 from neuron_specialization.translation.trainer import SpecializationTrainingArguments
 
 UNUSED = ("adapter", "drop_faulty", "learning_rate", "patience", "eval_steps", "num_train_epochs")
@@ -31,15 +35,19 @@ UNUSED = ("adapter", "drop_faulty", "learning_rate", "patience", "eval_steps", "
 
 @dataclass
 class CompareArguments:
-    """Which stages to run now."""
+    """Which stages to run now, and how to show them."""
 
     only: str | None = field(default=None, metadata={"help": "Run this method only, with the seed given by --seed."})
     tables_only: bool = field(default=False, metadata={"help": "Only make the tables again."})
+    zero_shot_only: bool = field(default=False, metadata={"help": "Run no stage: score zero-shot directions."})
+    tiers: list[str] = field(
+        default_factory=list, metadata={"help": "tier=languages of its directions, such as low=fi,vi."}
+    )
 
 
 def main() -> None:
-    compare, stage, method, where, data, training = parse(
-        *(CompareArguments, StageArguments, MethodArguments),
+    compare, stage, method, zero, where, data, training = parse(
+        *(CompareArguments, StageArguments, MethodArguments, ZeroShotArguments),
         *(ModelArguments, DataArguments, SpecializationTrainingArguments),
         unused=UNUSED,
     )
@@ -50,46 +58,48 @@ def main() -> None:
         *(model, tokenizer, {split: data.load(split) for split in ("train", "validation", "test")}),
         *(stage, method, training, data.tokens, data.source_tag, data.pivot, data.max_length),
     )
-    seeds = {name: int(number) for name, number in as_mapping(stage.methods).items()}
-    planned = [(name, seed) for seed in range(max(seeds.values())) for name in seeds if seed < seeds[name]]
+    seeds = seeds_of(stage.methods)
+    planned = [(name, seed) for seed in range(max(seeds.values(), default=0)) for name in seeds if seed < seeds[name]]
     if compare.only is not None:
         planned = [(compare.only, training.seed)]
-    for name, seed in planned if not compare.tables_only else []:
+    zero_shot = load_zero_shot(comparison, zero, data) if zero.zero_shot_pairs and not compare.tables_only else None
+    for name, seed in planned if not compare.tables_only and not compare.zero_shot_only else []:
         print(f"\n== {name}, seed {seed}", flush=True)
         print("done" if comparison.run(name, seed) else "FAILED, see failed.json", flush=True)
+    for name, seed in planned if zero_shot is not None else []:
+        print(f"\n== zero-shot, {name}, seed {seed}", flush=True)
+        zero_shot.score(name, seed)
     if compare.only is not None:
         return
-    settings = {name: vars(part) for name, part in (("stage", stage), ("method", method), ("data", data))}
-    report(comparison, {**settings, "training": training.to_dict()})
+    tiers = {name: languages.split(",") for name, languages in as_mapping(compare.tiers).items()}
+    parts = (("stage", stage), ("method", method), ("zero_shot", zero), ("data", data), ("tiers", tiers))
+    settings = {name: part if isinstance(part, dict) else vars(part) for name, part in parts}
+    report(comparison, where.model_name_or_path, tiers, {**settings, "training": training.to_dict()})
 
 
-def report(comparison: Comparison, settings: dict[str, Any]) -> None:
+def load_zero_shot(comparison: Comparison, zero: ZeroShotArguments, data: DataArguments) -> ZeroShot:
+    """Load the test data of directions that are not trained, from the file of the others unless there is one."""
+    file = zero.zero_shot_file or data.test_file
+    untrained = replace(data, language_pairs=zero.zero_shot_pairs, test_file=file)
+    return ZeroShot(comparison, untrained.load("test", max_sentences=zero.zero_shot_sentences), zero)
+
+
+def report(comparison: Comparison, baseline: str, tiers: dict[str, list[str]], settings: dict[str, Any]) -> None:
     """Print and write the tables and figures of the stages that exist."""
     found = collect(comparison.directory)
-    rows, stages, translations = found["rows"], found["stages"], found.pop("translations")
-    measured = headroom(rows)
-    main_rows = main_table(rows, stages, comparison.pivot)
-    references = {pair: list(data["target"]) for pair, data in comparison.data["test"].items()}
-    significance = {
-        name: paired_bootstrap(seeds[0], translations["fine_tune"][0], references)
-        for name, seeds in translations.items()
-        if name != "fine_tune" and 0 in seeds and 0 in translations.get("fine_tune", {})
-    }
-    for line in main_rows:
-        if line["method"] in significance:
-            signs = [r["difference"] > 0 for r in significance[line["method"]].values() if r["significant"]]
-            line["chrF++ better/worse"] = f"{sum(signs)}/{len(signs) - sum(signs)}"
-    text = f"{premise(measured)}\n\n{table(measured['ceilings'])}\n\n{table(main_rows)}\n"
+    found["zero_shot"] = collect_zero_shot(comparison.directory)
+    references = {pair: list(rows["target"]) for pair, rows in comparison.data["test"].items()}
+    significance = directions_tested(found.pop("translations"), references)
+    rows = usable_rows(found["rows"], found["stages"])
+    measured, facts = headroom(rows), budget_facts(found["stages"], found["trials"], training_of(baseline))
+    tables = comparison_tables(found, significance, comparison.pivot, tiers)
+    shown = [f"{title}\n\n{table(lines, 4 if 'group, loss' in title else 2)}" for title, lines in tables.items()]
+    text = "\n\n".join(["\n".join(facts), premise(measured), *shown]) + "\n"
     print("\n" + text)
-    methods = {row["method"] for row in rows}
-    if "fine_tune" in methods and len(methods) > 1:
-        plot_differences(rows, comparison.directory / "differences.svg")
-        compared = [name for name in ("ours", "random_overlap", "general_specific") if name in methods]
-        if "bilingual" in methods and compared:
-            plot_interference(rows, compared, comparison.directory / "interference.svg")
     (comparison.directory / "tables.md").write_text(text)
-    results = {**found, "headroom": measured, "main": main_rows, "significance": significance, "settings": settings}
-    print(f"wrote {write_results(comparison.directory, results)}")
+    draw(rows, tables, comparison.directory)
+    results = {"facts": facts, **tables, **found, "headroom": measured, "significance": significance}
+    print(f"wrote {write_results(comparison.directory, {**results, 'settings': settings})}")
 
 
 if __name__ == "__main__":

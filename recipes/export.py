@@ -27,6 +27,7 @@ from neuron_specialization.translation.results import table, write_results
 from neuron_specialization.translation.verification import Verification
 
 UNUSED = "language_pairs train_file validation_file source_tag pivot max_length max_sentences drop_faulty".split()
+UNUSED += ["train_sentences", "document_column"]
 FILES = ("results.json", "checkpoint/config.json", "ctranslate2/model.bin")
 
 

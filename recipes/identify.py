@@ -22,7 +22,7 @@ from neuron_specialization.translation.identification import record_corpus_parts
 from neuron_specialization.translation.processes import this_process
 from neuron_specialization.translation.results import table, write_results
 
-UNUSED = ("train_file", "test_file", "pivot", "drop_faulty")
+UNUSED = ("train_file", "test_file", "pivot", "train_sentences", "document_column", "drop_faulty")
 FILES = (CONFIG_NAME, WEIGHTS_NAME, "counts.safetensors", "results.json", "overlap.svg", "overlap.png")
 MOST_COLUMNS = 12
 

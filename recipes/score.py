@@ -19,7 +19,7 @@ from neuron_specialization.translation.processes import this_process
 from neuron_specialization.translation.results import table, write_results
 from neuron_specialization.translation.text_files import one_line
 
-UNUSED = ("train_file", "validation_file", "max_length", "drop_faulty")
+UNUSED = ("train_file", "validation_file", "max_length", "train_sentences", "document_column", "drop_faulty")
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import sys
 
 import pytest
@@ -12,8 +13,18 @@ from peft import get_peft_model
 import neuron_specialization as ns
 from neuron_specialization.baselines.bottleneck import bottleneck_adapters
 from neuron_specialization.baselines.ffn_copies import ffn_copies
-from neuron_specialization.baselines.methods import METHODS, PER_DIRECTION, MethodArguments, build_model, masks_of
-from neuron_specialization.baselines.stages import Comparison, StageArguments, collect
+from neuron_specialization.baselines.methods import (
+    EQUAL_SECONDS,
+    METHODS,
+    PER_DIRECTION,
+    MethodArguments,
+    build_model,
+    masks_of,
+    parse_method,
+    seeds_of,
+)
+from neuron_specialization.baselines.stages import PART, SETTINGS, Comparison, StageArguments, collect
+from neuron_specialization.translation.results import write_results
 from neuron_specialization.translation.token_loss import token_losses
 from neuron_specialization.translation.training import fit
 
@@ -28,13 +39,17 @@ def counts(toy_model, toy_tokenizer, toy_data):
     return ns.record_corpus(toy_model, toy_tokenizer, toy_data["validation"])
 
 
-@pytest.fixture
-def comparison(toy_model, toy_tokenizer, toy_data, tmp_path):
+def make_comparison(model, tokenizer, toy_data, directory):
     data = {split: {pair: rows.select(range(16)) for pair, rows in of.items()} for split, of in toy_data.items()}
     stage = StageArguments(single_updates=2, bilingual_updates=3, evaluations=2, num_beams=1, tuning_directions=1)
     method = MethodArguments(k=0.5, exchange=["Aa=Ba", "Ba=Aa"])
-    training = arguments(tmp_path, max_steps=3, per_device_eval_batch_size=16)
-    return Comparison(toy_model, toy_tokenizer, data, stage, method, training, pivot="Pv", max_length=64)
+    training = arguments(directory, max_steps=3, per_device_eval_batch_size=16)
+    return Comparison(model, tokenizer, data, stage, method, training, pivot="Pv", max_length=64)
+
+
+@pytest.fixture
+def comparison(toy_model, toy_tokenizer, toy_data, tmp_path):
+    return make_comparison(toy_model, toy_tokenizer, toy_data, tmp_path)
 
 
 @pytest.mark.parametrize("updates", [1, 4])
@@ -128,6 +143,11 @@ def test_every_kind_of_method_runs_as_a_stage(method, comparison):
     assert stage["status"] == "done" and stage["parts"] == (4 if method in PER_DIRECTION else 1)
     expected = {"bilingual": 12, "fine_tune_single": 8, "baseline": 0, "masks_only": 0}.get(method, 3)
     assert stage["updates"] == expected
+    assert (stage["identification_seconds"] > 0) == (method in ("ours", "delta", "masks_only"))
+    masked = stage["kept"] is not None
+    assert masked == (method in ("ours", "delta", "masks_only", "ffn_copies")) and (
+        not masked or 0 < stage["kept"] < 1
+    )
     rows = {row["direction"]: row for row in found["rows"]}
     assert all(row["loss"] > 0 and 0 <= row["chrf++"] <= 100 for row in rows.values())
     assert not list(comparison.directory.rglob("checkpoint-*")), "no optimizer states are left"
@@ -191,6 +211,54 @@ def test_what_cannot_be_scored_is_refused_before_any_training(comparison, monkey
     monkeypatch.delitem(sys.modules, "sacrebleu.tokenizers.tokenizer_ja_mecab", raising=False)
     with pytest.raises(ImportError, match=r"neuron-specialization\[ja\]"):
         Comparison(**{**again, "data": {split: {"Pv-ja": of["Pv-Aa"]} for split, of in comparison.data.items()}})
+
+
+def test_stages_from_before_an_option_existed_go_on_under_its_default(comparison):
+    path = comparison.directory / SETTINGS
+    written = json.loads(path.read_text())
+    del written["settings"]["kappa"]
+    path.write_text(json.dumps(written))
+    again = {field.name: getattr(comparison, field.name) for field in dataclasses.fields(comparison)}
+    Comparison(**again)
+    path.write_text(json.dumps(written))
+    with pytest.raises(ValueError, match=r"other settings \(kappa\)"):
+        Comparison(**{**again, "method": dataclasses.replace(comparison.method, kappa=0.5)})
+
+
+def test_a_stage_names_the_value_of_a_knob(comparison, counts):
+    args = comparison.method
+    assert parse_method("ours", args) == ("ours", args)
+    assert parse_method("ours_enc_k=.7", args) == ("ours_enc", dataclasses.replace(args, k=0.7))
+    assert parse_method("adapter_lp_adapter_width=8", args)[1].adapter_width == 8
+    for wrong in ("k=0.5", "ours_q=0.5", "ours_k=half", "lora_r=2.5"):
+        with pytest.raises(ValueError, match="such as ours_k=0.9"):
+            parse_method(wrong, args)
+    assert seeds_of(["ours=3", "ours_k=0.9=1"]) == {"ours": 3, "ours_k=0.9": 1}
+    with pytest.raises(ValueError, match=r"got ours_k=0\.9\.$"):
+        seeds_of(["ours=3", "ours_k=0.9"])
+    kept = {}
+    for stage in ("masks_only", "masks_only_k=0.9"):
+        assert comparison.run(stage, 0)
+        knobs = parse_method(stage, args)[1]
+        masks = masks_of("masks_only", counts, knobs, "Pv", 0)
+        kept[stage] = sum(int(masks.row("Pv-Aa", block).sum()) for block in masks.rows)
+    assert kept["masks_only"] < kept["masks_only_k=0.9"]
+    losses = {row["method"]: row["loss"] for row in collect(comparison.directory)["rows"]}
+    assert len(losses) == 2 and len(set(losses.values())) == 2, "a stage of its own, under masks of its own"
+
+
+def test_fine_tuning_for_as_many_seconds_as_ours(comparison):
+    assert not comparison.run(EQUAL_SECONDS, 0)
+    assert "run both with seed 0 first" in collect(comparison.directory)["stages"][0]["error"]
+    seconds = {"ours": 29.0, "fine_tune": 10.0}
+    for method, spent in seconds.items():
+        row = {"updates": 3, "seconds": spent}
+        write_results(comparison.directory / method / "seed-0", {"rows": [row]}, PART)
+    comparison.counts()
+    write_results(comparison.directory / "identification", {"seconds": 1.0})
+    assert comparison.run(EQUAL_SECONDS, 0)
+    row = json.loads((comparison.directory / EQUAL_SECONDS / "seed-0" / PART).read_text())["rows"][0]
+    assert row["updates"] == 3 * (29 + 1) / 10
 
 
 def test_a_diverged_run_is_a_failure(comparison):

@@ -48,6 +48,12 @@ def test_a_file_gives_options_and_the_command_line_wins(config, joined):
     assert (args.name, args.quick) == ("later", True)
 
 
+def test_a_file_may_map_names_to_lists(config):
+    file = config("name: x\ncolumns: {high: [de, fr], low: [vi]}\ntrain_sentences: {vi: 3000}\n")
+    (_, data) = parse(Arguments, DataArguments, argv=["--config", file])
+    assert data.columns == ["high=de,fr", "low=vi"] and data.train_sentences == ["vi=3000"]
+
+
 def test_the_trainer_reads_its_dictionaries_from_a_file(config, tmp_path):
     file = config(f"output_dir: {tmp_path}\nlr_scheduler_kwargs: {{num_cycles: 2}}\nmax_steps: -1\nuse_cpu: true\n")
     (training,) = parse(SpecializationTrainingArguments, argv=["--config", file])
@@ -81,6 +87,7 @@ def test_options_that_a_recipe_does_not_use_are_refused(argv, message):
         ("name: x\ntrain_file: a.tsv", r"config.yaml: .* no option --train_file; the nearest is --validation_file"),
         ("name: x\nconfig: y", r"cannot name another"),
         ("name: x\ncolumns: {no: nor}", r"quote the words of columns; YAML reads no"),
+        ("name: x\ncolumns: {high: [de, no]}", r"quote the words of columns; YAML reads no"),
         ("name: x\nlanguage_pairs: [no, en-de]", r"quote the words of language_pairs; YAML reads no"),
         ("name: x\npivot: no", r"quote the words of pivot; YAML reads no"),
         ("just words", r"Expected lines such as .* got 'just words'"),

@@ -38,6 +38,38 @@ def test_splits_and_limits(tmp_path):
     assert len(load_parallel(path, ["en-de"], split="train", max_sentences=1)["en-de"]) == 1
 
 
+def test_training_data_is_limited_by_language_to_nested_whole_documents(tmp_path):
+    chapters = {f"GEN {number}": 3 + number for number in range(1, 9)}
+    rows = [
+        (f"{name}:{verse}", f"en {name} {verse}", f"x {verse}") for name, n in chapters.items() for verse in range(n)
+    ]
+    text = pandas.DataFrame(rows, columns=["id", "en", "de"])
+    text["fi"], text["vi"], path = text["de"], text["de"], str(tmp_path / "bible.parquet")
+    text.loc[0, "fi"] = None
+    text.to_parquet(path)
+    pairs = ["en-de", "en-fi", "fi-en", "en-vi"]
+    limited = {"train_sentences": ["fi=40", "vi=1"], "document_column": "id"}
+    data = DataArguments(language_pairs=pairs, train_file=path, validation_file=path, **limited)
+    loaded = {pair: list(rows["target" if pair == "fi-en" else "source"]) for pair, rows in data.load("train").items()}
+    assert len(loaded["en-de"]) == len(rows) and loaded["en-fi"] == loaded["fi-en"]
+    for pair, least in (("en-fi", 30), ("en-vi", 4)):
+        assert least <= len(loaded[pair]) <= 40
+        documents = [sentence.rpartition(" ")[0].removeprefix("en ") for sentence in loaded[pair]]
+        missing = loaded["en-de"][0].rpartition(" ")[0] in {f"en {name}" for name in documents}
+        whole = sum(chapters[name] for name in set(documents))
+        assert len(documents) == whole - (missing and pair == "en-fi"), "whole chapters"
+    assert set(loaded["en-vi"]) < set(loaded["en-fi"]) | set(loaded["en-de"][:1])
+    assert len(data.load("validation")["en-vi"]) == len(rows), "held-out data is not limited"
+    top = DataArguments(language_pairs=pairs, train_file=path, train_sentences=["fi=5"], max_sentences=20).load(
+        "train"
+    )
+    assert [len(top[pair]) for pair in pairs] == [20, 5, 5, 20] and top["en-fi"]["source"][0] == loaded["en-de"][1]
+    with pytest.raises(ValueError, match="no column 'verse' for en-fi"):
+        DataArguments(language_pairs=pairs, train_file=path, train_sentences=["fi=5"], document_column="verse").load(
+            "train"
+        )
+
+
 def test_one_file_per_pair_serves_both_directions(tmp_path):
     pandas.DataFrame({"en": ["a"], "de": ["b"]}).to_parquet(tmp_path / "en-de.parquet")
     data = load_parallel(str(tmp_path / "{pair}.parquet"), ["de-en", "en-de"])

@@ -294,26 +294,35 @@ def test_no_recipe_replaces_the_users_files(tmp_path, monkeypatch, recipe, file,
 
 
 def test_the_comparison_runs_by_stages_and_makes_its_tables_from_those_that_are_there(
-    workspace, toy_files, toy_checkpoint
+    workspace, toy_files, toy_checkpoint, run_here
 ):
     output = workspace / "comparison"
     compare = (
         *("compare_methods.py", "--model_name_or_path", str(toy_checkpoint), "--max_steps", "2", "--pivot", "Pv"),
         *(w for s in ("train", "validation", "test") for w in (f"--{s}_file", str(toy_files / f"{s}.jsonl"))),
-        *("--language_pairs", *PAIRS[:2], "--per_device_train_batch_size", "8", "--output_dir", str(output)),
+        *("--language_pairs", "Aa-Pv", "Pv-Ba", "--per_device_train_batch_size", "8", "--output_dir", str(output)),
+        *("--zero_shot_pairs", "Aa-Ba", "--zero_shot_sentences", "4", "--tiers", "high=Aa", "low=Ba"),
         *("--methods", "fine_tune=2", "ours=1", "--num_beams", "1", "--evaluations", "1", "--max_length", "64"),
     )
-    run(*compare, "--only", "fine_tune", "--seed", "1")
+    run_here(*compare, "--only", "fine_tune", "--seed", "1")
     assert [path.parent.name for path in output.rglob("part.json")] == ["seed-1"]
-    printed = run(*compare)
+    printed = run_here(*compare)
     assert "== ours, seed 0" in printed and "Premise not tested" in printed and "unfinished" in printed
+    assert "Baseline: unknown whether" in printed and "Updates of joint methods: 2 (fine_tune, ours)" in printed
     results = json.loads((output / "results.json").read_text())
     assert len(results["rows"]) == 3 * 2 and len(results["stages"]) == 3
     keys = {"method", "seed", "direction", "loss", "chrf++", "bleu", "updates", "seconds"}
-    assert all(keys <= row.keys() for row in results["rows"]) and set(results["significance"]["ours"]) == {*PAIRS[:2]}
+    assert all(keys <= row.keys() for row in results["rows"]) and set(results["significance"]["ours"]) == {
+        "Aa-Pv",
+        "Pv-Ba",
+    }
     by_hand = [row["loss"] for row in results["rows"] if row["method"] == "ours"]
-    line = next(line for line in results["main"] if line["method"] == "ours")
+    line = next(line for line in results["Test loss and scores"] if line["method"] == "ours")
     assert line["loss all"] == pytest.approx(sum(by_hand) / len(by_hand))
+    fine_tune, ours = results["By group, loss (fine_tune; of others the difference)"]
+    assert ours["low O2M"] == pytest.approx(ours["all O2M"]) and "high O2M" not in ours and "high M2O" in fine_tune
+    zero_shot = {line["method"]: line for line in results["Zero-shot directions"]}
+    assert zero_shot.keys() == {"fine_tune", "ours", "fine_tune, through Pv"} and zero_shot["ours"]["loss"] > 0
     assert (output / "differences.svg").read_text().count("<svg") == 1
 
 

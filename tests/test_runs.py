@@ -14,7 +14,7 @@ import neuron_specialization as ns
 from neuron_specialization.translation.checkpoints import load_checkpoint
 from neuron_specialization.translation.encoding import encode_parallel
 from neuron_specialization.translation.results import report_training, write_results
-from neuron_specialization.translation.runs import RUN_FILE, last_complete_checkpoint
+from neuron_specialization.translation.runs import COMPLETE_MARKER, RUN_FILE, last_complete_checkpoint
 from neuron_specialization.translation.tokenization import resolve_tokens
 from neuron_specialization.translation.trainer import SpecializationTrainer
 from neuron_specialization.translation.training import fit
@@ -96,6 +96,21 @@ def test_a_finished_run_says_so_and_changes_nothing(train, finished, tmp_path, c
     assert "finished after 4 updates" in (printed := capsys.readouterr().out) and f"kept {results.parent}" in printed
     fresh = train(tmp_path / "again")[0]
     assert all(weight.equal(weights(fresh)[name]) for name, weight in weights(model).items()), "it is the trained one"
+
+
+def test_the_seconds_of_a_resumed_run_add_up(train, finished, tmp_path):
+    """What a comparison counts as cost is not that of the last piece alone."""
+    directory = tmp_path / "run"
+    shutil.copytree(finished, directory)
+    run = json.loads((directory / RUN_FILE).read_text())
+    (directory / RUN_FILE).write_text(json.dumps({**run, "result": None}))
+    shutil.rmtree(directory / "checkpoint-4")
+    marker = directory / "checkpoint-2" / COMPLETE_MARKER
+    written = json.loads(marker.read_text())
+    assert 0 < written["seconds"] < run["result"]["train_runtime"]
+    marker.write_text(json.dumps({**written, "seconds": 1000.0}))
+    assert 1000 < train(directory)[1]["train_runtime"] < 2000
+    assert json.loads((directory / "checkpoint-4" / COMPLETE_MARKER).read_text())["seconds"] > 1000
 
 
 def test_overwriting_discards_the_run_and_nothing_else(train, finished, tmp_path):

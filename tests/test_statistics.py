@@ -88,8 +88,13 @@ def test_the_main_table_shows_every_method_and_failures_as_failed():
     stages += [{"method": "lora", "seed": 0, "status": "failed", "error": "ValueError: no"}]
     stages += [stage("bilingual", status="1 of 4 parts")]
     rows += rows_of("bilingual", [[1, 1, 1, 1]])[:1]
-    table = {line["method"]: line for line in main_table(rows, stages, "en")}
-    assert table["fine_tune"]["loss O2M"] == 1.5 and table["fine_tune"]["loss M2O"] == 3.5
+    stages[2]["learning_rate"], stages[2]["identification_seconds"] = 3e-3, 90
+    trials = [{"method": "ours", "learning_rate": rate} for rate in (1e-3, 3e-3)]
+    table = {line["method"]: line for line in main_table(rows, stages, trials)}
+    assert (
+        table["ours"]["learning rate"] == "0.003 (edge of the grid)"
+        and table["ours"]["minutes to find subnets"] == 1.5
+    )
     assert table["ours"]["Δ loss"] == pytest.approx(0.0) and table["ours"]["better in"] == "2/4"
     assert table["ours"]["seeds"] == 2 and table["ours"]["± loss"] == 0
     assert table["lora"]["unfinished"] == "seed 0: ValueError: no" and table["lora"]["seeds"] == 0

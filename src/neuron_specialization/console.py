@@ -16,6 +16,7 @@ RECIPES = {
     "merge_masks": "Merge adapters that different people made.",
     "pretrain": "Train a multilingual baseline.",
     "compare_methods": "The paper's comparison, in stages.",
+    "compare_sizes": "The comparison over models of several sizes, against measured interference.",
     "analyze": "Overlap of masks against the distance of languages.",
     "explain": "Gradients of language pairs, and the words that their neurons are active on.",
     "reidentify": "Identify masks again, on other data and other checkpoints.",

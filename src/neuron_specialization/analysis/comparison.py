@@ -44,22 +44,21 @@ def premise(measured: Mapping[str, Any]) -> str:
     return "Premise NOT met: no ceiling improves on joint fine-tuning by 1 % of loss or 0.5 chrF++."
 
 
-def main_table(rows: Rows, stages: Rows, pivot: str | None) -> list[dict[str, Any]]:
-    """Return one row per method: losses and scores by group, the difference from joint fine-tuning, and what it costs.
+def main_table(rows: Rows, stages: Rows, trials: Rows = ()) -> list[dict[str, Any]]:
+    """Return one row per method: loss and scores, the difference from joint fine-tuning, and what it costs.
 
     Losses are test losses in nats per token, averaged over directions and seeds. Stages that failed, or have only some
     of their parts, are listed in the column "unfinished"; the averages are then over fewer directions.
     """
+    tuned = learning_rates(stages, trials)
     table = []
     for method in dict.fromkeys(stage["method"] for stage in stages):
         own_stages = [stage for stage in stages if stage["method"] == method]
         unfinished = [stage for stage in own_stages if stage["status"] != "done"]
         line: dict[str, Any] = {"method": method, "seeds": len(own_stages) - len(unfinished)}
         if any(row["method"] == method for row in rows):
-            line |= _scores(rows, method, pivot) | _difference(rows, method)
-            begun = [stage for stage in own_stages if "parts" in stage]
-            line |= {"extra parameters": begun[0]["extra_parameters"], "mask bytes": begun[0]["mask_bytes"]}
-            line |= {"models": begun[0]["parts"], "seconds": sum(stage["seconds"] for stage in begun) / len(begun)}
+            line |= _scores(rows, method) | difference(rows, method)
+            line |= {"learning rate": tuned.get(method), **_costs([stage for stage in own_stages if "parts" in stage])}
         states = [f"seed {stage['seed']}: {stage.get('error', stage['status'])}" for stage in unfinished]
         line["unfinished"] = "; ".join(states)
         table.append(line)
@@ -85,26 +84,46 @@ def interference(rows: Rows, method: str) -> list[dict[str, Any]]:
     ]
 
 
-def _scores(rows: Rows, method: str, pivot: str | None) -> dict[str, Any]:
-    groups = {"all": rows}
-    if pivot is not None:
-        groups["O2M"] = [row for row in rows if row["direction"].startswith(f"{pivot}-")]
-        groups["M2O"] = [row for row in rows if row["direction"].endswith(f"-{pivot}")]
-    groups = {name: members for name, members in groups.items() if any(row["method"] == method for row in members)}
-    line: dict[str, Any] = {f"loss {name}": spread(members, method, "loss")[0] for name, members in groups.items()}
-    line["± loss"] = spread(rows, method, "loss")[1]
-    line |= {f"chrF++ {name}": spread(members, method, "chrf++")[0] for name, members in groups.items()}
-    return {**line, "BLEU all": spread(rows, method, "bleu")[0]}
+def learning_rates(stages: Rows, trials: Rows) -> dict[str, str]:
+    """Return method → the learning rate of its stages, and whether a better one may lie beyond those tried."""
+    found = {}
+    for stage in stages:
+        rate = stage.get("learning_rate")
+        tuned_as = stage.get("tuned_as", stage["method"])
+        tried = [trial["learning_rate"] for trial in trials if trial["method"] == tuned_as]
+        if rate is not None:
+            edge = len(tried) > 1 and rate in (min(tried), max(tried))
+            found[stage["method"]] = f"{rate:g}" + (" (edge of the grid)" if edge else "")
+    return found
 
 
-def _difference(rows: Rows, method: str) -> dict[str, Any]:
+def difference(rows: Rows, method: str, score: str = "loss") -> dict[str, Any]:
+    """Return the columns that set a method's losses (lower is better) against those of joint fine-tuning."""
     if method == REFERENCE or not any(row["method"] == REFERENCE for row in rows):
         return {}
-    differences, seeds, _ = paired_differences(rows, method, REFERENCE, "loss")
+    differences, _, _ = paired_differences(rows, method, REFERENCE, score)
     interval = hierarchical_bootstrap(differences)
     return {
-        "Δ loss": interval["mean"],
-        "95 %": f"[{interval['low']:+.3f}, {interval['high']:+.3f}]",
+        f"Δ {score}": interval["mean"],
+        "95 %": f"[{interval['low']:+.4f}, {interval['high']:+.4f}]",
         "p": interval["p"],
         "better in": f"{int((differences.mean(0) < 0).sum())}/{differences.shape[1]}",
+    }
+
+
+def _scores(rows: Rows, method: str) -> dict[str, Any]:
+    loss, deviation = spread(rows, method, "loss")
+    scores = {"chrF++ all": spread(rows, method, "chrf++")[0], "BLEU all": spread(rows, method, "bleu")[0]}
+    return {"loss all": loss, "± loss": deviation, **scores}
+
+
+def _costs(begun: Rows) -> dict[str, Any]:
+    stage = begun[0]
+    return {
+        "updates": stage["updates"],
+        "extra parameters": stage["extra_parameters"],
+        "minutes to find subnets": stage.get("identification_seconds", 0) / 60,
+        "mask bytes": stage["mask_bytes"],
+        "models": stage["parts"],
+        "seconds": sum(each["seconds"] for each in begun) / len(begun),
     }

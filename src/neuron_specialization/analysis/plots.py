@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .comparison import REFERENCE, interference
-from .figures import save, single
+from .figures import COLORS, MARKERS, panels, save, single
 from .statistics import hierarchical_bootstrap, paired_differences
 
 
@@ -41,4 +41,63 @@ def plot_interference(rows: Sequence[Mapping[str, Any]], methods: Sequence[str],
     axes.set_xlabel(f"interference: loss of {REFERENCE} minus that of the bilingual model")
     axes.set_ylabel(f"loss minus that of {REFERENCE} (below 0 is better)")
     axes.legend()
+    return save(figure, path)
+
+
+def plot_sweep(
+    rows: Sequence[Mapping[str, Any]], sweep: Sequence[Mapping[str, Any]], knob: str, path: str | Path
+) -> Path:
+    """Draw the difference from joint fine-tuning over the values of a knob, a line with its intervals per method.
+
+    Args:
+        rows: of the comparison, with joint fine-tuning among them.
+        sweep: what `sweep_table` made of them.
+        knob: the one to draw.
+        path: of the figure.
+    """
+    figure, axes = single(height=3.2)
+    lines = [line for line in sweep if line["knob"] == knob]
+    for i, method in enumerate(dict.fromkeys(line["method"] for line in lines)):
+        mine = [line for line in lines if line["method"] == method]
+        of = [hierarchical_bootstrap(paired_differences(rows, line["stage"], REFERENCE, "loss")[0]) for line in mine]
+        errors = [[each["mean"] - each["low"] for each in of], [each["high"] - each["mean"] for each in of]]
+        values, means = [float(line["value"]) for line in mine], [each["mean"] for each in of]
+        axes.errorbar(
+            values, means, errors, fmt="o-", color=COLORS[i % len(COLORS)], markersize=4, capsize=2, label=method
+        )
+    axes.axhline(0, color="0.3", linewidth=0.8)
+    axes.set_xlabel(knob)
+    axes.set_ylabel(f"loss minus that of {REFERENCE}")
+    axes.legend()
+    return save(figure, path)
+
+
+def plot_interference_of_sizes(
+    rows: Mapping[str, Sequence[Mapping[str, Any]]], methods: Sequence[str], path: str | Path
+) -> Path:
+    """Draw, over models of several sizes, what methods change over joint fine-tuning against measured interference.
+
+    Args:
+        rows: size → rows of its comparison, with "bilingual" and joint fine-tuning among them.
+        methods: a panel for each, such as a method and its control; the panels share their axes.
+        path: of the figure.
+    """
+    figure, (row,) = panels(1, len(methods), 7, 3.6)
+    for axes in row[1:]:
+        axes.sharex(row[0])
+        axes.sharey(row[0])
+    for method, axes in zip(methods, row, strict=True):
+        for i, (size, of) in enumerate(rows.items()):
+            if any(row["method"] == method for row in of):
+                points = interference(of, method)
+                across, up = ([point[key] for point in points] for key in ("interference", "difference"))
+                axes.plot(
+                    across, up, MARKERS[i % len(MARKERS)], color=COLORS[i % len(COLORS)], label=size, markersize=5
+                )
+        axes.axhline(0, color="0.3", linewidth=0.8)
+        axes.axvline(0, color="0.3", linewidth=0.8)
+        axes.set_title(method)
+    row[0].set_ylabel(f"loss minus that of {REFERENCE} (below 0 is better)")
+    figure.supxlabel(f"interference: loss of {REFERENCE} minus that of the bilingual model (nats per token)")
+    row[0].legend()
     return save(figure, path)

@@ -1,7 +1,8 @@
 """The methods of the comparison: which model each one trains, made from the same baseline."""
 
 import copy
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from peft import LoraConfig, get_peft_model
@@ -18,12 +19,16 @@ from .ffn_copies import ffn_copies
 
 UNTRAINED = ("baseline", "masks_only")
 PER_DIRECTION = ("bilingual", "fine_tune_single", "lora_per_pair")  # a model of its own for each direction
-METHODS = (
-    *("baseline", "fine_tune", "bilingual", "fine_tune_single", "ffn_copies"),
+EQUAL_SECONDS = "fine_tune_equal_seconds"
+MASKED = (  # with masks that are selected from the baseline's activations
     *("ours", "ours_enc", "ours_dec", "factorized", "delta", "low_rank", "masks_only"),
     *("random", "random_overlap", "wrong_pair", "group", "union"),
-    *("lora", "lora_per_pair", "adapter_lp", "adapter_fam"),
     *("general_specific", "specificity_1", "specificity_2"),
+)
+METHODS = (
+    *("baseline", "fine_tune", EQUAL_SECONDS, "bilingual", "fine_tune_single", "ffn_copies"),
+    *MASKED,
+    *("lora", "lora_per_pair", "adapter_lp", "adapter_fam"),
 )
 
 
@@ -44,13 +49,52 @@ class MethodArguments:
     )
 
 
+def seeds_of(words: Sequence[str]) -> dict[str, int]:
+    """Return `["fine_tune=3", "ours_k=0.9=1"]` as stage → number of seeds.
+
+    Raises:
+        ValueError: if a word has another form.
+    """
+    split = [word.rpartition("=") for word in words]
+    wrong = [word for word, (name, _, number) in zip(words, split, strict=True) if not name or not number.isdigit()]
+    if wrong:
+        raise ValueError(f"Expected method=number of seeds, such as fine_tune=3, got {' '.join(wrong)}.")
+    return {name: int(number) for name, _, number in split}
+
+
+def parse_method(stage: str, args: MethodArguments) -> tuple[str, MethodArguments]:
+    """Return the method that a stage runs, and its knobs.
+
+    A stage is named after its method, and after a knob's value where that is not the one of `args`: "ours_k=0.9" is
+    "ours" with k = 0.9.
+
+    Raises:
+        ValueError: if a value is given and there is no such method, knob or number.
+    """
+    stem, equals, value = stage.partition("=")
+    if not equals:
+        return stage, args
+    knobs = {each.name: type(each.default) for each in fields(args) if isinstance(each.default, int | float)}
+    for method in METHODS:
+        knob = stem.removeprefix(f"{method}_")
+        if knob in knobs and knob != stem:
+            try:
+                number: Any = knobs[knob](value)
+            except ValueError:
+                break
+            return method, replace(args, **{knob: number})
+    raise ValueError(
+        f"Expected a method with the value of a knob, such as ours_k=0.9, got {stage!r}. Knobs: {', '.join(knobs)}."
+    )
+
+
 def masks_of(
     method: str, counts: ActivationCounts, args: MethodArguments, pivot: str | None, seed: int
 ) -> NeuronMasks:
     """Return the masks of a method.
 
     Args:
-        method: one of METHODS that has masks.
+        method: one of MASKED.
         counts: activations of the baseline on validation data.
         args: settings of the methods.
         pivot: language whose two groups of directions "group" distinguishes.
@@ -104,7 +148,7 @@ def build_model(
         fresh.generation_config = copy.deepcopy(baseline.generation_config)
         return fresh
     model = copy.deepcopy(baseline)
-    if method in ("baseline", "fine_tune", "fine_tune_single"):
+    if method in ("baseline", "fine_tune", EQUAL_SECONDS, "fine_tune_single"):
         return model
     if method == "ffn_copies":
         return ffn_copies(model, counts.language_pairs, counts.source_tag)

@@ -6,6 +6,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from ..neurons.language_pairs import check_pairs, split_pair
 from .check import check_parallel, data_check_rows
 from .data import load_parallel
 from .data_files import FORMATS
@@ -41,12 +42,19 @@ class DataArguments:
     max_sentences: int | None = field(
         default=None, metadata={"help": "Maximum number of sentence pairs per direction."}
     )
+    train_sentences: list[str] = field(
+        default_factory=list, metadata={"help": "code=number: maximum of training sentence pairs with that language."}
+    )
+    document_column: str | None = field(
+        default=None,
+        metadata={"help": "Column such as 'GEN 1:1': training data is limited to whole documents (GEN 1)."},
+    )
     drop_faulty: bool = field(
         default=False, metadata={"help": "Drop what the data check finds, instead of reporting."}
     )
 
     def load(self, split: str, **changes: Any) -> dict[str, Dataset]:
-        """Load every direction of one split: "train" (up to `max_sentences`), "validation" or "test".
+        """Load every direction of one split: "train" (within its limits), "validation" or "test".
 
         Raises:
             ValueError: if the command line names no data for that split.
@@ -57,11 +65,11 @@ class DataArguments:
                 f"Pass the {split} data: --{split}_file FILE ({FORMATS}, or plain text as train.{{lang}}) or a "
                 "dataset on the Hub."
             )
-        limit = self.max_sentences if split == "train" else None
+        limits = {"max_sentences": self._limits(), "document_column": self.document_column} if split == "train" else {}
         options = {
             "split": as_mapping(self.splits).get(split, split),
             "columns": self.column_names,
-            "max_sentences": limit,
+            **limits,
             **changes,
         }
         return load_parallel(path, self.language_pairs, **options)
@@ -76,6 +84,16 @@ class DataArguments:
         held_out = [validation] + ([self.load("test")] if self.test_file is not None else [])
         train, checks = check_parallel(self.load("train"), held_out, drop=self.drop_faulty)
         return train, validation, data_check_rows(checks)
+
+    def _limits(self) -> dict[str, int]:
+        """Return pair → maximum of training sentence pairs, where there is one."""
+        of_language = {code: int(number) for code, number in as_mapping(self.train_sentences).items()}
+        limits = {}
+        for pair in check_pairs(self.language_pairs):
+            bounds = [self.max_sentences, *(of_language.get(code) for code in split_pair(pair))]
+            if any(bound is not None for bound in bounds):
+                limits[pair] = min(bound for bound in bounds if bound is not None)
+        return limits
 
     @property
     def column_names(self) -> dict[str, str]:

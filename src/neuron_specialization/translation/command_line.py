@@ -162,7 +162,7 @@ class _Parser(HfArgumentParser):
             if action.type is str and not is_json and _holds_boolean(value):
                 raise ValueError(f"{path}: quote the words of {name}; YAML reads no, on and yes as booleans.")
             if takes_list:
-                value = [f"{k}={v}" for k, v in value.items()] if isinstance(value, dict) else value
+                value = [f"{k}={_joined(v)}" for k, v in value.items()] if isinstance(value, dict) else value
                 words += [option, *map(str, value if isinstance(value, list) else [value])]
             else:
                 words.append(f"{option}={json.dumps(value) if is_json else value}")
@@ -174,8 +174,13 @@ class _Parser(HfArgumentParser):
 
 
 def _holds_boolean(value: Any) -> bool:
-    parts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else [value]
-    return any(isinstance(part, bool) for part in parts)
+    if isinstance(value, dict | list):
+        return any(_holds_boolean(part) for part in [*value, *(value.values() if isinstance(value, dict) else [])])
+    return isinstance(value, bool)
+
+
+def _joined(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _inherited(kind: Any) -> set[str]:

@@ -1,6 +1,7 @@
 """Parallel text: load any number of directions."""
 
 import glob
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -22,7 +23,8 @@ def load_parallel(
     *,
     split: str | None = None,
     columns: Mapping[str, str] | None = None,
-    max_sentences: int | None = None,
+    max_sentences: int | Mapping[str, int] | None = None,
+    document_column: str | None = None,
 ) -> dict[str, Dataset]:
     """Load parallel text with one column, or one file, per language.
 
@@ -46,7 +48,10 @@ def load_parallel(
         language_pairs: directions to load, such as ["en-de", "de-en"].
         split: rows to take where the file has a column "split", or the split of a dataset on the Hub.
         columns: language code → name of its column or file, where they differ.
-        max_sentences: take at most this many sentence pairs per direction, from the top.
+        max_sentences: take at most this many sentence pairs per direction, or pair → how many, from the top.
+        document_column: column that names a row's document and its place there, such as "GEN 1:1" in document "GEN 1".
+            Sentence pairs are then limited to whole documents, one at least, picked in an order that depends on their
+            names alone; so the documents of a smaller limit are among those of a larger one.
 
     Returns:
         pair → Dataset with columns "source" and "target". Rows where either side is missing (null, or an empty cell of
@@ -65,7 +70,8 @@ def load_parallel(
         key = (file, *sorted(names)) if "{lang}" in file else file
         if key not in files:
             files[key] = _read(file, split, names, quiet="{" in path)
-        loaded[pair] = _direction(files[key], pair, file, names, max_sentences)
+        limit = max_sentences.get(pair) if isinstance(max_sentences, Mapping) else max_sentences
+        loaded[pair] = _direction(files[key], pair, file, names, limit, document_column)
     if not loaded:
         raise ValueError("Expected at least one language pair to load, such as --language_pairs en-de de-en.")
     return loaded
@@ -107,8 +113,11 @@ def _rows_of_split(rows: Dataset, split: str | None, path: str) -> Dataset:
     return chosen
 
 
-def _direction(rows: Dataset, pair: str, path: str, names: list[str], limit: int | None) -> Dataset:
-    missing = [name for name in names if name not in rows.column_names]
+def _direction(
+    rows: Dataset, pair: str, path: str, names: list[str], limit: int | None, document_column: str | None
+) -> Dataset:
+    by_document = [document_column] if limit is not None and document_column is not None else []
+    missing = [name for name in [*names, *by_document] if name not in rows.column_names]
     if missing:
         raise ValueError(
             f"{path} has no column {' and no column '.join(map(repr, missing))} for {pair}; it has "
@@ -118,13 +127,29 @@ def _direction(rows: Dataset, pair: str, path: str, names: list[str], limit: int
         kind = getattr(rows.features[name], "dtype", type(rows.features[name]).__name__)
         if kind not in ("string", "large_string", "null"):
             raise ValueError(f"Column {name!r} of {path} holds {kind}, expected text (string).")
-    chosen = rows.select_columns(names).rename_columns(dict(zip(names, ("source", "target"), strict=True)))
+    chosen = rows.select_columns([*names, *by_document])
+    chosen = chosen.rename_columns(dict(zip(names, ("source", "target"), strict=True)))
     chosen = _where(chosen, ["source", "target"], lambda *sides: pc.and_(*map(pc.is_valid, sides)))
-    if limit is not None:
+    if by_document:
+        documents = [str(place).rpartition(":")[0] for place in chosen[by_document[0]]]
+        chosen = chosen.select(_whole_documents(documents, limit or 0)).select_columns(["source", "target"])
+    elif limit is not None:
         chosen = chosen.select(range(min(limit, len(chosen))))
     if not len(chosen):
         raise ValueError(f"{path} has no sentence pair for {pair}: no row has text on both sides.")
     return chosen
+
+
+def _whole_documents(documents: list[str], limit: int) -> list[int]:
+    """Return the rows of the first documents, in the order of their names' digests, that stay within a limit."""
+    sizes = Counter(documents)
+    taken: set[str] = set()
+    for name in sorted(sizes, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        if taken and sizes[name] > limit:
+            break
+        taken.add(name)
+        limit -= sizes[name]
+    return [i for i, name in enumerate(documents) if name in taken]
 
 
 def _where(rows: Dataset, columns: list[str], condition: Callable[..., pa.BooleanArray]) -> Dataset:

@@ -24,9 +24,17 @@ _TRAINING_COLUMNS = (
 )  # fmt: skip
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return rows (column → value) as a Markdown table."""
-    return tabulate(rows, headers="keys", tablefmt="github", floatfmt=".2f")
+def table(rows: Sequence[Mapping[str, Any]], decimals: int = 2) -> str:
+    """Return rows (column → value) as a Markdown table, losses and p-values with four decimals, others with fewer."""
+    columns = dict.fromkeys(column for row in rows for column in row)
+    formats = {column: f".{4 if 'loss' in column or column == 'p' else decimals}f" for column in columns}
+    # a column that also holds words would be printed as it is, with all digits
+    mixed = {column for row in rows for column, value in row.items() if isinstance(value, str)}
+    shown = [
+        {c: format(v, formats[c]) if c in mixed and isinstance(v, float) else v for c, v in row.items()}
+        for row in rows
+    ]
+    return tabulate(shown, headers="keys", tablefmt="github", floatfmt=list(formats.values()))
 
 
 def check_results(directory: str | Path, name: str = "results.json") -> None:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,24 @@ def digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     return hashed.hexdigest()[:16]
 
 
+def training_of(checkpoint: str | Path) -> dict[str, int | None] | None:
+    """Return the "updates" of the run that made a checkpoint, its "max_steps" and its "patience"; None if unknown.
+
+    Args:
+        checkpoint: directory of the model; `run.json`, or the recipe's `results.json`, stands beside it.
+    """
+    run = _read_json(Path(checkpoint).parent / RUN_FILE) or {}
+    if run.get("result") is not None:
+        settings, updates = run["depends_on"], run["result"]["updates"]
+    else:
+        results = _read_json(Path(checkpoint).parent / "results.json") or {}
+        settings = {name: value for part in results.get("arguments", []) for name, value in part.items()}
+        updates = results.get("updates")
+    if updates is None or "max_steps" not in settings:
+        return None
+    return {"updates": updates, "max_steps": settings["max_steps"], "patience": settings.get("patience")}
+
+
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     return [f"{name} was {_shown(before.get(name))}, now {_shown(now.get(name))}" for name in names]
@@ -170,11 +189,16 @@ def _shown(value: Any) -> str:
 
 
 class MarkComplete(TrainerCallback):
-    """Mark a checkpoint once every process has written its part; only marked ones are resumed from."""
+    """Mark a checkpoint once every process has written its part; only marked ones are resumed from.
+
+    The marker records the seconds spent on the run so far, so that those of a resumed run add up.
+    """
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._before = seconds_until(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+        self._began = time.perf_counter()
         best = Path(str(args.output_dir)) / f"checkpoint-{state.best_global_step}"
         if state.best_global_step and best.is_dir():
             state.best_model_checkpoint = str(best)  # the directory may have been moved since
@@ -183,8 +207,15 @@ class MarkComplete(TrainerCallback):
         this_process().wait_for_everyone()
         checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and checkpoint.is_dir():
-            marker = {"global_step": state.global_step, "bytes": _file_sizes(checkpoint)}
+            seconds = self._before + time.perf_counter() - self._began
+            marker = {"global_step": state.global_step, "seconds": seconds, "bytes": _file_sizes(checkpoint)}
             _write_json(checkpoint / COMPLETE_MARKER, marker)
+
+
+def seconds_until(checkpoint: str | Path | None) -> float:
+    """Return the seconds of training that a checkpoint took; 0 without one, or where it does not say."""
+    marker = None if checkpoint is None else _read_json(Path(checkpoint) / COMPLETE_MARKER)
+    return (marker or {}).get("seconds", 0.0)
 
 
 def last_complete_checkpoint(output_dir: str) -> str | None:

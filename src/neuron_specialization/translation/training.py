@@ -21,7 +21,7 @@ from ..neurons.base_model import number_of_positions, unwrap
 from ..neurons.files import begin_writing, check_not_input, check_replaceable, finish_writing, partial_folder
 from .encoding import encode_parallel
 from .processes import this_process
-from .runs import Run, discard_run, load_trained, run_dependencies
+from .runs import Run, discard_run, load_trained, run_dependencies, seconds_until
 from .tokenization import resolve_tokens
 from .trainer import SpecializationTrainer, SpecializationTrainingArguments
 
@@ -60,9 +60,9 @@ def fit(
         max_length: truncate training text to this many tokens, or to the model's positions if there are fewer.
 
     Returns:
-        The Trainer's metrics, with "updates", "base_validation_loss" and (under masks) "masked_validation_loss" before
-        the first update, "best_validation_loss", the log of losses, where it was "saved", and whether the run had
-        "finished_before".
+        The Trainer's metrics ("train_runtime" summed over the pieces of a resumed run), with "updates",
+        "base_validation_loss" and (under masks) "masked_validation_loss" before the first update,
+        "best_validation_loss", the log of losses, where it was "saved", and whether the run had "finished_before".
 
     Raises:
         ValueError: if the data, the masks or the settings do not fit together, or the output directory holds a run
@@ -114,11 +114,13 @@ def _train(trainer: SpecializationTrainer, run: Run, directory: Path, overwrite:
     run.write()
     if run.checkpoint is not None:
         this_process().print(f"resuming from step {run.checkpoint.rpartition('-')[2]}", flush=True)
+    seconds_before = seconds_until(run.checkpoint)
     trained = trainer.train(resume_from_checkpoint=run.checkpoint)
     save_whole(trainer, directory, overwrite)
     run.result = {
         "saved": str(directory),
         **trained.metrics,
+        "train_runtime": seconds_before + trained.metrics["train_runtime"],
         "updates": trainer.state.global_step,
         **run.initial_losses,
         "best_validation_loss": trainer.state.best_metric,
