@@ -8,6 +8,9 @@ accelerate launch --quiet recipes/compare_methods.py --config recipes/configs/co
 stages that exist. Finished stages are skipped and interrupted ones resume, so that the directory can be filled step by
 step, and on several machines. Zero-shot directions (`--zero_shot_pairs`) are scored after the stages, from the models
 that they kept; `--zero_shot_only true` runs no stage before that.
+
+`knobs: {ours_k: [0.9, 0.95, 0.98], lass_alpha: [0.3, 0.5, 0.7]}` in the configuration chooses a method's own knob on
+validation data, as `learning_rates` does its learning rate. For larger models, fix what a small one has chosen.
 """
 
 from dataclasses import dataclass, field, replace
@@ -19,8 +22,10 @@ from neuron_specialization.analysis.budget import budget_facts
 from neuron_specialization.analysis.comparison import headroom, premise
 from neuron_specialization.analysis.comparison_report import comparison_tables, directions_tested, draw
 from neuron_specialization.analysis.comparison_tables import usable_rows
+from neuron_specialization.baselines.collected import collect
 from neuron_specialization.baselines.methods import MethodArguments, seeds_of
-from neuron_specialization.baselines.stages import Comparison, StageArguments, collect
+from neuron_specialization.baselines.models import StageArguments
+from neuron_specialization.baselines.stages import Comparison
 from neuron_specialization.baselines.zero_shot import ZeroShot, ZeroShotArguments, collect_zero_shot
 from neuron_specialization.translation.arguments import DataArguments, ModelArguments, as_mapping
 from neuron_specialization.translation.checkpoints import load_checkpoint

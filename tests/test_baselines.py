@@ -9,21 +9,26 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import get_peft_model
+from safetensors.torch import load_file
 
 import neuron_specialization as ns
 from neuron_specialization.baselines.bottleneck import bottleneck_adapters
+from neuron_specialization.baselines.collected import collect
 from neuron_specialization.baselines.ffn_copies import ffn_copies
 from neuron_specialization.baselines.methods import (
     EQUAL_SECONDS,
+    IDENTIFIED_BY,
     METHODS,
     PER_DIRECTION,
     MethodArguments,
     build_model,
+    knob_grids,
     masks_of,
     parse_method,
     seeds_of,
 )
-from neuron_specialization.baselines.stages import PART, SETTINGS, Comparison, StageArguments, collect
+from neuron_specialization.baselines.models import StageArguments
+from neuron_specialization.baselines.stages import PART, SETTINGS, Comparison
 from neuron_specialization.translation.results import write_results
 from neuron_specialization.translation.token_loss import token_losses
 from neuron_specialization.translation.training import fit
@@ -130,8 +135,7 @@ def test_token_losses_leave_the_language_tag_out(toy_model, toy_tokenizer, toy_d
     assert losses["d"]["Pv-Aa"] != pytest.approx(losses["m"]["Pv-Aa"], rel=1e-4), "the second ran under its masks"
 
 
-PEERS = ("lora", "lora_per_pair", "adapter_lp", "adapter_fam")
-KINDS = ("baseline", "bilingual", "ffn_copies", "ours", "delta", "masks_only", "lora")
+KINDS = ("baseline", "bilingual", "ffn_copies", "ours", "delta", "masks_only", "taylor", "lora")
 
 
 @pytest.mark.parametrize("method", KINDS)
@@ -143,11 +147,9 @@ def test_every_kind_of_method_runs_as_a_stage(method, comparison):
     assert stage["status"] == "done" and stage["parts"] == (4 if method in PER_DIRECTION else 1)
     expected = {"bilingual": 12, "fine_tune_single": 8, "baseline": 0, "masks_only": 0}.get(method, 3)
     assert stage["updates"] == expected
-    assert (stage["identification_seconds"] > 0) == (method in ("ours", "delta", "masks_only"))
+    assert (stage["identification_seconds"] > 0) == (method in IDENTIFIED_BY)
     masked = stage["kept"] is not None
-    assert masked == (method in ("ours", "delta", "masks_only", "ffn_copies")) and (
-        not masked or 0 < stage["kept"] < 1
-    )
+    assert masked == (method in (*IDENTIFIED_BY, "ffn_copies")) and (not masked or 0 < stage["kept"] < 1)
     rows = {row["direction"]: row for row in found["rows"]}
     assert all(row["loss"] > 0 and 0 <= row["chrf++"] <= 100 for row in rows.values())
     assert not list(comparison.directory.rglob("checkpoint-*")), "no optimizer states are left"
@@ -157,9 +159,8 @@ def test_every_kind_of_method_runs_as_a_stage(method, comparison):
 
 def test_masks_differ_between_methods_as_they_should(counts):
     args = MethodArguments(k=0.5, exchange=["Aa=Ba", "Ba=Aa"])
-    masks = {
-        name: masks_of(name, counts, args, "Pv", 0) for name in METHODS[METHODS.index("ours") :] if name not in PEERS
-    }
+    selected = [name for name, measure in IDENTIFIED_BY.items() if measure == "activity"]
+    masks = {name: masks_of(name, counts, args, "Pv", 0) for name in selected}
     ours = masks["ours"]
     decoder = [name for name, stack in ours.stacks.items() if stack == "decoder"]
     for pair in TOY_PAIRS:
@@ -172,6 +173,8 @@ def test_masks_differ_between_methods_as_they_should(counts):
         masks_of("group", counts, args, None, 0)
     with pytest.raises(ValueError, match="no method 'lass'"):
         masks_of("lass", counts, args, None, 0)
+    with pytest.raises(ValueError, match="taylor is identified by attribution, but got activity"):
+        masks_of("taylor", counts, args, None, 0)
 
 
 def test_a_stage_that_is_done_is_skipped_and_a_failed_one_is_reported_and_tried_again(comparison):
@@ -272,12 +275,78 @@ def test_the_learning_rate_is_the_best_of_trials_that_never_saw_the_test_set(com
     comparison.stage.learning_rates = [1e-6, 1e-2]
     comparison.training.max_steps = 12
     comparison.data["test"].clear()
-    assert comparison.learning_rate("fine_tune") == 1e-2
+    assert comparison.setting("fine_tune").learning_rate == 1e-2
     trials = collect(comparison.directory)["trials"]
     assert {trial["learning_rate"] for trial in trials} == {1e-2, 1e-6}
     comparison.stage.scratch_learning_rates = [1e-3]
-    assert comparison.learning_rate("bilingual") == 1e-3, "one rate needs no trial"
+    assert comparison.setting("bilingual").learning_rate == 1e-3, "one rate needs no trial"
+    assert comparison.setting("masks_only").learning_rate is None
     assert len(collect(comparison.directory)["trials"]) == 2
+
+
+def test_a_knob_is_the_best_of_trials_at_the_best_learning_rate(comparison):
+    """Controls share the k of ours, and ask for no trial of their own."""
+    comparison.grids = knob_grids(["ours_k=[0.02, 0.5, 0.9]"])
+    comparison.stage.learning_rates = [1e-6, 1e-2]
+    comparison.training.max_steps = 12
+    comparison.data["test"].clear()
+    chosen = comparison.setting("ours")
+    trials = collect(comparison.directory)["trials"]
+    tried = {(trial["learning_rate"], trial["knobs"].get("k", 0.5)): trial["validation_loss"] for trial in trials}
+    assert set(tried) == {(1e-6, 0.5), (1e-2, 0.5), (1e-2, 0.02), (1e-2, 0.9)}, "k = 0.5 was tried already"
+    assert tried[1e-2, 0.5] < tried[1e-6, 0.5]
+    k = min((0.02, 0.5, 0.9), key=lambda k: tried[1e-2, k])
+    assert (chosen.learning_rate, chosen.knobs.k) == (1e-2, k)
+    comparison.stage.learning_rates = [1e-2]
+    assert {comparison.setting(method).knobs.k for method in ("random_overlap", "masks_only", "gradual")} == {k}
+    assert comparison.setting("random_overlap_k=0.3").knobs.k == 0.3
+    assert comparison.setting("general_specific").knobs.k == 0.5, "it is none of those made from ours"
+    assert len(collect(comparison.directory)["trials"]) == 4
+
+
+def test_the_words_of_a_grid_are_checked():
+    assert knob_grids(["ours_k=[0.9, 0.95]", "low_rank_r=[4, 8]"]) == {
+        "ours": {"k": [0.9, 0.95]},
+        "low_rank": {"r": [4, 8]},
+    }
+    for wrong in ("ours_q=[1]", "k=[1]", "ours_k=[high]", "low_rank_r=[2.5]", "ours_k=[]", "masks_only_k=[0.5, 0.6]"):
+        with pytest.raises(ValueError, match="such as ours_k|is not trained"):
+            knob_grids([wrong])
+
+
+def test_lass_is_identified_once_for_all_values_of_alpha(toy_model, toy_tokenizer, toy_data, tmp_path):
+    pairs = ["Pv-Aa", "Aa-Pv"]
+    data = {split: {pair: of[pair] for pair in pairs} for split, of in toy_data.items()}
+    comparison = make_comparison(toy_model, toy_tokenizer, data, tmp_path)
+    comparison.grids = knob_grids(["lass_alpha=[0.3, 0.7]"])
+    assert comparison.run("lass", 0)
+    found = collect(comparison.directory)
+    (stage,) = found["stages"]
+    assert stage["status"] == "done" and stage["knobs"]["alpha"] in (0.3, 0.7)
+    folder = comparison.directory / "identification" / "weights"
+    runs = {pair: folder / pair / "run.json" for pair in pairs}
+    results = {pair: json.loads(path.read_text())["result"] for pair, path in runs.items()}
+    assert all(result["updates"] == comparison.stage.single_updates for result in results.values())
+    seconds = sum(result["train_runtime"] for result in results.values())
+    assert stage["identification_seconds"] == pytest.approx(seconds), "the fine-tuning of each direction is counted"
+    masks = load_file(folder / f"masks-{stage['knobs']['alpha']:g}.safetensors")
+    matrices = [m for m in comparison.baseline.model.modules() if isinstance(m, torch.nn.Linear)]
+    of_a_pair = sum(m.out_features * -(-m.in_features // 8) for m in matrices)
+    assert stage["mask_bytes"] == sum(packed.numel() for packed in masks.values()) == len(pairs) * of_a_pair
+    assert {path.name for path in folder.glob("masks-*")} == {"masks-0.3.safetensors", "masks-0.7.safetensors"}
+    trained = runs["Pv-Aa"].stat().st_mtime_ns
+    comparison.weight_masks(0.5)
+    assert runs["Pv-Aa"].stat().st_mtime_ns == trained, "another alpha needs no other fine-tuning"
+    assert not list(comparison.directory.rglob("checkpoint-*"))
+    scored = token_losses(comparison.final_model("lass", 0), comparison.tokenizer, comparison.data["test"])
+    assert scored == pytest.approx({row["direction"]: row["loss"] for row in found["rows"]}, rel=1e-5)
+
+
+def test_a_gradual_stage_ends_with_the_masks_of_ours(comparison):
+    assert comparison.run("gradual", 0)
+    masks = ns.NeuronMasks.from_pretrained(comparison.directory / "gradual" / "seed-0" / "adapter")
+    ours = ns.CumulativeThreshold(comparison.method.k).select(comparison.counts())
+    assert all(rows.equal(ours.rows[name]) for name, rows in masks.rows.items())
 
 
 def test_every_method_builds_a_model_that_runs(counts, toy_model, toy_tokenizer, toy_data):
@@ -285,9 +354,12 @@ def test_every_method_builds_a_model_that_runs(counts, toy_model, toy_tokenizer,
     args = MethodArguments(k=0.5, exchange=["Aa=Ba", "Ba=Aa"], families=families, adapter_width=4)
     rows = {"Pv-Aa": toy_data["test"]["Pv-Aa"].select(range(2))}
     before = {name: weight.clone() for name, weight in toy_model.state_dict().items()}
+    attribution = ns.record_corpus(toy_model, toy_tokenizer, toy_data["validation"], measure="attribution")
     for method in METHODS:
-        model = build_model(method, toy_model, counts, args, "Pv", 0)
-        assert token_losses(model, toy_tokenizer, rows)["Pv-Aa"] > 0, method
+        if method != "lass":  # its masks are of weights: tests/test_lass.py
+            found = attribution if method == "taylor" else counts
+            model = build_model(method, toy_model, found, args, "Pv", 0)
+            assert token_losses(model, toy_tokenizer, rows)["Pv-Aa"] > 0, method
     assert all(weight.equal(before[name]) for name, weight in toy_model.state_dict().items()), "the baseline is copied"
 
 

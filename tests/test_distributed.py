@@ -22,7 +22,7 @@ FSDP2 = ["--config_file", str(ROOT / "recipes" / "accelerate" / "fsdp2.yaml"), "
 DDP, ONE = launch_options(2), launch_options(1)
 
 
-MODES = ["delta", "low_rank", "full", "dense"]
+MODES = ["delta", "low_rank", "full", "gradual", "dense"]
 
 
 def start(launch, checkpoint, data, masks, modes, output, *options, validation="none", cut_off_after=None) -> None:

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from transformers.trainer import DEFAULT_CALLBACKS
 
 import neuron_specialization as ns
+from neuron_specialization.baselines.gradual import GradualMasks, gradual
 from neuron_specialization.translation import loss
 from neuron_specialization.translation.checkpoints import load_checkpoint
 from neuron_specialization.translation.command_line import parse
@@ -79,10 +80,15 @@ def main() -> None:
         torch.manual_seed(0)
         model, tokenizer = load_checkpoint(checkpoint)
         model = model.double()
-        if mode != "dense":
+        train, callbacks = load_parallel(data, PAIRS), []
+        if mode == "gradual":
+            counts = ns.record_corpus(model, tokenizer, train)
+            model = gradual(model, counts, k=0.3)
+            callbacks.append(GradualMasks(model, counts, k=0.3))
+        elif mode != "dense":
             config = ns.NeuronSpecializationConfig(masks=masks, trainable=mode, task_type="SEQ_2_SEQ_LM")
             model = get_peft_model(model, config, autocast_adapter_dtype=False).double()
-        fit(model, tokenizer, load_parallel(data, PAIRS), held_out, args)
+        fit(model, tokenizer, train, held_out, args, callbacks=callbacks)
         if sharded:
             assert any(isinstance(parameter, DTensor) for parameter in model.parameters()), "nothing was sharded"
         own_files = sorted(path for path in written if Path(path).is_relative_to(args.output_dir))

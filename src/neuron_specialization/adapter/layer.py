@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from torch.nn import functional as F
 
-from ..neurons.adapter_file import DELTA, DELTA_A, DELTA_B, MASK, unpack_rows
+from ..neurons.adapter_file import DELTA, DELTA_A, DELTA_B, MASK, pack_rows, unpack_rows
 from . import frozen_rows
 from .call import Call, innermost_call
 from .compact import CompactBlock, CompactWeights
@@ -87,6 +87,11 @@ class NeuronSpecializationLayer(BaseTunerLayer):
         if self.trains_base:  # such an adapter is the only one
             self.trains_base = False
             frozen_rows.release(self)
+
+    def replace_mask(self, adapter_name: str, rows: torch.Tensor) -> None:
+        """Replace an adapter's mask rows, bool [rows, d_ff], by others of the same shape."""
+        packed = self.neuron_specialization_mask[adapter_name]
+        packed.copy_(pack_rows(rows))  # in place: what was looked up of the old rows knows by the tensor's version
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.neuron_specialization_mask.keys())

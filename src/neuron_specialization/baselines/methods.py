@@ -8,7 +8,7 @@ from typing import Any
 from peft import LoraConfig, get_peft_model
 
 from ..adapter.config import NeuronSpecializationConfig
-from ..neurons.activations import ActivationCounts
+from ..neurons.activations import ACTIVITY, ATTRIBUTION, ActivationCounts
 from ..neurons.controls import Pooled, RandomOverlap, WrongPair
 from ..neurons.masks import NeuronMasks
 from ..neurons.selection import CumulativeThreshold, RandomMatched
@@ -16,20 +16,27 @@ from ..neurons.specificity import GeneralSpecific, Specificity
 from ..translation.arguments import as_mapping
 from .bottleneck import bottleneck_adapters
 from .ffn_copies import ffn_copies
+from .gradual import gradual
 
 UNTRAINED = ("baseline", "masks_only")
 PER_DIRECTION = ("bilingual", "fine_tune_single", "lora_per_pair")  # a model of its own for each direction
 EQUAL_SECONDS = "fine_tune_equal_seconds"
-MASKED = (  # with masks that are selected from the baseline's activations
-    *("ours", "ours_enc", "ours_dec", "factorized", "delta", "low_rank", "masks_only"),
+# masks of ours, or made from them: these methods share its knobs
+OURS = (
+    *("ours", "ours_enc", "ours_dec", "factorized", "delta", "low_rank", "masks_only", "gradual"),
     *("random", "random_overlap", "wrong_pair", "group", "union"),
-    *("general_specific", "specificity_1", "specificity_2"),
 )
 METHODS = (
-    *("baseline", "fine_tune", EQUAL_SECONDS, "bilingual", "fine_tune_single", "ffn_copies"),
-    *MASKED,
-    *("lora", "lora_per_pair", "adapter_lp", "adapter_fam"),
+    *("baseline", "fine_tune", EQUAL_SECONDS, "bilingual", "fine_tune_single", "ffn_copies", *OURS),
+    *("lora", "lora_per_pair", "adapter_lp", "adapter_fam", "lass"),
+    *("general_specific", "specificity_1", "specificity_2", "taylor"),
 )
+WEIGHTS = "weights"
+# what masks are made from: a measure of the baseline's neurons, or the weights of fine-tuned models
+IDENTIFIED_BY = {
+    **dict.fromkeys((*OURS, "general_specific", "specificity_1", "specificity_2"), ACTIVITY),
+    **{"taylor": ATTRIBUTION, "lass": WEIGHTS},
+}
 
 
 @dataclass
@@ -39,6 +46,7 @@ class MethodArguments:
     k: float = field(default=0.95, metadata={"help": "Share of activations that the kept neurons make up."})
     rho: float = field(default=0.7, metadata={"help": "Share of general neurons in general_specific."})
     kappa: float = field(default=0.9, metadata={"help": "Threshold of specific neurons in general_specific."})
+    alpha: float = field(default=0.5, metadata={"help": "Share of each matrix that lass prunes."})
     r: int = field(default=8, metadata={"help": "Rank of low_rank and lora."})
     adapter_width: int = field(
         default=64, metadata={"help": "Neurons of a bottleneck adapter in adapter_lp and _fam."}
@@ -47,6 +55,10 @@ class MethodArguments:
     exchange: list[str] = field(
         default_factory=list, metadata={"help": "code=code: whose masks a language gets in wrong_pair."}
     )
+
+
+_KNOBS = {each.name: type(each.default) for each in fields(MethodArguments) if isinstance(each.default, int | float)}
+_KNOWN_KNOBS = f"Knobs: {', '.join(_KNOBS)}."
 
 
 def seeds_of(words: Sequence[str]) -> dict[str, int]:
@@ -74,18 +86,39 @@ def parse_method(stage: str, args: MethodArguments) -> tuple[str, MethodArgument
     stem, equals, value = stage.partition("=")
     if not equals:
         return stage, args
-    knobs = {each.name: type(each.default) for each in fields(args) if isinstance(each.default, int | float)}
+    method, knob = _method_and_knob(stem)
+    return method, replace(args, **{knob: _number(knob, value)})
+
+
+def knob_grids(words: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
+    """Return `["ours_k=[0.9, 0.95]"]` as `{"ours": {"k": [0.9, 0.95]}}`: the values to try of a method's knobs.
+
+    Raises:
+        ValueError: if there is no such method, knob or number, or the method is not trained, so that none is better.
+    """
+    grids: dict[str, dict[str, list[Any]]] = {}
+    for stem, values in as_mapping(words).items():
+        method, knob = _method_and_knob(stem)
+        if method in UNTRAINED:
+            raise ValueError(f"{method} is not trained, so no value of {knob} can be chosen for it.")
+        grids.setdefault(method, {})[knob] = [_number(knob, value) for value in values.strip("[]").split(",")]
+    return grids
+
+
+def _method_and_knob(stem: str) -> tuple[str, str]:
+    """Split "ours_k" into "ours" and "k"."""
     for method in METHODS:
         knob = stem.removeprefix(f"{method}_")
-        if knob in knobs and knob != stem:
-            try:
-                number: Any = knobs[knob](value)
-            except ValueError:
-                break
-            return method, replace(args, **{knob: number})
-    raise ValueError(
-        f"Expected a method with the value of a knob, such as ours_k=0.9, got {stage!r}. Knobs: {', '.join(knobs)}."
-    )
+        if knob in _KNOBS and knob != stem:
+            return method, knob
+    raise ValueError(f"Expected a method and one of its knobs, such as ours_k=0.9, got {stem!r}. {_KNOWN_KNOBS}")
+
+
+def _number(knob: str, text: str) -> Any:
+    try:
+        return _KNOBS[knob](text)
+    except ValueError:
+        raise ValueError(f"Expected a number for {knob}, such as ours_k=0.9, got {text!r}. {_KNOWN_KNOBS}") from None
 
 
 def masks_of(
@@ -94,18 +127,21 @@ def masks_of(
     """Return the masks of a method.
 
     Args:
-        method: one of MASKED.
-        counts: activations of the baseline on validation data.
+        method: one of METHODS that has masks of neurons.
+        counts: activity or attribution of the baseline on validation data, as IDENTIFIED_BY says.
         args: settings of the methods.
         pivot: language whose two groups of directions "group" distinguishes.
         seed: of the random controls.
 
     Raises:
-        ValueError: if the method is unknown or has no masks, or if 'group' is given no pivot.
+        ValueError: if the method is unknown or has no such masks, if it needs the other measure, or if 'group' is
+            given no pivot.
     """
+    if IDENTIFIED_BY.get(method, counts.measure) not in (counts.measure, WEIGHTS):
+        raise ValueError(f"{method} is identified by {IDENTIFIED_BY[method]}, but got {counts.measure}.")
     ours = CumulativeThreshold(args.k).select(counts)
     match method:
-        case "ours" | "delta" | "low_rank" | "masks_only":
+        case "ours" | "delta" | "low_rank" | "masks_only" | "gradual" | "taylor":
             return ours
         case "ours_enc" | "ours_dec":
             return ours.only("encoder" if method == "ours_enc" else "decoder")
@@ -127,7 +163,7 @@ def masks_of(
             return GeneralSpecific(args.rho, args.kappa).select(counts)
         case "specificity_1" | "specificity_2":
             return Specificity(args.k, gamma=int(method[-1])).select(counts)
-    raise ValueError(f"There is no method {method!r} with masks. Known methods: {', '.join(METHODS)}.")
+    raise ValueError(f"There is no method {method!r} with masks of neurons. Known methods: {', '.join(METHODS)}.")
 
 
 def build_model(
@@ -136,9 +172,9 @@ def build_model(
     """Return the model that a method trains, or scores as it is: a copy of the baseline and what the method adds.
 
     Args:
-        method: one of METHODS.
+        method: one of METHODS but "lass", whose masks are not of neurons (see `baselines.lass`).
         baseline: the multilingual model that all methods start from; "bilingual" takes its architecture only.
-        counts: activations of the baseline on validation data.
+        counts: see `masks_of`.
         args: settings of the methods.
         pivot: see `masks_of`.
         seed: of the random controls. Models that start from scratch are drawn from torch's random state.
@@ -158,6 +194,8 @@ def build_model(
     if method in ("lora", "lora_per_pair"):
         lora = LoraConfig(r=args.r, lora_alpha=2 * args.r, target_modules="all-linear", task_type="SEQ_2_SEQ_LM")
         return get_peft_model(model, lora)
+    if method == "gradual":
+        return gradual(model, counts, args.k)
     config = NeuronSpecializationConfig(
         masks=masks_of(method, counts, args, pivot, seed),
         trainable={"masks_only": "none", "delta": "delta", "low_rank": "low_rank"}.get(method, "full"),

@@ -1,6 +1,6 @@
 """Training runs: `fit` tokenizes, trains, resumes and saves."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ def fit(
     language_tokens: Mapping[str, str] | None = None,
     source_tag: str = "source",
     max_length: int = 128,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
     """Train `model` on every direction of `train`, resuming from the newest complete checkpoint if there is one.
 
@@ -58,6 +59,7 @@ def fit(
         language_tokens: language code → language token, where codes are not tokens themselves.
         source_tag: what the tag on the source side names.
         max_length: truncate training text to this many tokens, or to the model's positions if there are fewer.
+        callbacks: further ones for the Trainer. What they change must follow from what the run depends on.
 
     Returns:
         The Trainer's metrics ("train_runtime" summed over the pieces of a resumed run), with "updates",
@@ -97,6 +99,8 @@ def fit(
         load_trained(model, run.result["saved"])
         return {**run.result, "finished_before": True}
     trainer = SpecializationTrainer(model, args, tokenizer, data["training data"], data.get("validation data"), pairs)
+    for callback in callbacks:
+        trainer.add_callback(callback)
     return {**_train(trainer, run, directory, overwrite), "finished_before": False}
 
 

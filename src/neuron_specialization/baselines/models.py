@@ -1,0 +1,308 @@
+"""The models of a comparison: made from one baseline, and trained on the same data under the same budget."""
+
+import copy
+import json
+import math
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import TrainerCallback, set_seed
+
+from ..adapter.active import active_config
+from ..neurons.activations import ACTIVITY, ActivationCounts
+from ..neurons.adapter_file import MASK
+from ..translation.identification import record_corpus
+from ..translation.results import write_results
+from ..translation.token_loss import token_losses
+from ..translation.trainer import SpecializationTrainingArguments
+from ..translation.training import fit
+from . import lass
+from .gradual import GradualMasks
+from .methods import (
+    EQUAL_SECONDS,
+    IDENTIFIED_BY,
+    OURS,
+    PER_DIRECTION,
+    UNTRAINED,
+    WEIGHTS,
+    MethodArguments,
+    build_model,
+    knob_grids,
+    parse_method,
+)
+
+
+@dataclass
+class StageArguments:
+    """What is compared, and with which budget; the Trainer's `max_steps` is the number of updates of joint methods."""
+
+    methods: list[str] = field(
+        default_factory=list, metadata={"help": "method=number of seeds, or with a knob's value: ours_k=0.9=1."}
+    )
+    learning_rates: list[float] = field(
+        default_factory=lambda: [3e-4], metadata={"help": "Tried by each trained method for a third of the updates."}
+    )
+    scratch_learning_rates: list[float] = field(
+        default_factory=lambda: [1e-3], metadata={"help": "The same, for models trained from scratch."}
+    )
+    single_updates: int = field(default=1000, metadata={"help": "Updates of a model or LoRA of one direction."})
+    bilingual_updates: int = field(default=5000, metadata={"help": "Updates of a bilingual model from scratch."})
+    knobs: list[str] = field(
+        default_factory=list, metadata={"help": "Values to try of a method's knobs: ours_k=[0.9, 0.95, 0.98]."}
+    )
+    tuning_directions: int = field(
+        default=2, metadata={"help": "Directions to tune on, for methods with a model per direction."}
+    )
+    evaluations: int = field(default=5, metadata={"help": "Evaluations in a run, the best of which is kept."})
+    num_beams: int = field(default=5, metadata={"help": "Beams on the test set."})
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a stage is trained with: its learning rate, None where nothing is trained, and the knobs of its method."""
+
+    learning_rate: float | None
+    knobs: MethodArguments
+
+
+@dataclass
+class Models:
+    """Makes, tunes and trains the model of every stage.
+
+    Attributes:
+        baseline: the multilingual model that all start from.
+        tokenizer: its tokenizer.
+        data: "train", "validation", "test" → pair → Dataset with columns "source" and "target".
+        stage: the budget.
+        method: settings of the methods.
+        training: arguments of the Trainer; each run sets the output directory, seed, updates and learning rate itself.
+        language_tokens: language code → language token.
+        source_tag: what the tag on the source side names.
+        pivot: language of the one-to-many and many-to-one groups.
+        max_length: truncate training text to this many tokens.
+
+    Raises:
+        ValueError: if a grid of knobs is malformed.
+    """
+
+    baseline: Any
+    tokenizer: Any
+    data: Mapping[str, Mapping[str, Dataset]]
+    stage: StageArguments
+    method: MethodArguments
+    training: SpecializationTrainingArguments
+    language_tokens: Mapping[str, str] | None = None
+    source_tag: str = "source"
+    pivot: str | None = None
+    max_length: int = 128
+
+    def __post_init__(self) -> None:
+        self.directory = Path(str(self.training.output_dir))
+        self.language_pairs = list(self.data["train"])
+        self.grids = knob_grids(self.stage.knobs)
+
+    def setting(self, method: str) -> Setting:
+        """Return what a stage is trained with: what gave the lowest validation loss after a third of the updates.
+
+        Learning rates are tried first, then the values of each knob that the comparison lists for the method, one knob
+        after the other, all with seed 0. Methods with masks made from those of "ours" share its knobs. A knob's value
+        in the stage's name is not tuned. Where there is one value, none is tried. Trials never see test data, and
+        their results are kept beside the stages. "fine_tune_equal_seconds" is trained as "fine_tune" is.
+        """
+        kind = self.kind(method)
+        if kind == EQUAL_SECONDS:
+            return self.setting("fine_tune")
+        shares = kind in OURS and kind != "ours" and "ours" in self.grids
+        knobs = parse_method(method, self.setting("ours").knobs if shares else self.method)[1]
+        if kind in UNTRAINED:
+            return Setting(None, knobs)
+        rates = self.stage.scratch_learning_rates if kind == "bilingual" else self.stage.learning_rates
+        best = self._best(method, [Setting(rate, knobs) for rate in rates])
+        for name, values in self.grids.get(method, {}).items():
+            tried = [Setting(best.learning_rate, replace(best.knobs, **{name: value})) for value in values]
+            best = self._best(method, tried)
+        return best
+
+    def counts(self, measure: str = ACTIVITY) -> ActivationCounts:
+        """Return the baseline's activity or attribution on the validation data, recorded once for all methods."""
+        path = identification_folder(self.directory, measure) / "counts.safetensors"
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            started = time.perf_counter()
+            options = {"measure": measure, **self.convention()}
+            recorded = record_corpus(self.baseline, self.tokenizer, self.data["validation"], **options)
+            recorded.save(path)
+            write_results(path.parent, {"seconds": time.perf_counter() - started})
+        return ActivationCounts.load(path)
+
+    def weight_masks(self, alpha: float) -> dict[str, torch.Tensor]:
+        """Return the masks of LaSS for all pairs: matrix → uint8 [pairs, out, ceil(in / 8)].
+
+        They are made from models fine-tuned on one direction each, at the learning rate of "fine_tune_single" and left
+        at their best validation loss. These are trained once, for all values of alpha and all seeds.
+        """
+        directory = identification_folder(self.directory, WEIGHTS)
+        path = directory / f"masks-{alpha:g}.safetensors"
+        if not path.is_file():
+            rate: Any = self.setting("fine_tune_single").learning_rate
+            found, seconds = [], 0.0
+            for pair in self.language_pairs:
+                set_seed(0)
+                model = lass.for_fine_tuning(self.baseline)
+                spent = self.fit(model, [pair], 0, rate, self.stage.single_updates, directory / pair, accumulation=1)
+                remove_checkpoints(directory / pair)
+                found.append(lass.magnitude_masks(model, alpha))
+                seconds += spent["seconds"]
+            write_results(directory, {"seconds": seconds})
+            lass.save_masks(found, path)
+        return load_file(path)
+
+    def kind(self, method: str) -> str:
+        """Return the method without a knob's value."""
+        return parse_method(method, self.method)[0]
+
+    def per_direction(self, method: str) -> bool:
+        return self.kind(method) in PER_DIRECTION
+
+    def groups(self, method: str) -> list[list[str]]:
+        return [[pair] for pair in self.language_pairs] if self.per_direction(method) else [self.language_pairs]
+
+    def part_directory(self, directory: Path, method: str, pairs: Sequence[str]) -> Path:
+        return directory / pairs[0] if self.per_direction(method) else directory
+
+    def _best(self, method: str, settings: list[Setting]) -> Setting:
+        """Return the setting whose trial has the lowest validation loss; a single one needs no trial."""
+        return settings[0] if len(settings) == 1 else min(settings, key=lambda setting: self._trial(method, setting))
+
+    def _trial(self, method: str, setting: Setting) -> float:
+        """Return the mean validation loss over directions after a third of the updates."""
+        rate, knobs = setting.learning_rate, self._other_knobs(method, setting.knobs)
+        named = [f"{name}={value:g}" for name, value in knobs.items()]
+        directory = self.directory / method / "-".join(["trial", f"{rate:g}", *named])
+        if not (directory / "trial.json").is_file():
+            groups = self.groups(method)
+            if self.per_direction(method):
+                groups = groups[:: max(1, len(groups) // self.stage.tuning_directions)][: self.stage.tuning_directions]
+            losses: dict[str, float] = {}
+            for pairs in groups:
+                where = self.part_directory(directory, method, pairs)
+                model, _ = self.trained(method, 0, setting, pairs, max(1, self.updates(method) // 3), where)
+                losses |= self.losses(model, "validation", pairs)
+                shutil.rmtree(where)
+            trial = {"learning_rate": rate, "knobs": knobs, "validation_loss": losses}
+            write_results(directory, trial, "trial.json")
+        losses = json.loads((directory / "trial.json").read_text())["validation_loss"]
+        mean = sum(losses.values()) / len(losses)
+        return mean if math.isfinite(mean) else math.inf
+
+    def _other_knobs(self, method: str, knobs: MethodArguments) -> dict[str, Any]:
+        """Return the knobs that differ from those that the comparison or the stage's name gives."""
+        given = vars(parse_method(method, self.method)[1])
+        return {name: value for name, value in vars(knobs).items() if value != given[name]}
+
+    def trained(
+        self, method: str, seed: int, setting: Setting, pairs: list[str], updates: int, directory: Path
+    ) -> tuple[Any, dict[str, Any]]:
+        """Return the method's model, trained on `pairs` and left at its best validation loss, and what that took."""
+        set_seed(seed)
+        model = self.untrained(method, seed, setting.knobs)
+        rate = setting.learning_rate
+        if rate is None:
+            return model, {"updates": 0, "seconds": 0.0}
+        single = {"accumulation": 1} if self.per_direction(method) else {}
+        callbacks = [GradualMasks(model, self.counts(), setting.knobs.k)] if self.kind(method) == "gradual" else []
+        return model, self.fit(model, pairs, seed, rate, updates, directory, callbacks=callbacks, **single)
+
+    def untrained(self, method: str, seed: int, knobs: MethodArguments) -> Any:
+        """Return the model of a stage before its training."""
+        kind = self.kind(method)
+        if kind == "lass":
+            masks = self.weight_masks(knobs.alpha)
+            return lass.lass(copy.deepcopy(self.baseline), masks, self.language_pairs, self.source_tag)
+        counts = self.counts(IDENTIFIED_BY.get(kind, ACTIVITY))
+        return build_model(kind, self.baseline, counts, knobs, self.pivot, seed)
+
+    def fit(
+        self,
+        model: Any,
+        pairs: list[str],
+        seed: int,
+        rate: float,
+        updates: int,
+        directory: Path,
+        accumulation: int | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> dict[str, Any]:
+        """Train a model on `pairs`, leave it at its best validation loss, and return what that took."""
+        args = copy.deepcopy(self.training)
+        args.output_dir, args.seed, args.data_seed = str(directory), seed, seed
+        args.max_steps, args.learning_rate = updates, rate
+        args.eval_steps = args.save_steps = max(1, updates // self.stage.evaluations)
+        args.gradient_accumulation_steps = accumulation or args.gradient_accumulation_steps
+        train, validation = ({pair: self.data[split][pair] for pair in pairs} for split in ("train", "validation"))
+        options = {"max_length": self.max_length, "callbacks": callbacks, **self.convention()}
+        metrics = fit(model, self.tokenizer, train, validation, args, **options)
+        return {"updates": metrics["updates"], "seconds": metrics["train_runtime"]}
+
+    def updates(self, method: str) -> int:
+        """Return the updates of a stage."""
+        if self.kind(method) == "bilingual":
+            return self.stage.bilingual_updates
+        return self.stage.single_updates if self.per_direction(method) else self.training.max_steps
+
+    def losses(self, model: Any, split: str, pairs: list[str]) -> dict[str, float]:
+        """Return pair → loss in nats per token (see `token_losses`)."""
+        rows = {pair: self.data[split][pair] for pair in pairs}
+        return token_losses(
+            model, self.tokenizer, rows, batch_size=self.training.per_device_eval_batch_size, **self.convention()
+        )
+
+    def convention(self) -> dict[str, Any]:
+        """Return how text is tagged, for every function that encodes it."""
+        return {"language_tokens": self.language_tokens, "source_tag": self.source_tag}
+
+
+def remove_checkpoints(directory: Path) -> None:
+    """Remove the checkpoints with optimizer states of a run that is done."""
+    for checkpoint in directory.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+
+
+def size_of(baseline: Any, model: Any) -> dict[str, Any]:
+    """Return parameters beyond the baseline's (for a model per direction, of one of them), bytes of masks, and the
+    share of neurons that they keep."""
+    extra = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in baseline.parameters())
+    of_weights = lass.mask_bytes(model)
+    if of_weights:
+        return {"extra_parameters": extra, "mask_bytes": of_weights, "kept": None}
+    config = active_config(model)
+    encoder, decoder = (len(config.encoder_rows), len(config.decoder_rows)) if config is not None else (0, 0)
+    rows = {"encoder": encoder, "decoder": decoder}
+    widths = {} if config is None else config.d_ff
+    masks = sum(rows[config.stacks[name]] * -(-width // 8) for name, width in widths.items())
+    bits = [tensor for name, tensor in model.named_buffers() if MASK in name]
+    kept = sum(int(np.unpackbits(packed.numpy(force=True)).sum()) for packed in bits)
+    neurons = sum(rows[config.stacks[name]] * width for name, width in widths.items())
+    return {"extra_parameters": extra, "mask_bytes": masks, "kept": kept / neurons if neurons else None}
+
+
+def identification_folder(directory: Path, by: str) -> Path:
+    """Return where a comparison keeps what masks are made from."""
+    folder = directory / "identification"
+    return folder if by == ACTIVITY else folder / by
+
+
+def identification_seconds(directory: Path, kind: str) -> float:
+    """Return how long it took to find what a method's masks are made from; 0 for a method without masks."""
+    if kind not in IDENTIFIED_BY:
+        return 0.0
+    path = identification_folder(directory, IDENTIFIED_BY[kind]) / "results.json"
+    return json.loads(path.read_text())["seconds"] if path.is_file() else 0.0
