@@ -103,7 +103,7 @@ class Recorder:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Attach the hooks for the length of the context."""
-        handles = [watch_neurons(block, partial(self._count, block)) for block in self.blocks]
+        handles = [self._attach(block) for block in self.blocks]
         for experts, stack in _expert_groups(self.model, self.blocks):
             handles.append(experts.register_forward_pre_hook(partial(self._mark_padding, stack)))
             handles.append(experts.register_forward_hook(lambda module, args, output: output.nan_to_num()))
@@ -112,6 +112,9 @@ class Recorder:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _attach(self, block: FfnBlock) -> RemovableHandle:
+        return watch_neurons(block, partial(self._count, block))
 
     def _mark_padding(self, stack: str, module: nn.Module, args: tuple) -> tuple:
         """Make padding rows NaN before the experts read them: NaN is not above zero, so no expert counts them.
