@@ -85,9 +85,9 @@ def test_masks_shrink_to_those_of_k_and_rows_stay_where_they_are_masked(
 
 
 def test_the_best_validation_loss_is_one_of_the_final_masks(toy_model, toy_tokenizer, toy_data, tmp_path):
-    """A learning rate under which the loss only grows: the lowest one is measured under larger masks."""
-    options = {"learning_rate": 0.3, "lr_scheduler_type": "constant"}
-    adapted, _, result = train(toy_model, toy_tokenizer, toy_data, tmp_path, **options)
+    """A learning rate that destroys more and more: the lowest loss is measured under larger masks."""
+    options = {"learning_rate": 3.0, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": UPDATES}
+    _, _, result = train(toy_model, toy_tokenizer, toy_data, tmp_path, **options)
     losses = {entry["step"]: entry["eval_loss"] for entry in result["log"] if "eval_loss" in entry}
     assert min(losses.values()) < min(loss for step, loss in losses.items() if step > FINAL), (
         "not what the test is about"
