@@ -22,11 +22,13 @@ from neuron_specialization.analysis.budget import budget_facts
 from neuron_specialization.analysis.comparison import headroom, premise
 from neuron_specialization.analysis.comparison_report import comparison_tables, directions_tested, draw
 from neuron_specialization.analysis.comparison_tables import usable_rows
+from neuron_specialization.analysis.report import write_report
 from neuron_specialization.baselines.collected import collect
 from neuron_specialization.baselines.methods import MethodArguments, seeds_of
 from neuron_specialization.baselines.models import StageArguments
 from neuron_specialization.baselines.stages import Comparison
 from neuron_specialization.baselines.zero_shot import ZeroShot, ZeroShotArguments, collect_zero_shot
+from neuron_specialization.neurons.selection import CumulativeThreshold
 from neuron_specialization.translation.arguments import DataArguments, ModelArguments, as_mapping
 from neuron_specialization.translation.checkpoints import load_checkpoint
 from neuron_specialization.translation.command_line import parse, run
@@ -45,6 +47,7 @@ class CompareArguments:
     only: str | None = field(default=None, metadata={"help": "Run this method only, with the seed given by --seed."})
     tables_only: bool = field(default=False, metadata={"help": "Only make the tables again."})
     zero_shot_only: bool = field(default=False, metadata={"help": "Run no stage: score zero-shot directions."})
+    report: str | None = field(default=None, metadata={"help": "HTML file that shows the masks and results."})
     tiers: list[str] = field(
         default_factory=list, metadata={"help": "tier=languages of its directions, such as low=fi,vi."}
     )
@@ -80,6 +83,9 @@ def main() -> None:
     parts = (("stage", stage), ("method", method), ("zero_shot", zero), ("data", data), ("tiers", tiers))
     settings = {name: part if isinstance(part, dict) else vars(part) for name, part in parts}
     report(comparison, where.model_name_or_path, tiers, {**settings, "training": training.to_dict()})
+    if compare.report is not None:
+        masks = CumulativeThreshold(method.k).select(comparison.counts())
+        print(f"wrote {write_report(compare.report, 'Comparison of methods', masks, [comparison.directory])}")
 
 
 def load_zero_shot(comparison: Comparison, zero: ZeroShotArguments, data: DataArguments) -> ZeroShot:

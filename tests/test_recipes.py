@@ -306,7 +306,8 @@ def test_the_comparison_runs_by_stages_and_makes_its_tables_from_those_that_are_
     )
     run_here(*compare, "--only", "fine_tune", "--seed", "1")
     assert [path.parent.name for path in output.rglob("part.json")] == ["seed-1"]
-    printed = run_here(*compare)
+    printed = run_here(*compare, "--report", str(output / "report.html"))
+    assert "Test loss and scores" in (output / "report.html").read_text()
     assert "== ours, seed 0" in printed and "Premise not tested" in printed and "unfinished" in printed
     assert "Baseline: unknown whether" in printed and "Updates of joint methods: 2 (fine_tune, ours)" in printed
     results = json.loads((output / "results.json").read_text())
