@@ -79,6 +79,8 @@ def test_the_premise_asks_for_one_percent_of_loss_or_half_a_point(bilingual, chr
     measured = headroom(rows)
     assert measured["met"] is met and measured["ceilings"][0]["headroom"] is met
     assert ("NOT met" in premise(measured)) != met
+    unfinished = rows_of("fine_tune", [[2, 8, 8, 8]]) + rows_of("bilingual", [[1.8, 0, 0, 0]])[:1]
+    assert headroom(unfinished)["ceilings"][0]["loss gained, %"] == pytest.approx(10), "of the same directions' loss"
     assert headroom(rows[:4])["met"] is None and "not tested" in premise(headroom(rows[:4]))
 
 

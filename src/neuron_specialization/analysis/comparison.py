@@ -23,9 +23,10 @@ def headroom(rows: Rows) -> dict[str, Any]:
     ceilings = []
     for name in CEILINGS if REFERENCE in methods else ():
         if name in methods:
-            loss = paired_differences(rows, name, REFERENCE, "loss")[0].mean()
+            differences, _, directions = paired_differences(rows, name, REFERENCE, "loss")
             chrf = paired_differences(rows, name, REFERENCE, "chrf++")[0].mean()
-            share = -loss / spread(rows, REFERENCE, "loss")[0]
+            both = [row for row in rows if row["direction"] in directions]  # an unfinished ceiling has some only
+            share = -differences.mean() / spread(both, REFERENCE, "loss")[0]
             enough = bool(share >= ENOUGH_LOSS or chrf >= ENOUGH_CHRF)
             ceilings.append(
                 {"ceiling": name, "loss gained, %": 100 * share, "chrF++ gained": chrf, "headroom": enough}
