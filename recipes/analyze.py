@@ -1,4 +1,4 @@
-"""What masks say about languages: the overlap of their neurons per layer, and whether it follows language distance.
+r"""What masks say about languages: the overlap of their neurons per layer, and whether it follows language distance.
 
 python recipes/identify.py --k 0.7 --untrained true ... --output_dir build/masks-untrained
 python recipes/analyze.py --overlap --masks trained=build/masks untrained=build/masks-untrained --pivot en \

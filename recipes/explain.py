@@ -1,4 +1,4 @@
-"""Do language pairs disturb each other, and which words do their neurons fire on?
+r"""Do language pairs disturb each other, and which words do their neurons fire on?
 
 python recipes/explain.py --config recipes/configs/explain/multi30k.yaml --gradients --tags \
     --model_name_or_path path/to/checkpoint --validation_file data/validation.parquet \

@@ -1,4 +1,4 @@
-"""Are masks a property of a model and its languages, or an artifact? Identify them again, and see what stays.
+r"""Are masks a property of a model and its languages, or an artifact? Identify them again, and see what stays.
 
 python recipes/reidentify.py --config recipes/configs/reidentify/multi30k.yaml \
     --model_name_or_path path/to/checkpoint --validation_file data/validation.parquet \
