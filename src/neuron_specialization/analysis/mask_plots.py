@@ -177,7 +177,7 @@ def plot_tags(rows: Rows, tags: Sequence[str], path: str | Path) -> Path:
         tags: names of the tags, top to bottom.
         path: .svg file.
     """
-    figure, axes = panels(1, 2, 7.5, 1.4 + 0.26 * len(tags))
+    figure, axes = panels(1, 2, 7.5, max(2.8, 1.4 + 0.26 * len(tags)))
     tables = [_log_ratios([row for row in rows if row["stack"] == stack], tags) for stack in STACKS]
     largest = max(float(np.nanmax(np.abs(table), initial=0.1)) for table in tables)
     image = None
@@ -189,7 +189,7 @@ def plot_tags(rows: Rows, tags: Sequence[str], path: str | Path) -> Path:
         each.set_title(stack, fontsize=10)
         each.spines[:].set_visible(False)
         _write_numbers(each, table, light=np.abs(table) > 0.6 * largest)
-    figure.colorbar(image, ax=axes, label="log2 of specific over shared")
+    figure.colorbar(image, ax=axes, label="log2(specific / shared)")
     return save(figure, path)
 
 
