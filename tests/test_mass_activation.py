@@ -94,6 +94,7 @@ def test_recordings_of_parts_add_up_and_survive_a_file(tmp_path):
             torch.testing.assert_close(shares.sum(1), (whole.credit[layer][0] > 0).double())
     whole.save(tmp_path / "mass.safetensors")
     loaded = MassActivation.load(tmp_path / "mass.safetensors")
+    assert list(loaded.credit) == list(whole.credit), "encoder first"
     assert (loaded.names, loaded.tags, loaded.token_ids) == (["a", "b"], ["x", "y", "z"], [5, 6, 7])
     assert all(loaded.token_credit[layer].equal(whole.token_credit[layer]) for layer in whole.credit)
     with pytest.raises(ValueError, match="differ in token_ids"):

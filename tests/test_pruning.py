@@ -21,7 +21,7 @@ def model():
 @pytest.fixture(scope="module")
 def mass(model):
     texts = {"en-de": [make_batch(seed=0)], "en-fr": [make_batch(seed=1)]}
-    return record_mass(model, texts, progress=False)
+    return record_mass(model, texts, token_ids=range(60), progress=False)
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
@@ -39,6 +39,13 @@ def test_the_highest_scores_go_first(mass, criterion):
     }
     if criterion in measures:
         assert measures[criterion][pruned].min() >= measures[criterion][~pruned].max()
+    if criterion in ("shortest", "longest"):
+        length = sum((mass.token_credit[layer][row, :, :-1] > 0) for row in (0, 1)).bool().sum(1)
+        left = length[~pruned & (mass.wins[layer].sum(0) > 0)]
+        extremes = (
+            (length[pruned].max(), left.min()) if criterion == "shortest" else (left.max(), length[pruned].min())
+        )
+        assert extremes[0] <= extremes[1] and mass.wins[layer].sum(0)[pruned].all()
     if criterion == "dead":
         assert not mass.wins[layer].sum(0)[pruned].any()
     if criterion == "specialized":
@@ -109,6 +116,8 @@ def test_bad_input_is_refused(mass, model):
     relu = record_mass(make_m2m100(), {"a": [make_batch()]}, progress=False)
     with pytest.raises(ValueError, match="Nothing is negative"):
         pruning_scores(relu, "most_negative")
+    with pytest.raises(ValueError, match="needs credit by token"):
+        pruning_scores(relu, "shortest")
     with pytest.raises(ValueError, match="compares sets of text"):
         pruning_scores(relu, "general")
     residual = record_mass(model, {"a": [make_batch()]}, "residual", progress=False)

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from ..neurons.language_pairs import shorten
 from ..neurons.observation import sum_over_processes
 
+_ABOUT = ("names", "site", "stacks", "token_ids", "tags", "vocabulary")
 SUMS = ("positive", "negative", "active", "credit", "wins", "token_credit", "tag_credit")
 _ORIGIN = ("fingerprint", "base_model_name_or_path", "weights_sample")
 
@@ -51,6 +52,7 @@ class MassActivation:
         fingerprint: what identifies the model (see `neurons.ffn.fingerprint`).
         base_model_name_or_path: where the model was loaded from, where it was.
         weights_sample: a few of the model's weights (see `neurons.ffn.sample_weights`).
+        vocabulary: what identifies the tokenizer, such as a digest; empty if nothing was said of it.
     """
 
     names: list[str]
@@ -69,6 +71,7 @@ class MassActivation:
     fingerprint: dict[str, str | int] = field(default_factory=dict)
     base_model_name_or_path: str | None = None
     weights_sample: list[float] | None = None
+    vocabulary: str = ""
 
     def __repr__(self) -> str:
         return f"MassActivation of {shorten(self.names)}: {len(self.stacks)} layers, site {self.site!r}"
@@ -132,8 +135,8 @@ class MassActivation:
         return replace(self, **sums)
 
     def check_comparable(self, other: "MassActivation") -> None:
-        """Raise ValueError unless `other` is a recording of the same site, layers, tokens and tags of such a model."""
-        for what in ("site", "fingerprint", "token_ids", "tags"):
+        """Raise ValueError unless `other` records the same site, layers, tokens and tags of such a model."""
+        for what in ("site", "fingerprint", "vocabulary", "token_ids", "tags"):
             first, second = getattr(self, what), getattr(other, what)
             if first != second:
                 raise ValueError(f"These recordings differ in {what}: {first!r:.200} and {second!r:.200}.")
@@ -147,7 +150,7 @@ class MassActivation:
             for what in (*SUMS, "positions")
             for key, tensor in getattr(self, what).items()
         }
-        about = {what: getattr(self, what) for what in ("names", "site", "stacks", "token_ids", "tags", *_ORIGIN)}
+        about = {what: getattr(self, what) for what in (*_ABOUT, *_ORIGIN)}
         save_file(tensors, path, metadata={"mass_activation": json.dumps(about)})
 
     @classmethod
@@ -165,7 +168,10 @@ class MassActivation:
             for key in file.keys():
                 what, _, name = key.partition(".")
                 sums[what][name] = file.get_tensor(key)
-        return cls(**json.loads(about), **sums)
+        values = json.loads(about)
+        for what in SUMS:  # layers in the order of the model: the file has them sorted by name
+            sums[what] = {layer: sums[what][layer] for layer in values["stacks"] if layer in sums[what]}
+        return cls(**values, **sums)
 
     def _need(self, recorded: Sequence[Any], argument: str) -> None:
         if not recorded:

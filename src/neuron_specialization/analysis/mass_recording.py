@@ -26,6 +26,7 @@ def record_mass(
     stack: str | None = None,
     token_ids: Iterable[int] = (),
     tags: Sequence[str] = (),
+    vocabulary: str = "",
     progress: bool = True,
 ) -> MassActivation:
     """Run `model` over each set's batches with teacher forcing and add up the mass of its units.
@@ -41,6 +42,7 @@ def record_mass(
         token_ids: tokens to keep credit by. An encoder position stands for its input token, a decoder position for the
             token it predicts, or reads where there are no labels.
         tags: names of the tags in "token_tags"; credit by tag is kept for the encoder.
+        vocabulary: what identifies the tokenizer, such as a digest, so that recordings of two are not compared.
         progress: show a progress bar.
 
     Returns:
@@ -73,7 +75,7 @@ def record_mass(
                 seen += 1
             if not seen:
                 raise ValueError(f"{name} has no batch to record.")
-    return recorder.result(site)
+    return recorder.result(site, vocabulary)
 
 
 class _Recorder:
@@ -145,7 +147,7 @@ class _Recorder:
                 named = column != IGNORED_TAG
                 sums[what].index_put_((unit[named], column[named]), best[named], accumulate=True)
 
-    def result(self, site: str) -> MassActivation:
+    def result(self, site: str, vocabulary: str) -> MassActivation:
         """Return the sums, on the CPU."""
         blocks = find_ffn_blocks(self.model)
         sums: dict[str, Any] = {what: {} for what in SUMS}
@@ -164,6 +166,7 @@ class _Recorder:
             fingerprint=fingerprint(self.model, blocks),
             base_model_name_or_path=getattr(self.model, "name_or_path", None) or None,
             weights_sample=sample_weights(blocks),
+            vocabulary=vocabulary,
         )
 
 

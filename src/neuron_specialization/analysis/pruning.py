@@ -4,7 +4,7 @@ Each criterion scores neurons; the highest scores are pruned first. Pruned neuro
 the adapter's config), so that a compact export leaves them out and computes the same.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -22,6 +22,8 @@ CRITERIA = (
     "most_negative",
     "specialized",
     "general",
+    "shortest",
+    "longest",
     "random",
 )
 Scores = dict[str, torch.Tensor]
@@ -36,6 +38,8 @@ def pruning_scores(mass: MassActivation, criterion: str, seed: int = 0) -> Score
     - "most_positive", "most_negative": by positive and negative mass. After a ReLU nothing is negative.
     - "specialized", "general": by low and high entropy of the activation rates over the sets (LAPE's measure);
       neurons that were never active are pruned last.
+    - "shortest", "longest": by the number of distinct tokens that a neuron is credited with (TX-Ray's length), another
+      measure of specialized and general. Only neurons that are alive can be pruned.
     - "random": a seeded draw.
 
     Args:
@@ -47,8 +51,9 @@ def pruning_scores(mass: MassActivation, criterion: str, seed: int = 0) -> Score
         block → float64 [d_ff]; -inf for neurons that the criterion never prunes.
 
     Raises:
-        ValueError: if the criterion is unknown, the recording is of the residual stream or, for "specialized" and
-            "general", holds a single set, or if there is nothing negative to sort by.
+        ValueError: if the criterion is unknown, the recording is of the residual stream, holds a single set (for
+            "specialized" and "general") or no credit by token (for "shortest" and "longest"), or if there is nothing
+            negative to sort by.
     """
     if criterion not in CRITERIA:
         raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}.")
@@ -70,6 +75,8 @@ def _score(mass: MassActivation, criterion: str, layer: str, generator: torch.Ge
         return active if criterion == "most_activated" else -active
     if criterion in ("most_positive", "most_negative"):
         return (mass.positive if criterion == "most_positive" else mass.negative)[layer].sum(0)
+    if criterion in ("shortest", "longest"):
+        return _score_length(mass, layer, 1 if criterion == "longest" else -1)
     if criterion == "random":
         return torch.rand(len(active), generator=generator, dtype=torch.float64)
     rates = mass.active[layer].double() / mass.positions[mass.stacks[layer]].clamp_min(1).unsqueeze(1)
@@ -77,6 +84,13 @@ def _score(mass: MassActivation, criterion: str, layer: str, generator: torch.Ge
     entropy = torch.special.entr(shares).sum(0)
     score = entropy if criterion == "general" else -entropy
     return torch.where(active > 0, score, score.min() - 1)
+
+
+def _score_length(mass: MassActivation, layer: str, sign: int) -> torch.Tensor:
+    if not mass.token_ids:
+        raise ValueError("The length of neurons needs credit by token: pass token_ids to record_mass.")
+    length = (mass.token_credit[layer][:, :, :-1].sum(0) > 0).sum(1).double()
+    return torch.where(mass.wins[layer].sum(0) > 0, sign * length, -torch.inf)
 
 
 def prune(
@@ -111,6 +125,12 @@ def prune(
     selector = {"name": "prune", "rate": rate, "scope": scope}
     origin = {**origin, "stacks": {name: origin["stacks"][name] for name in rows}}
     return NeuronMasks(rows=rows, routes=Routes.per_pair([DEFAULT_PAIR]), selector=selector, **origin)
+
+
+def for_pairs(masks: NeuronMasks, language_pairs: Iterable[str]) -> NeuronMasks:
+    """Return the masks of a single pair, such as pruned ones, for every one of some pairs: all share its row."""
+    routes = Routes([DEFAULT_PAIR], [DEFAULT_PAIR], {pair: (0, 0) for pair in language_pairs})
+    return replace(masks, routes=routes)
 
 
 def mass_matched(masks: NeuronMasks, mass: MassActivation, seed: int = 0, nearest: int = 10) -> NeuronMasks:

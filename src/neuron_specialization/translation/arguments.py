@@ -21,6 +21,22 @@ class ModelArguments:
 
 
 @dataclass
+class ShapeArguments:
+    """The shape of a new model."""
+
+    vocab_size: int = field(default=8000, metadata={"help": "Entries of a new model's shared BPE."})
+    layers: int = field(default=6, metadata={"help": "Layers of a new model's encoder, and of its decoder."})
+    d_model: int = field(default=512, metadata={"help": "Width of a new model."})
+    d_ff: int = field(default=2048, metadata={"help": "FFN neurons per layer of a new model."})
+    heads: int = field(default=8, metadata={"help": "Attention heads of a new model."})
+    dropout: float = field(default=0.1, metadata={"help": "Dropout of a new model."})
+    activation: str = field(default="relu", metadata={"help": "Activation of a new model's FFNs, such as gelu."})
+    tie_embeddings: bool = field(
+        default=True, metadata={"help": "Encoder, decoder and output of a new model share one embedding."}
+    )
+
+
+@dataclass
 class DataArguments:
     """Parallel text, and how its languages are named."""
 

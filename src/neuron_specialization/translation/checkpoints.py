@@ -1,10 +1,12 @@
 """Load and create checkpoints; errors are raised early."""
 
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+from datasets import Dataset
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import (
@@ -13,11 +15,15 @@ from transformers import (
     AutoTokenizer,
     M2M100Config,
     M2M100ForConditionalGeneration,
+    NllbTokenizer,
     set_seed,
 )
 
 from ..neurons.adapter_file import CONFIG_NAME, fetch, read_config_file
 from ..neurons.files import complete_writing
+from ..neurons.language_pairs import split_pair
+from .arguments import ShapeArguments
+from .tokenization import train_tokenizer
 
 # what reading a missing, foreign or cut-off file raises: safetensors, pickled weights, weights of other shapes
 _DAMAGES = (OSError, ValueError, SafetensorError, UnpicklingError, EOFError, RuntimeError)
@@ -112,7 +118,15 @@ def new_m2m100(
 
 
 def new_model(
-    tokenizer: Any, layers: int, d_model: int, d_ff: int, heads: int, dropout: float, max_length: int
+    tokenizer: Any,
+    layers: int,
+    d_model: int,
+    d_ff: int,
+    heads: int,
+    dropout: float,
+    max_length: int,
+    activation: str = "relu",
+    tie_embeddings: bool = True,
 ) -> M2M100ForConditionalGeneration:
     """Return an untrained model for `tokenizer` (see `new_m2m100`) that generates with five beams.
 
@@ -124,6 +138,8 @@ def new_model(
         heads: attention heads.
         dropout: see `new_m2m100`.
         max_length: positions, and the longest generation, in tokens.
+        activation: of the FFNs, such as "relu" or "gelu".
+        tie_embeddings: whether encoder, decoder and output share one embedding.
     """
     model = new_m2m100(
         layers=layers,
@@ -132,6 +148,8 @@ def new_model(
         heads=heads,
         vocab_size=len(tokenizer),
         dropout=dropout,
+        activation_function=activation,
+        tie_word_embeddings=tie_embeddings,
         max_position_embeddings=max_length,
         bos_token_id=tokenizer.bos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -141,3 +159,22 @@ def new_model(
     model.generation_config.max_length = max_length
     model.generation_config.num_beams = 5
     return model
+
+
+def new_checkpoint(
+    train: Mapping[str, Dataset], language_tokens: Mapping[str, str], shape: ShapeArguments, max_length: int
+) -> tuple[M2M100ForConditionalGeneration, NllbTokenizer]:
+    """Return an untrained model, and its tokenizer, trained on both sides of the training data.
+
+    Args:
+        train: pair → Dataset with columns "source" and "target".
+        language_tokens: language code → language token, where codes are not to be tokens themselves.
+        shape: of the model.
+        max_length: positions, and the longest generation, in tokens.
+    """
+    languages = dict.fromkeys(code for pair in train for code in split_pair(pair))
+    tags = [language_tokens.get(code, code) for code in languages]
+    text = (sentence for rows in train.values() for side in ("source", "target") for sentence in rows[side])
+    tokenizer = train_tokenizer(text, tags, shape.vocab_size, max_length)
+    sizes = (shape.layers, shape.d_model, shape.d_ff, shape.heads, shape.dropout)
+    return new_model(tokenizer, *sizes, max_length, shape.activation, shape.tie_embeddings), tokenizer

@@ -107,7 +107,7 @@ def _digest(data: Mapping[str, Dataset], tokenizer: Any, settings: Mapping[str, 
     datasets would hash the tokenizer as an object, which holds what its last call left there.
     """
     digest = xxh3_128(json.dumps(settings, sort_keys=True).encode())
-    digest.update(_vocabulary(tokenizer))
+    digest.update(vocabulary_of(tokenizer))
     for pair, rows in data.items():
         digest.update(f"{pair} {len(rows)}".encode())
         sample = rows[:_SAMPLE]
@@ -119,7 +119,7 @@ def _digest(data: Mapping[str, Dataset], tokenizer: Any, settings: Mapping[str, 
     return digest.hexdigest()
 
 
-def _vocabulary(tokenizer: Any) -> bytes:
+def vocabulary_of(tokenizer: Any) -> bytes:
     """Return how a tokenizer cuts text, without what its last call left in it."""
     if tokenizer.is_fast:
         parts = json.loads(tokenizer.backend_tokenizer.to_str())

@@ -1,0 +1,71 @@
+"""Learn one language pair after another from a pre-trained copier, and measure what is kept and what is forgotten.
+
+accelerate launch --quiet recipes/transfer_sequentially.py \
+    --config recipes/configs/transfer_sequentially/tatoeba.yaml --train_file data/tatoeba/{pair}.parquet \
+    --validation_file data/tatoeba/{pair}.parquet --test_file data/tatoeba/{pair}.parquet --output_dir build/tatoeba
+
+Beside it stand joint and bilingual training, and the same steps under each pair's own neurons. Stages that are done
+are skipped and one that was cut off goes on where it was; `--tables_only true` makes the tables of whatever is there.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from datasets import disable_progress_bars
+
+from neuron_specialization.analysis.forgetting import robustness_table, score_matrix, transfer_table
+from neuron_specialization.analysis.mass_plots import plot_matrix
+from neuron_specialization.baselines.sequential import SequentialTransfer
+from neuron_specialization.baselines.transfer_data import TRANSFER_ARGUMENTS, UNUSED_ARGUMENTS, load_transfer
+from neuron_specialization.baselines.transfer_plan import collect
+from neuron_specialization.translation.command_line import parse, run
+from neuron_specialization.translation.results import table, write_results
+
+
+@dataclass
+class RunArguments:
+    """What to do now."""
+
+    tables_only: bool = field(default=False, metadata={"help": "Train nothing: make the tables again."})
+
+
+def main() -> None:
+    now, *arguments = parse(RunArguments, *TRANSFER_ARGUMENTS, unused=UNUSED_ARGUMENTS)
+    plan, noise, start, *_ = arguments
+    disable_progress_bars()
+    transfer, checked = load_transfer(*arguments)
+    print(table(checked))
+    for stage in transfer.stages() if not now.tables_only else []:
+        print(f"\n== {stage.path}", flush=True)
+        transfer.run(stage)
+    report(transfer, {name: vars(each) for name, each in (("plan", plan), ("noise", noise), ("start", start))})
+
+
+def report(transfer: SequentialTransfer, settings: dict[str, Any]) -> None:
+    """Print and write the tables of whatever stages are there."""
+    found = collect(transfer.directory)
+    orders = ["/".join(order) for order in transfer.orders]
+    tables = {score: transfer_table(found["rows"], orders, score) for score in ("bleu", "chrf++")}
+    parts = [f"Scores in {score}\n\n{table(rows)}" for score, rows in tables.items()]
+    matrices = {order: score_matrix(found["rows"], order) for order in orders}
+    for order, matrix in matrices.items():
+        pairs = order.split("/")
+        steps = ["before", *pairs]
+        lines = [
+            {"after": step, **dict(zip(pairs, row, strict=True))} for step, row in zip(steps, matrix, strict=True)
+        ]
+        parts.append(f"BLEU after each step, seed 0\n\n{table(lines)}")
+    if found["robustness"]:
+        parts.append(f"Robustness\n\n{table(robustness_table(found['robustness']))}")
+    whole = {order: matrix for order, matrix in matrices.items() if not np.isnan(matrix).any()}
+    if whole:
+        plot_matrix(whole, transfer.directory / "matrix.svg", "BLEU")
+    text = "\n\n".join(parts) + "\n"
+    print("\n" + text)
+    (transfer.directory / "tables.md").write_text(text)
+    print(f"wrote {write_results(transfer.directory, {**found, 'transfer': tables, 'settings': settings})}")
+
+
+if __name__ == "__main__":
+    run(main)

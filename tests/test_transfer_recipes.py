@@ -1,0 +1,87 @@
+"""The recipes about sequential transfer, one after another on toy languages, and what they refuse."""
+
+import json
+
+import pytest
+from datasets import Dataset
+
+from neuron_specialization.translation.checkpoints import load_checkpoint
+
+TRANSFER = """
+language_pairs: [Pv-Aa, Pv-Ba]
+orders: [Pv-Aa/Pv-Ba]
+compare: [joint]
+freeze: [encoder]
+pretraining_updates: 2
+max_steps: 2
+max_sentences: 24
+vocab_size: 300
+layers: 1
+d_model: 16
+d_ff: 32
+heads: 2
+activation: gelu
+tie_embeddings: false
+evaluations: 1
+num_beams: 1
+max_length: 64
+per_device_train_batch_size: 8
+per_device_eval_batch_size: 40
+disable_tqdm: true
+use_cpu: true
+dataloader_pin_memory: false
+"""
+
+
+@pytest.fixture
+def options(toy_files, tmp_path):
+    (tmp_path / "transfer.yaml").write_text(TRANSFER)
+    files = [
+        word for split in ("train", "validation", "test") for word in (f"--{split}_file", f"{toy_files}/{split}.jsonl")
+    ]
+    return ["--config", str(tmp_path / "transfer.yaml"), *files]
+
+
+def test_transfer_pruning_and_mass_follow_each_other(run_here, options, tmp_path):
+    where = ["--transfer_dir", str(tmp_path / "transfer")]
+    printed = run_here("transfer_sequentially.py", *options, "--output_dir", str(tmp_path / "transfer"))
+    results = json.loads((tmp_path / "transfer" / "results.json").read_text())
+    assert len(results["rows"]) == 2 * 4 and results["transfer"]["bleu"] and "BLEU after each step" in printed
+    assert (tmp_path / "transfer" / "matrix.png").is_file() and (tmp_path / "transfer" / "tables.md").is_file()
+
+    pruned = ["--criteria", "most_negative", "unspecialized:Pv-Aa", "mass_matched:most_positive", "--rates", "0.25"]
+    pruned += ["--draws", "1", "--export", "least_activated=0.5", "--output_dir", str(tmp_path / "pruned")]
+    run_here("prune.py", *options, *where, *pruned)
+    table = json.loads((tmp_path / "pruned" / "results.json").read_text())["tables"]["bleu"]
+    assert [row["criterion"] for row in table if row["pruned"] == 0][:1] == ["none"] and len(table) == 4
+    assert list((tmp_path / "pruned").glob("*.svg"))
+    (config,) = (tmp_path / "pruned" / "exported").rglob("config.json")
+    assert load_checkpoint(str(config.parent))[0].config.encoder_ffn_dim == 16
+
+    words = [["ba", "ku"], ["ku"]]
+    rows = [{"text": " ".join(each), "tokens": each, "upos": ["NOUN", "VERB"][: len(each)]} for each in words]
+    Dataset.from_list(rows).to_parquet(tmp_path / "tagged.parquet")
+    tagged = ["--tagged_file", str(tmp_path / "tagged.parquet"), "--output_dir", str(tmp_path / "mass")]
+    run_here("mass_activation.py", *options, *where, *tagged)
+    results = json.loads((tmp_path / "mass" / "results.json").read_text())
+    assert {row["feature"] for row in results["predictors"]} == {"positive", "negative", "balance", "alive", "length"}
+    assert len(results["changes"]) == 2 * 2 and results["attribution"] and len(results["steps"]) == 2 * 2
+    figures = {path.stem for path in (tmp_path / "mass" / "figures").glob("*.png")}
+    assert figures == {"mass", "alive", "change", "tokens", "attention", "tags"}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "wrong", "message"),
+    [
+        ("transfer_sequentially.py", ["--freeze", "encodr"], "nothing in this model is called 'encodr'"),
+        ("transfer_sequentially.py", ["--orders", "Pv-Aa"], "orders holds the language pairs"),
+        ("transfer_sequentially.py", ["--swap", "1.5"], "swap is a share in [0, 1)"),
+        ("prune.py", ["--transfer_dir", "nowhere"], "run transfer_sequentially.py first"),
+        ("mass_activation.py", ["--transfer_dir", "nowhere", "--site", "head"], "site must be one of pre_activation"),
+    ],
+)
+def test_bad_input_is_one_sentence(recipe, wrong, message, run_here, options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    error = run_here(recipe, *options, "--output_dir", "out", *wrong, fails=True)
+    assert error.splitlines()[-1].startswith("Error: ") and message in error
+    assert not list(tmp_path.rglob("*.safetensors"))
