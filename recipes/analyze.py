@@ -1,12 +1,11 @@
 r"""What masks say about languages: the overlap of their neurons per layer, and whether it follows language distance.
 
-python recipes/identify.py --k 0.7 --untrained true ... --output_dir build/masks-untrained
 python recipes/analyze.py --overlap --masks trained=build/masks untrained=build/masks-untrained --pivot en \
     --distances genetic --validation_file data/validation.parquet --tokenizer path/to/checkpoint \
     --output_dir build/overlap --report build/report.html --results build/scores
 
-The encoder is compared between directions into the pivot, the decoder between those out of it. The report shows the
-first masks, these results, and those of other recipes.
+The untrained control is what `identify --untrained true` writes. The encoder is compared between directions into the
+pivot, the decoder between those out of it. The report shows the first masks, these results, and those of other recipes.
 """
 
 from dataclasses import dataclass, field
