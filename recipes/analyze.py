@@ -5,7 +5,8 @@ python recipes/analyze.py --overlap --masks trained=build/masks untrained=build/
     --output_dir build/overlap --report build/report.html --results build/scores
 
 The untrained control is what `identify --untrained true` writes. The encoder is compared between directions into the
-pivot, the decoder between those out of it. The report shows the first masks, these results, and those of other recipes.
+pivot, the decoder between those out of it. The report shows the first masks, these results and those of other
+recipes.
 """
 
 from dataclasses import dataclass, field
