@@ -40,18 +40,18 @@ class IdentifyArguments:
     decoder_k: float | None = field(default=None, metadata={"help": "Another share for the decoder."})
     count_padding: bool = field(default=False, metadata={"help": "Count padding too, as the released code does."})
     untrained: bool = field(
-        default=False, metadata={"help": "Draw the model's weights anew: the control for analyses of masks."}
+        default=False, metadata={"help": "Draw the model's weights at random: the control for analyses of masks."}
     )
     batch_size: int = field(default=64, metadata={"help": "Sentence pairs per batch; changes speed only."})
     stability: bool = field(default=False, metadata={"help": "Compare masks of halves and of growing samples."})
     parts: int = field(default=8, metadata={"help": "Parts that --stability splits the sample into."})
-    seed: int = field(default=0, metadata={"help": "Of the random split into parts, and of weights drawn anew."})
+    seed: int = field(default=0, metadata={"help": "Of the random split into parts, and of random weights."})
 
 
 def main() -> None:
     args, where, data = parse(IdentifyArguments, ModelArguments, DataArguments, unused=UNUSED)
     if args.untrained and where.adapter is not None:
-        raise ValueError("--untrained draws the weights of a model anew, so an --adapter says nothing there.")
+        raise ValueError("--untrained draws random weights, for which an --adapter has no meaning.")
     selector = ns.CumulativeThreshold(args.k, args.encoder_k, args.decoder_k)
     check_not_input(args.output_dir, where.adapter)
     check_holds_no_model(args.output_dir)

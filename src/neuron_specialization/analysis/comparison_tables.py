@@ -12,11 +12,11 @@ def usable_rows(rows: Rows, stages: Rows) -> list[Mapping[str, Any]]:
     """Return the rows of finished stages, and of a method without any those of its stage that has the most."""
     used = []
     for method in dict.fromkeys(row["method"] for row in rows):
-        mine = [row for row in rows if row["method"] == method]
+        own_rows = [row for row in rows if row["method"] == method]
         done = {stage["seed"] for stage in stages if stage["method"] == method and stage["status"] == "done"}
-        seeds = [row["seed"] for row in mine]
+        seeds = [row["seed"] for row in own_rows]
         done = done or {max(seeds, key=seeds.count)}
-        used += [row for row in mine if row["seed"] in done]
+        used += [row for row in own_rows if row["seed"] in done]
     return used
 
 
@@ -127,22 +127,22 @@ def zero_shot_table(rows: Rows, not_applicable: Mapping[str, str], pivot: str | 
     table = []
     for method in dict.fromkeys(row["method"] for row in named):
         both = _complete(named, [method] if method == REFERENCE else [method, REFERENCE])
-        mine = [row for row in both if row["method"] == method]
-        if not mine:
+        own_rows = [row for row in both if row["method"] == method]
+        if not own_rows:
             continue
-        line: dict[str, Any] = {"method": method, "seeds": len({row["seed"] for row in mine})}
-        line["directions"] = len({row["direction"] for row in mine})
-        compared = method != REFERENCE and len(mine) < len(both)
-        if mine[0]["loss"] is not None:
-            line["loss"] = spread(mine, method, "loss")[0]
+        line: dict[str, Any] = {"method": method, "seeds": len({row["seed"] for row in own_rows})}
+        line["directions"] = len({row["direction"] for row in own_rows})
+        compared = method != REFERENCE and len(own_rows) < len(both)
+        if own_rows[0]["loss"] is not None:
+            line["loss"] = spread(own_rows, method, "loss")[0]
             line |= difference(both, method) if compared else {}
         for column, score in (("chrF++", "chrf++"), ("BLEU", "bleu")):
-            line[column] = spread(mine, method, score)[0]
+            line[column] = spread(own_rows, method, score)[0]
         if compared:
             gains = paired_differences(both, method, REFERENCE, "chrf++")[0].mean(0)
             line["chrF++ better in"] = f"{int((gains > 0).sum())}/{len(gains)}"
-        if all("off_target" in row for row in mine):
-            line["off-target, %"] = 100 * spread(mine, method, "off_target")[0]
+        if all("off_target" in row for row in own_rows):
+            line["off-target, %"] = 100 * spread(own_rows, method, "off_target")[0]
         else:
             line["off-target, %"] = "n/a"
         table.append(line)
@@ -194,12 +194,12 @@ def _named_by_route(rows: Rows, pivot: str | None) -> list[dict[str, Any]]:
 
 def _complete(rows: Rows, methods: Sequence[str]) -> list[Mapping[str, Any]]:
     """Return the rows of methods in the directions that all of their seeds have; a method without rows is left out."""
-    mine = [row for row in rows if row["method"] in methods]
-    stages = {(row["method"], row["seed"]) for row in mine}
+    own_rows = [row for row in rows if row["method"] in methods]
+    stages = {(row["method"], row["seed"]) for row in own_rows}
     counts: dict[str, int] = {}
-    for row in mine:
+    for row in own_rows:
         counts[row["direction"]] = counts.get(row["direction"], 0) + 1
-    return [row for row in mine if counts[row["direction"]] == len(stages)]
+    return [row for row in own_rows if counts[row["direction"]] == len(stages)]
 
 
 def _kept(stage: Mapping[str, Any]) -> dict[str, float]:

@@ -58,10 +58,10 @@ def plot_sweep(
     figure, axes = single(height=3.2)
     lines = [line for line in sweep if line["knob"] == knob]
     for i, method in enumerate(dict.fromkeys(line["method"] for line in lines)):
-        mine = [line for line in lines if line["method"] == method]
-        of = [hierarchical_bootstrap(paired_differences(rows, line["stage"], REFERENCE, "loss")[0]) for line in mine]
+        points = [line for line in lines if line["method"] == method]
+        of = [hierarchical_bootstrap(paired_differences(rows, line["stage"], REFERENCE, "loss")[0]) for line in points]
         errors = [[each["mean"] - each["low"] for each in of], [each["high"] - each["mean"] for each in of]]
-        values, means = [float(line["value"]) for line in mine], [each["mean"] for each in of]
+        values, means = [float(line["value"]) for line in points], [each["mean"] for each in of]
         axes.errorbar(
             values, means, errors, fmt="o-", color=COLORS[i % len(COLORS)], markersize=4, capsize=2, label=method
         )
