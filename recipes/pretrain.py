@@ -2,6 +2,12 @@ r"""Train a multilingual baseline, from scratch or from a checkpoint, until the 
 
 accelerate launch --quiet recipes/pretrain.py --config recipes/configs/pretrain/multi30k.yaml \
     --train_file data/train.parquet --validation_file data/validation.parquet --output_dir build/baseline
+
+With --objective denoising it restores noised sentences as mBART does, here of monolingual text, one file per language:
+
+accelerate launch --quiet recipes/pretrain.py --config recipes/configs/pretrain/multi30k.yaml \
+    --objective denoising --language_pairs en-en de-de --train_file data/train.{lang} \
+    --validation_file data/validation.{lang} --output_dir build/denoised
 """
 
 from dataclasses import dataclass, field
@@ -11,6 +17,7 @@ from transformers import set_seed
 from neuron_specialization.translation.arguments import DataArguments, ShapeArguments
 from neuron_specialization.translation.checkpoints import load_checkpoint, new_checkpoint
 from neuron_specialization.translation.command_line import parse, run
+from neuron_specialization.translation.denoising import MASK_TOKEN, ObjectiveArguments
 from neuron_specialization.translation.results import report_training, table
 from neuron_specialization.translation.trainer import SpecializationTrainingArguments
 from neuron_specialization.translation.training import fit
@@ -28,7 +35,10 @@ class PretrainArguments(ShapeArguments):
 
 
 def main() -> None:
-    pretrain, data, training = parse(PretrainArguments, DataArguments, SpecializationTrainingArguments, unused=UNUSED)
+    pretrain, objective, data, training = parse(
+        PretrainArguments, ObjectiveArguments, DataArguments, SpecializationTrainingArguments, unused=UNUSED
+    )
+    objective.check(data.language_pairs, data.source_tag)
     set_seed(training.seed)
     train, validation, checked = data.load_checked()
     if training.process_index == 0:
@@ -36,7 +46,8 @@ def main() -> None:
     if pretrain.model_name_or_path:
         model, tokenizer = load_checkpoint(pretrain.model_name_or_path)
     else:
-        model, tokenizer = new_checkpoint(train, data.tokens, pretrain, data.max_length)
+        mask = MASK_TOKEN if objective.objective == "denoising" else None
+        model, tokenizer = new_checkpoint(train, data.tokens, pretrain, data.max_length, mask)
     metrics = fit(
         model,
         tokenizer,
@@ -46,8 +57,9 @@ def main() -> None:
         language_tokens=data.tokens,
         source_tag=data.source_tag,
         max_length=data.max_length,
+        noise=objective.noise(tokenizer),
     )
-    report_training(training.output_dir, metrics, checked, pretrain, data, training)
+    report_training(training.output_dir, metrics, checked, pretrain, objective, data, training)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset
 
 BATCH = 65_536
@@ -32,4 +33,10 @@ def arrow_batches(rows: Dataset, columns: list[str], size: int = BATCH) -> Itera
 def numpy_column(rows: Dataset, column: str) -> np.ndarray:
     """Return a column of numbers as an array of the column's own dtype [rows]."""
     parts = [batch.column(0).to_numpy(zero_copy_only=False) for batch in arrow_batches(rows, [column])]
+    return np.concatenate(parts) if parts else np.empty(0, np.int32)
+
+
+def list_lengths(rows: Dataset, column: str) -> np.ndarray:
+    """Return the number of entries in each list of a column, int32 [rows]."""
+    parts = [pc.list_value_length(batch.column(0)).to_numpy() for batch in arrow_batches(rows, [column])]
     return np.concatenate(parts) if parts else np.empty(0, np.int32)

@@ -162,7 +162,11 @@ def new_model(
 
 
 def new_checkpoint(
-    train: Mapping[str, Dataset], language_tokens: Mapping[str, str], shape: ShapeArguments, max_length: int
+    train: Mapping[str, Dataset],
+    language_tokens: Mapping[str, str],
+    shape: ShapeArguments,
+    max_length: int,
+    mask_token: str | None = None,
 ) -> tuple[M2M100ForConditionalGeneration, NllbTokenizer]:
     """Return an untrained model, and its tokenizer, trained on both sides of the training data.
 
@@ -171,10 +175,11 @@ def new_checkpoint(
         language_tokens: language code → language token, where codes are not to be tokens themselves.
         shape: of the model.
         max_length: positions, and the longest generation, in tokens.
+        mask_token: see `train_tokenizer`.
     """
     languages = dict.fromkeys(code for pair in train for code in split_pair(pair))
     tags = [language_tokens.get(code, code) for code in languages]
     text = (sentence for rows in train.values() for side in ("source", "target") for sentence in rows[side])
-    tokenizer = train_tokenizer(text, tags, shape.vocab_size, max_length)
+    tokenizer = train_tokenizer(text, tags, shape.vocab_size, max_length, mask_token)
     sizes = (shape.layers, shape.d_model, shape.d_ff, shape.heads, shape.dropout)
     return new_model(tokenizer, *sizes, max_length, shape.activation, shape.tie_embeddings), tokenizer

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from tqdm.auto import tqdm
 
 from ..neurons.language_pairs import check_pairs, split_pair
@@ -45,7 +45,7 @@ def load_parallel(
               Helsinki-NLP/opus-100:{pair}.
 
             Columns may be nested in a column "translation".
-        language_pairs: directions to load, such as ["en-de", "de-en"].
+        language_pairs: directions to load, such as ["en-de", "de-en"]; "de-de" has German text on both sides.
         split: rows to take where the file has a column "split", or the split of a dataset on the Hub.
         columns: language code → name of its column or file, where they differ.
         max_sentences: take at most this many sentence pairs per direction, or pair → how many, from the top.
@@ -127,8 +127,12 @@ def _direction(
         kind = getattr(rows.features[name], "dtype", type(rows.features[name]).__name__)
         if kind not in ("string", "large_string", "null"):
             raise ValueError(f"Column {name!r} of {path} holds {kind}, expected text (string).")
-    chosen = rows.select_columns([*names, *by_document])
-    chosen = chosen.rename_columns(dict(zip(names, ("source", "target"), strict=True)))
+    if names[0] == names[1]:  # of a language with itself
+        sides = [rows.select_columns(names[:1]).rename_column(names[0], side) for side in ("source", "target")]
+        chosen = concatenate_datasets([*sides, *(rows.select_columns(name) for name in by_document)], axis=1)
+    else:
+        chosen = rows.select_columns([*names, *by_document])
+        chosen = chosen.rename_columns(dict(zip(names, ("source", "target"), strict=True)))
     chosen = _where(chosen, ["source", "target"], lambda *sides: pc.and_(*map(pc.is_valid, sides)))
     if by_document:
         documents = [str(place).rpartition(":")[0] for place in chosen[by_document[0]]]

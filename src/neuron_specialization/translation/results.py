@@ -20,7 +20,8 @@ _VERSIONED = (
 )  # fmt: skip
 
 _TRAINING_COLUMNS = (
-    "updates", "base_validation_loss", "masked_validation_loss", "best_validation_loss", "train_runtime",
+    "updates", "target_tokens", "base_validation_loss", "masked_validation_loss", "best_validation_loss",
+    "train_runtime",
 )  # fmt: skip
 
 

@@ -99,7 +99,11 @@ def language_tags(tokenizer: Any, source: str, target: str) -> Iterator[None]:
 
 
 def train_tokenizer(
-    sentences: Iterable[str], language_tokens: Sequence[str], vocab_size: int, max_length: int = 128
+    sentences: Iterable[str],
+    language_tokens: Sequence[str],
+    vocab_size: int,
+    max_length: int = 128,
+    mask_token: str | None = None,
 ) -> NllbTokenizer:
     """Train one BPE for all languages and wrap it as an NLLB-style tokenizer.
 
@@ -111,23 +115,25 @@ def train_tokenizer(
         language_tokens: tags, such as ["eng_Latn", "deu_Latn"].
         vocab_size: number of entries, special tokens and tags included.
         max_length: the model's longest input in tokens.
+        mask_token: what stands for masked text in denoising, such as "<mask>"; by default there is none.
 
     Raises:
-        ValueError: if a tag occurs in the text: the tokenizer would then cut words at it.
+        ValueError: if a tag or the mask token occurs in the text: the tokenizer would then cut words at it.
     """
     bpe = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
     bpe.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
     bpe.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
+    reserved = [*([mask_token] if mask_token else []), *language_tokens]
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[*SPECIAL_TOKENS, *language_tokens], show_progress=False
+        vocab_size=vocab_size, special_tokens=[*SPECIAL_TOKENS, *reserved], show_progress=False
     )
-    bpe.train_from_iterator(_without_tokens(sentences, language_tokens), trainer)
+    bpe.train_from_iterator(_without_tokens(sentences, reserved), trainer)
     model = json.loads(bpe.to_str())["model"]
     merges: Any = [tuple(merge) for merge in model["merges"]]
     return NllbTokenizer(
         vocab=model["vocab"],
         merges=merges,
-        mask_token="<unk>",  # not used in translation; a token of its own would be outside the vocabulary
+        mask_token=mask_token or "<unk>",  # the default would be a token outside the vocabulary
         extra_special_tokens=list(language_tokens),
         src_lang=language_tokens[0],
         tgt_lang=language_tokens[-1],
@@ -135,12 +141,12 @@ def train_tokenizer(
     )
 
 
-def _without_tokens(sentences: Iterable[str], language_tokens: Sequence[str]) -> Iterator[str]:
-    tokens = re.compile("|".join(map(re.escape, language_tokens)))
+def _without_tokens(sentences: Iterable[str], reserved: Sequence[str]) -> Iterator[str]:
+    tokens = re.compile("|".join(map(re.escape, reserved)))
     for sentence in sentences:
         if found := tokens.search(sentence):
             raise ValueError(
-                f"The language token {found.group()!r} occurs in the text ({sentence!r}), where the tokenizer would "
+                f"The token {found.group()!r} occurs in the text ({sentence!r}), where the tokenizer would "
                 "cut words at it. Use tokens that no text contains, such as 'deu_Latn'."
             )
         yield sentence

@@ -2,7 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -14,8 +14,9 @@ from ..adapter.active import active_config
 from ..adapter.routing import router_of
 from ..neurons.base_model import unwrap
 from ..neurons.positions import IGNORED
-from .arrow import numpy_column
+from .arrow import list_lengths, numpy_column
 from .batching import DirectionBatchSampler, TranslationCollator
+from .denoising import Noise, NoisyExamples, NumberedBatches
 from .loss import LinearHead, find_linear_head, logits_cross_entropy
 from .runs import MarkComplete
 from .sharding import shard
@@ -54,6 +55,7 @@ class SpecializationTrainer(Seq2SeqTrainer):
         train_dataset: what `encode_parallel` returns.
         eval_dataset: likewise; both list the directions in the order of `language_pairs`.
         language_pairs: names of the directions that the data's "language_pair" column counts.
+        noise: train to restore each target from a noised copy of it; by default to translate.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class SpecializationTrainer(Seq2SeqTrainer):
         train_dataset: Dataset,
         eval_dataset: Dataset | None,
         language_pairs: list[str],
+        noise: Noise | None = None,
     ) -> None:
         if args.max_steps <= 0:
             raise ValueError("Set max_steps: with temperature sampling there are no epochs.")
@@ -74,6 +77,8 @@ class SpecializationTrainer(Seq2SeqTrainer):
         self._head: LinearHead | None = None  # the one that computes the loss of the current call
         self._plain_head: LinearHead | None = None
         self._looked_for_head = self._loss_only = False
+        self.noise = noise
+        self._drawn_from = args.data_seed if args.data_seed is not None else args.seed
         callbacks: list[TrainerCallback] = [MarkComplete()]
         if args.patience is not None:
             callbacks.append(EarlyStoppingCallback(args.patience))
@@ -82,7 +87,7 @@ class SpecializationTrainer(Seq2SeqTrainer):
             args=args,
             data_collator=TranslationCollator(tokenizer, model, pair_ids(model, language_pairs)),
             train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            eval_dataset=eval_dataset if eval_dataset is None else self._with_noise(eval_dataset),
             processing_class=tokenizer,
             callbacks=callbacks,
             compute_loss_func=self._token_loss,
@@ -93,23 +98,36 @@ class SpecializationTrainer(Seq2SeqTrainer):
     def get_train_dataloader(self) -> DataLoader:
         """Return batches of one direction each; the sampler spans the whole run of all processes."""
         args: Any = self.args
-        data: Any = self.train_dataset
-        sampler = DirectionBatchSampler(
-            numpy_column(data, "language_pair"),
-            numpy_column(data, "length"),
-            args.per_device_train_batch_size,
-            args.max_steps * args.gradient_accumulation_steps * args.world_size,
-            args.temperature,
-            args.data_seed if args.data_seed is not None else args.seed,
-        )
+        batches = self._batches(args.max_steps)
         loader = DataLoader(
-            data,
-            batch_sampler=sampler,
+            self._with_noise(self.train_dataset),
+            batch_sampler=batches if self.noise is None else NumberedBatches(batches),
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
         )
         return self.accelerator.prepare(loader)
+
+    def _batches(self, updates: int) -> DirectionBatchSampler:
+        """Return the batches of the first updates of the run, of all processes."""
+        args: Any = self.args
+        data: Any = self.train_dataset
+        return DirectionBatchSampler(
+            numpy_column(data, "language_pair"),
+            numpy_column(data, "length"),
+            args.per_device_train_batch_size,
+            updates * args.gradient_accumulation_steps * args.world_size,
+            args.temperature,
+            self._drawn_from,
+        )
+
+    def _with_noise(self, examples: Any) -> Any:
+        return examples if self.noise is None else NoisyExamples(examples, self.noise, self._drawn_from)
+
+    def target_tokens(self, updates: int) -> int:
+        """Return how many target tokens the first updates of the run train on, tags and ends of sentences included."""
+        lengths = list_lengths(cast(Dataset, self.train_dataset), "labels")
+        return sum(int(lengths[batch].sum()) for batch in self._batches(updates))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # gathered from shards, tied weights come as tensors of their own, and would be written once per name

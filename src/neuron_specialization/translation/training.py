@@ -19,6 +19,7 @@ from transformers import (
 from ..adapter.routing import is_routed
 from ..neurons.base_model import number_of_positions, unwrap
 from ..neurons.files import begin_writing, check_not_input, check_replaceable, finish_writing, partial_folder
+from .denoising import Noise
 from .encoding import encode_parallel
 from .processes import this_process
 from .runs import Run, discard_run, load_trained, run_dependencies, seconds_until
@@ -37,6 +38,7 @@ def fit(
     source_tag: str = "source",
     max_length: int = 128,
     callbacks: Sequence[TrainerCallback] = (),
+    noise: Noise | None = None,
 ) -> dict[str, Any]:
     """Train `model` on every direction of `train`, resuming from the newest complete checkpoint if there is one.
 
@@ -60,11 +62,13 @@ def fit(
         source_tag: what the tag on the source side names.
         max_length: truncate training text to this many tokens, or to the model's positions if there are fewer.
         callbacks: further ones for the Trainer. What they change must follow from what the run depends on.
+        noise: train to restore each target from a noised copy of it, its source not used; by default to translate.
 
     Returns:
-        The Trainer's metrics ("train_runtime" summed over the pieces of a resumed run), with "updates",
-        "base_validation_loss" and (under masks) "masked_validation_loss" before the first update,
-        "best_validation_loss", the log of losses, where it was "saved", and whether the run had "finished_before".
+        The Trainer's metrics ("train_runtime" summed over the pieces of a resumed run), with "updates" and the
+        "target_tokens" of these, "base_validation_loss" and (under masks) "masked_validation_loss" before the first
+        update, "best_validation_loss", the log of losses, where it was "saved", and whether the run had
+        "finished_before".
 
     Raises:
         ValueError: if the data, the masks or the settings do not fit together, or the output directory holds a run
@@ -93,12 +97,16 @@ def fit(
             if part is not None
         }
     settings = {"language_pairs": pairs, "language_tokens": tokens, **options}
+    if noise is not None:
+        settings["noise"] = noise.settings
     run = Run(str(args.output_dir), run_dependencies(model, args, data, settings))
     if run.result is not None:
         this_process().print(f"{run.directory} holds this run, finished after {run.result['updates']} updates.")
         load_trained(model, run.result["saved"])
         return {**run.result, "finished_before": True}
-    trainer = SpecializationTrainer(model, args, tokenizer, data["training data"], data.get("validation data"), pairs)
+    trainer = SpecializationTrainer(
+        model, args, tokenizer, data["training data"], data.get("validation data"), pairs, noise
+    )
     for callback in callbacks:
         trainer.add_callback(callback)
     return {**_train(trainer, run, directory, overwrite), "finished_before": False}
@@ -126,6 +134,7 @@ def _train(trainer: SpecializationTrainer, run: Run, directory: Path, overwrite:
         **trained.metrics,
         "train_runtime": seconds_before + trained.metrics["train_runtime"],
         "updates": trainer.state.global_step,
+        "target_tokens": trainer.target_tokens(trainer.state.global_step),
         **run.initial_losses,
         "best_validation_loss": trainer.state.best_metric,
         "log": trainer.state.log_history,
