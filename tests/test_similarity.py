@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from neuron_specialization.analysis.similarity import StreamingCKA, linear_cka
-from neuron_specialization.analysis.spectrum import singular_values, spectrum_statistics
+from neuron_specialization.analysis.spectrum import singular_values, spectrum_statistics, with_spectrum_of
 
 from . import architectures
 from .conftest import make_m2m100, make_t5
@@ -124,3 +124,29 @@ def test_gains_of_gemma_are_one_plus_the_weight():
     doubled = singular_values(model)
     gate = next(name for name in raw if "encoder" in name and "gate_proj" in name)
     torch.testing.assert_close(doubled[gate], 2 * raw[gate])
+
+
+@pytest.mark.parametrize("make", [make_m2m100, lambda: architectures.make("t5gemma")], ids=["m2m100", "t5gemma"])
+def test_the_spectrum_of_the_source_is_put_under_the_vectors_of_a_model(make):
+    source = make()
+    for name, parameter in source.named_parameters():
+        if "norm" in name and name.endswith("weight"):
+            torch.nn.init.normal_(parameter, mean=1.0, std=0.1)
+    for name, parameter in with_spectrum_of(source, source).named_parameters():
+        torch.testing.assert_close(parameter, source.get_parameter(name), rtol=1e-5, atol=1e-5)
+    trained = copy.deepcopy(source)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    before = {name: parameter.clone() for name, parameter in trained.named_parameters()}
+    restored = with_spectrum_of(trained, source)
+    expected, found = singular_values(source), singular_values(restored)
+    for name, sigma in expected.items():
+        torch.testing.assert_close(found[name], sigma, rtol=1e-3, atol=1e-4)
+        assert not restored.get_parameter(name).equal(source.get_parameter(name)), "the vectors are not the source's"
+    for name, parameter in trained.named_parameters():
+        assert parameter.equal(before[name]), "the model itself stays"
+        assert name in expected or restored.get_parameter(name).equal(parameter)
+    other = make_m2m100(d_ff=24)
+    with pytest.raises(ValueError, match="the same names and shapes"):
+        with_spectrum_of(other, source)

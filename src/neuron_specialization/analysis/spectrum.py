@@ -5,6 +5,7 @@ without changing what the model computes. Gains are therefore first folded into 
 """
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from ..neurons.base_model import unwrap
 
 _PROBE = 3  # tokens of the sequence that shows which matrix reads which norm
+_SMALLEST_GAIN = 1e-9  # of the largest
 
 
 def singular_values(model: nn.Module, fold_norms: bool = True) -> dict[str, torch.Tensor]:
@@ -28,18 +30,55 @@ def singular_values(model: nn.Module, fold_norms: bool = True) -> dict[str, torc
     Raises:
         ValueError: if the model has no weight matrix.
     """
+    values = {name: torch.linalg.svdvals(weight * gain) for name, weight, gain in _matrices(model, fold_norms)}
+    if not values:
+        raise ValueError(
+            f"{type(unwrap(model)).__name__} has no linear layer or embedding to take singular values of."
+        )
+    return values
+
+
+def with_spectrum_of(model: nn.Module, source: nn.Module) -> Any:
+    """Return a copy of `model` with the singular values of `source` under its own singular vectors.
+
+    Of every matrix W of a linear layer or embedding, with the gain g of the norm that it reads folded in,
+    W diag(g) = U diag(σ) Vᵀ becomes U diag(σ of the source) Vᵀ, and g is divided out again. Norms and biases stay.
+
+    Args:
+        model: a seq2seq model without adapters.
+        source: another of the same shapes, such as the checkpoint that the training of `model` started from.
+
+    Raises:
+        ValueError: if the matrices of the two differ in name or shape, `model` has adapters, or a gain is zero.
+    """
+    if getattr(unwrap(model), "peft_config", None) or unwrap(model) is not model:
+        raise ValueError("Expected a model without adapters: merge or unload them first.")
+    copied = copy.deepcopy(model)
+    spectra = singular_values(source)
+    shapes = {name: weight.shape for name, weight, _ in _matrices(source, fold_norms=False)}
+    matrices = list(_matrices(copied))
+    if {name: weight.shape for name, weight, _ in matrices} != shapes:
+        raise ValueError(
+            "Expected two models whose matrices have the same names and shapes, such as one before and after training."
+        )
+    for name, weight, gain in matrices:
+        if bool((gain.abs() <= _SMALLEST_GAIN * gain.abs().max()).any()):
+            raise ValueError(f"The norm that {name} reads has a gain of zero, which cannot be divided out.")
+        u, _, v = torch.linalg.svd(weight * gain, full_matrices=False)
+        with torch.no_grad():
+            copied.get_parameter(name).copy_((u * spectra[name].to(u.device)) @ v / gain)
+    return copied
+
+
+def _matrices(model: nn.Module, fold_norms: bool = True) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Yield parameter name, matrix, and the gain of the norm that it reads ([columns], or one) in float64."""
     base = unwrap(model)
     gains = _gains(base) if fold_norms else {}
-    values: dict[str, torch.Tensor] = {}
     modules = {f"{name}.weight": module for name, module in base.named_modules()}
     for name, parameter in base.named_parameters():
         if isinstance(modules.get(name), nn.Linear | nn.Embedding):
-            weight = parameter.detach().double()
-            gain = gains.get(modules[name])
-            values[name] = torch.linalg.svdvals(weight if gain is None else weight * gain.double())
-    if not values:
-        raise ValueError(f"{type(base).__name__} has no linear layer or embedding to take singular values of.")
-    return values
+            gain = gains.get(modules[name], parameter.new_ones(1))
+            yield name, parameter.detach().double(), gain.double()
 
 
 def spectrum_statistics(sigma: torch.Tensor) -> dict[str, float]:

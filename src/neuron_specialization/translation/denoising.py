@@ -40,7 +40,8 @@ class Noise:
     ) -> None:
         if not 0 < mask_share < 1 or mean_span < 1:
             raise ValueError(
-                f"Expected a mask_share between 0 and 1 and a mean_span of at least 1, got {mask_share} and {mean_span}."
+                f"Expected a mask_share between 0 and 1, and a mean_span of at least 1; got {mask_share} and "
+                f"{mean_span}."
             )
         if tokenizer.mask_token in (None, tokenizer.unk_token):
             raise ValueError(
@@ -88,7 +89,7 @@ class Noise:
         spans: list[int] = []
         while (left := covered - sum(spans)) > 0:
             spans.append(min(int(draw.poisson(self.settings["mean_span"])), left))
-        while len(spans) > covered:  # or the noised sentence could be longer than the model's positions
+        while len(spans) > covered:  # or the sentence could outgrow the model's positions
             spans.remove(0)
         return spans
 

@@ -1,0 +1,88 @@
+"""Continued pre-training on translation and on denoising, and the spectrum put back, as users run them."""
+
+import json
+
+import pytest
+import torch
+
+import neuron_specialization as ns
+from neuron_specialization.analysis.spectrum import singular_values
+from neuron_specialization.translation.checkpoints import load_checkpoint, new_model
+from neuron_specialization.translation.denoising import MASK_TOKEN
+from neuron_specialization.translation.tokenization import train_tokenizer
+
+from .conftest import make_masks
+from .test_recipes import run_here  # noqa: F401
+
+PAIRS = ["Pv-Aa", "Aa-Pv", "Ba-Pv"]
+
+
+@pytest.fixture(scope="module")
+def start(toy, toy_data, tmp_path_factory):
+    """A checkpoint whose tokenizer has a mask token."""
+    text = (s for rows in toy_data["train"].values() for side in rows.column_names for s in rows[side])
+    tokenizer = train_tokenizer(text, toy.languages, 300, 64, MASK_TOKEN)
+    torch.manual_seed(0)
+    model = new_model(tokenizer, layers=1, d_model=16, d_ff=20, heads=2, dropout=0.1, max_length=64)
+    directory = tmp_path_factory.mktemp("start")
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def options(toy, toy_files, start):
+    splits = ("train", "validation", "test")
+    files = [word for split in splits for word in (f"--{split}_file", f"{toy_files}/{split}.jsonl")]
+    return [
+        *("--model_name_or_path", str(start), "--language_pairs", *PAIRS, *files, "--max_sentences", "30"),
+        *("--max_steps", "2", "--eval_steps", "2", "--per_device_train_batch_size", "8", "--max_length", "64"),
+        *("--num_beams", "1", "--disable_tqdm", "true", "--learning_rate", "0.01"),
+    ]
+
+
+def test_translation_its_control_and_masks_see_the_same_target_tokens(run_here, options, start, tmp_path):  # noqa: F811
+    make_masks(load_checkpoint(str(start))[0], PAIRS).save_pretrained(tmp_path / "masks")
+    runs = {"mt": [], "denoise": ["--objective", "denoising"], "sparse": ["--masks", str(tmp_path / "masks")]}
+    found = {}
+    for name, more in runs.items():
+        printed = run_here("continue_pretraining.py", *options, "--output_dir", str(tmp_path / name), *more)
+        found[name] = json.loads((tmp_path / name / "results.json").read_text())
+        assert "target_tokens" in printed and set(found[name]["scores"]["directions"]) == set(PAIRS)
+        assert found[name]["updates"] == 2 and "bleu" in found[name]["scores"]["averages"]["all"]
+    assert len({results["target_tokens"] for results in found.values()}) == 1
+    assert found["mt"]["log"] != found["denoise"]["log"]
+    adapter = ns.NeuronMasks.from_pretrained(tmp_path / "sparse" / "adapter")
+    assert adapter.language_pairs == PAIRS
+
+    scored = ["--language_pairs", "Pv-Aa", "--test_file", options[options.index("--test_file") + 1]]
+    where = ["--model_name_or_path", str(tmp_path / "mt" / "model"), "--spectrum_of", str(start)]
+    run_here("score.py", *where, *scored, "--num_beams", "1", "--output_dir", str(tmp_path / "restored"))
+    restored, tokenizer = load_checkpoint(str(tmp_path / "restored" / "model"))
+    source, trained = (load_checkpoint(str(path))[0] for path in (start, tmp_path / "mt" / "model"))
+    for name, sigma in singular_values(source).items():
+        torch.testing.assert_close(singular_values(restored)[name], sigma, rtol=1e-3, atol=1e-4)
+    assert tokenizer.mask_token == MASK_TOKEN and not restored.get_input_embeddings().weight.equal(
+        trained.get_input_embeddings().weight
+    )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--language_pairs", "Pv-Pv"], "source and target are the same sentence"),
+        (["--objective", "denoising", "--language_pairs", "Pv-Pv"], "pretrain.py takes monolingual text"),
+        (["--objective", "denoising", "--mask_share", "2"], "Expected a mask_share between 0 and 1"),
+        (["--masks", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_sentence(run_here, options, tmp_path, wrong, message):  # noqa: F811
+    error = run_here("continue_pretraining.py", *options, "--output_dir", str(tmp_path / "out"), *wrong, fails=True)
+    assert error.splitlines()[-1].startswith("Error: ") and message in error.splitlines()[-1]
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_checkpoint_without_a_mask_token_is_refused(run_here, options, toy_checkpoint, tmp_path):  # noqa: F811
+    options[1] = str(toy_checkpoint)
+    more = ["--objective", "denoising", "--output_dir", str(tmp_path / "out")]
+    assert "Denoising needs a mask token" in run_here("continue_pretraining.py", *options, *more, fails=True)
