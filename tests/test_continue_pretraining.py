@@ -12,7 +12,6 @@ from neuron_specialization.translation.denoising import MASK_TOKEN
 from neuron_specialization.translation.tokenization import train_tokenizer
 
 from .conftest import make_masks
-from .test_recipes import run_here  # noqa: F401
 
 PAIRS = ["Pv-Aa", "Aa-Pv", "Ba-Pv"]
 
@@ -41,7 +40,7 @@ def options(toy, toy_files, start):
     ]
 
 
-def test_translation_its_control_and_masks_see_the_same_target_tokens(run_here, options, start, tmp_path):  # noqa: F811
+def test_translation_its_control_and_masks_see_the_same_target_tokens(run_here, options, start, tmp_path):
     make_masks(load_checkpoint(str(start))[0], PAIRS).save_pretrained(tmp_path / "masks")
     runs = {"mt": [], "denoise": ["--objective", "denoising"], "sparse": ["--masks", str(tmp_path / "masks")]}
     found = {}
@@ -76,13 +75,13 @@ def test_translation_its_control_and_masks_see_the_same_target_tokens(run_here, 
         (["--masks", "nowhere"], "nowhere"),
     ],
 )
-def test_bad_input_is_one_sentence(run_here, options, tmp_path, wrong, message):  # noqa: F811
+def test_bad_input_is_one_sentence(run_here, options, tmp_path, wrong, message):
     error = run_here("continue_pretraining.py", *options, "--output_dir", str(tmp_path / "out"), *wrong, fails=True)
     assert error.splitlines()[-1].startswith("Error: ") and message in error.splitlines()[-1]
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_a_checkpoint_without_a_mask_token_is_refused(run_here, options, toy_checkpoint, tmp_path):  # noqa: F811
+def test_a_checkpoint_without_a_mask_token_is_refused(run_here, options, toy_checkpoint, tmp_path):
     options[1] = str(toy_checkpoint)
     more = ["--objective", "denoising", "--output_dir", str(tmp_path / "out")]
     assert "Denoising needs a mask token" in run_here("continue_pretraining.py", *options, *more, fails=True)

@@ -17,7 +17,6 @@ from neuron_specialization.translation.tokenization import train_tokenizer
 from neuron_specialization.translation.trainer import SpecializationTrainer
 from neuron_specialization.translation.training import fit
 
-from .test_recipes import run_here  # noqa: F401
 from .test_training import StopAfter, arguments, weights
 
 TEXT = ["a b c. d e f! g h i? j k l.", "a。b c。", "a b c d e f g h i j k l m n o p q r s t"]
@@ -138,7 +137,7 @@ def test_what_cannot_be_denoised_is_refused(toy_tokenizer, tokenizer):
         train_tokenizer(["a <mask> b"], ["en"], 50, mask_token=MASK_TOKEN)
 
 
-def test_the_recipe_pretrains_on_monolingual_text(run_here, toy_files, tmp_path):  # noqa: F811
+def test_the_recipe_pretrains_on_monolingual_text(run_here, toy_files, tmp_path):
     for split in ("train", "validation"):
         rows = load_parallel(str(toy_files / f"{split}.jsonl"), ["Aa-Pv"])["Aa-Pv"]
         for code, side in (("Aa", "source"), ("Pv", "target")):
