@@ -3,7 +3,8 @@
 Each direction fine-tunes the multilingual model by itself. Of every attention and FFN matrix the direction keeps the
 weights whose magnitude after that is above the matrix's α-quantile. Then the multilingual model, not the fine-tuned
 ones, trains on with all directions, one per batch, each under its mask. A weight that several directions keep is
-shared, one that a single direction keeps is specific to it. Biases, norms and embeddings are not pruned and shared.
+shared, one that a single direction keeps is specific to it. Biases, norms and embeddings are not pruned, so all
+directions share them.
 """
 
 import copy
@@ -25,6 +26,7 @@ from ..neurons.adapter_file import pack_rows, unpack_rows
 from ..neurons.ffn import STACKS, find_ffn_blocks, fingerprint
 from ..neurons.language_pairs import Routes
 from ..neurons.masks import NeuronMasks
+from ..neurons.selection import exact_share
 
 DROPOUT = 0.3  # of the fine-tuning per direction, as published
 MASK = "lass_mask"
@@ -88,7 +90,7 @@ def magnitude_masks(model: Any, alpha: float) -> dict[str, torch.Tensor]:
         magnitudes = linear.weight.detach().abs().float().cpu()
         if not magnitudes.isfinite().all():
             raise ValueError(f"{name} has weights that are not finite: the fine-tuning of the direction diverged.")
-        pruned = math.floor(alpha * magnitudes.numel())
+        pruned = math.floor(exact_share(alpha) * magnitudes.numel())
         threshold = magnitudes.flatten().kthvalue(pruned).values if pruned else -1
         masks[name] = pack_rows(magnitudes > threshold)
     return masks
