@@ -103,7 +103,7 @@ class NeuronMasks:
         """Return pair → pair → IoU of the neurons they keep, mean over the blocks of one stack."""
         pairs = self.language_pairs
         blocks = [name for name, of in self.stacks.items() if of == stack]
-        mean = sum(self.iou_matrix(block, pairs) for block in blocks) / len(blocks)
+        mean = torch.stack([self.iou_matrix(block, pairs) for block in blocks]).mean(0)
         return {pair: dict(zip(pairs, row, strict=True)) for pair, row in zip(pairs, mean.tolist(), strict=True)}
 
     def union(self, other: "NeuronMasks") -> "NeuronMasks":
