@@ -19,12 +19,13 @@ from neuron_specialization.translation.arguments import DataArguments, ModelArgu
 from neuron_specialization.translation.checkpoints import load_adapted, untrained_model
 from neuron_specialization.translation.command_line import parse, run
 from neuron_specialization.translation.identification import record_corpus_parts
+from neuron_specialization.translation.mask_report import report_overlap, report_stability
 from neuron_specialization.translation.processes import this_process
 from neuron_specialization.translation.results import table, write_results
+from neuron_specialization.translation.smallest_k import find_smallest_k, parse_k
 
 UNUSED = ("train_file", "test_file", "pivot", "train_sentences", "document_column", "drop_faulty")
 FILES = (CONFIG_NAME, WEIGHTS_NAME, "counts.safetensors", "results.json", "overlap.svg", "overlap.png")
-MOST_COLUMNS = 12
 
 
 @dataclass
@@ -35,7 +36,7 @@ class IdentifyArguments:
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Replace files of the same names that this package did not write."}
     )
-    k: float = field(default=0.95, metadata={"help": "Share of all activations that the kept neurons make up."})
+    k: str = field(default="0.95", metadata={"help": "Share of activations that the kept neurons make up, or auto."})
     encoder_k: float | None = field(default=None, metadata={"help": "Another share for the encoder."})
     decoder_k: float | None = field(default=None, metadata={"help": "Another share for the decoder."})
     count_padding: bool = field(default=False, metadata={"help": "Count padding too, as the released code does."})
@@ -52,7 +53,10 @@ def main() -> None:
     args, where, data = parse(IdentifyArguments, ModelArguments, DataArguments, unused=UNUSED)
     if args.untrained and where.adapter is not None:
         raise ValueError("--untrained draws random weights, for which an --adapter has no meaning.")
-    selector = ns.CumulativeThreshold(args.k, args.encoder_k, args.decoder_k)
+    k = parse_k(args.k)
+    if k is None and (where.adapter or args.encoder_k or args.decoder_k):
+        raise ValueError("--k auto looks for one k for both stacks of a model without adapter; leave the others out.")
+    selector = ns.CumulativeThreshold(1.0 if k is None else k, args.encoder_k, args.decoder_k)
     check_not_input(args.output_dir, where.adapter)
     check_holds_no_model(args.output_dir)
     check_replaceable(args.output_dir, FILES, args.overwrite_output_dir)
@@ -75,9 +79,14 @@ def main() -> None:
     )
     seconds = time.perf_counter() - started
     counts = parts[0].merge(*parts[1:])
-    masks = selector.select(counts)
     if not this_process().is_main_process:
         return
+    masks, tried = selector.select(counts), {}
+    if k is None:
+        options = {"language_tokens": data.tokens, "batch_size": args.batch_size, "max_length": data.max_length}
+        found = find_smallest_k(model, tokenizer, corpus, counts, **options)
+        selector, masks, tried = ns.CumulativeThreshold(found.k), found.masks, {"tried": found.rows()}
+        print(f"validation loss under masks, without training: k = {found.k}\n{table(found.rows())}")
     kept = {pair: {name: 1 - share for name, share in masks.sparsity(pair).items()} for pair in masks.language_pairs}
     print("share of neurons kept")
     print(table([{"block": name, **{pair: kept[pair][name] for pair in kept}} for name in masks.rows]))
@@ -89,6 +98,7 @@ def main() -> None:
         "tokens": {stack: t.tolist() for stack, t in counts.tokens.items()},
         "seconds": seconds,
         "selector": masks.selector,
+        **tried,
         "arguments": [vars(args), vars(where), vars(data)],
     }
     if args.stability:
@@ -103,31 +113,6 @@ def main() -> None:
         else:
             print("no heatmap of the overlap: pip install 'neuron-specialization[report]'")
     print(f"wrote {args.output_dir} ({seconds:.1f} s of recording)")
-
-
-def report_overlap(overlap: dict[str, dict[str, dict[str, float]]]) -> None:
-    """Print how much of their neurons pairs share: every two of them, or of many the mean for each."""
-    for stack, of in overlap.items():
-        print(f"overlap of the pairs' neurons in the {stack} (IoU, mean over blocks)")
-        if len(of) <= MOST_COLUMNS:
-            print(table([{"pair": pair, **others} for pair, others in of.items()]))
-        else:
-            means = {pair: (sum(others.values()) - 1) / (len(of) - 1) for pair, others in of.items()}
-            print(table([{"pair": pair, "mean with the others": mean} for pair, mean in means.items()]))
-
-
-def report_stability(result: dict) -> dict:
-    """Print what `stability` found."""
-    print("IoU of split halves with each other, and of growing samples with the full mask")
-    growing = {f"{step['share']:.3f} of sample": step["iou"] for step in result["growing"][:-1]}
-    pairs = result["halves"]
-    print(table([{"pair": p, "halves": pairs[p], **{name: iou[p] for name, iou in growing.items()}} for p in pairs]))
-    if result["unstable"]:
-        print(
-            f"WARNING: half of the sample gives masks with an IoU below 0.9 for {', '.join(result['unstable'])}; "
-            "use more sentences."
-        )
-    return result
 
 
 if __name__ == "__main__":

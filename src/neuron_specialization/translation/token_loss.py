@@ -23,6 +23,7 @@ def token_losses(
     language_tokens: Mapping[str, str] | None = None,
     source_tag: str = "source",
     batch_size: int = 64,
+    max_length: int | None = None,
 ) -> dict[str, float]:
     """Return pair → cross-entropy in nats per target token, without label smoothing, in eval mode.
 
@@ -33,10 +34,11 @@ def token_losses(
     Args:
         model: a seq2seq model, with adapters (each pair then runs under its masks) or without.
         tokenizer: its tokenizer.
-        data: pair → Dataset with columns "source" and "target"; nothing is truncated.
+        data: pair → Dataset with columns "source" and "target".
         language_tokens: language code → language token, where codes are not tokens themselves.
         source_tag: what the tag on the source side names.
         batch_size: sentence pairs per batch.
+        max_length: truncate both sides to this many tokens; None truncates nothing.
     """
     tokens = resolve_tokens(tokenizer, data, language_tokens)
     device = device_of(model)
@@ -46,7 +48,7 @@ def token_losses(
     try:
         for pair, rows in data.items():
             nats, count = 0.0, 0
-            for batch in scored_batches(model, tokenizer, pair, rows, tokens, source_tag, batch_size):
+            for batch in scored_batches(model, tokenizer, pair, rows, tokens, source_tag, batch_size, max_length):
                 moved = {name: t.to(device) if isinstance(t, torch.Tensor) else t for name, t in batch.items()}
                 labels = moved.pop("labels")
                 with torch.no_grad():
@@ -67,6 +69,7 @@ def scored_batches(
     tokens: Mapping[str, str],
     source_tag: str = "source",
     batch_size: int = 64,
+    max_length: int | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield one direction's batches, of similar length, as the model's forward takes them, with labels.
 
@@ -77,13 +80,14 @@ def scored_batches(
         model: the model that the batches are for.
         tokenizer: its tokenizer.
         pair: the direction.
-        rows: Dataset with columns "source" and "target"; nothing is truncated.
+        rows: Dataset with columns "source" and "target".
         tokens: language code → language token.
         source_tag: what the tag on the source side names.
         batch_size: sentence pairs per batch.
+        max_length: truncate both sides to this many tokens; None truncates nothing.
     """
     collate = TranslationCollator(tokenizer, model)
-    encoded = encode(tokenizer, pair, rows["source"], rows["target"], tokens, source_tag)
+    encoded = encode(tokenizer, pair, rows["source"], rows["target"], tokens, source_tag, max_length)
     examples = [
         {"input_ids": source, "labels": target}
         for source, target in zip(encoded["input_ids"], encoded["labels"], strict=True)
