@@ -299,8 +299,8 @@ def test_a_row_of_a_tied_weight_trains_if_any_of_its_layers_selects_it():
 def test_masks_are_unpacked_once_and_not_in_each_step(monkeypatch):
     adapted = adapt(make_m2m100(), trainable="full").train()
     layer = adapted.get_submodule("base_model.model.model.encoder.layers.0.fc1")
-    first = layer.unselected_rows()
-    assert layer.unselected_rows() is first
+    first = layer.frozen_neurons(None, torch.device("cpu"))
+    assert layer.frozen_neurons(None, torch.device("cpu")) is first
     with torch.no_grad():
         layer.neuron_specialization_mask["default"][:] = 1  # keeps every eighth neuron
-    assert layer.unselected_rows() is not first and len(layer.unselected_rows()) == 20 - 3
+    assert len(layer.frozen_neurons(None, torch.device("cpu"))) == 20 - 3

@@ -3,6 +3,7 @@
 Importing this package registers the method with PEFT.
 """
 
+from .adapter.adding_pairs import add_pairs
 from .adapter.config import NeuronSpecializationConfig
 from .adapter.language_tokens import language_token_ids
 from .adapter.loading import check_loaded_adapters
@@ -41,6 +42,7 @@ __all__ = [
     "Specificity",
     "TopShare",
     "WrongPair",
+    "add_pairs",
     "compact",
     "find_ffn_blocks",
     "language_pair",

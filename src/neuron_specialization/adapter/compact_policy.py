@@ -93,6 +93,8 @@ def why_not_compact(block: "CompactBlock") -> WhyMasked | None:
         return WhyMasked("weights that are not plain tensors", warns=True)
     if "forward" in vars(base):
         return WhyMasked("a projection with a forward of its own", warns=True)
+    if any(layer.update_only[name] for name in active_adapters(layer)):
+        return WhyMasked("update_only=True, under which no neuron is masked")
     if not block.elementwise:
         return WhyMasked("an operation between the projections that is not elementwise", warns=True)
     if any(_records(part) for part in [*projections, layer]):

@@ -38,10 +38,14 @@ class NeuronSpecializationConfig(PeftConfig):
         r: rank of "low_rank".
         mask_bias: masked neurons output act(0), which is 0 for all but unusual activations (sigmoid). By default they
             output the constant act(b1), as in the paper.
+        update_only: mask the update instead of W1: a pair runs with W1 + m ⊙ ΔW1, and all neurons are computed. Before
+            training it is the base exactly. Needs "delta" or "low_rank"; excludes compact execution and export.
         execution: "masked" computes all neurons and then masks; "compact" computes only those kept (and a few more,
             to pad the width) and raises an error where that is not possible; "auto" runs compact where it is possible
             (one pair in the batch, plain weights, nothing else attached to the block, no activation dropout in
             training) and pays: from 256 tokens on, and in the decoder steps of a `generate`.
+        protected_pairs: pairs whose outputs must not change in training: the rows of ΔW1 that they use are frozen, and
+            other pairs train the rows that only they use. Needs "delta".
         language_token_ids: language code → id of its token in the tokenizer (see `ns.language_token_ids`).
         source_tag: what the tag on the source side names: "source" (NLLB, M2M100, mBART) or "target" (Marian, T5).
         default_pair: pair to fall back to; "base" runs the base model without masks.
@@ -63,7 +67,9 @@ class NeuronSpecializationConfig(PeftConfig):
     trainable: str = "delta"
     r: int = 8
     mask_bias: bool = False
+    update_only: bool = False
     execution: str = "auto"
+    protected_pairs: list[str] | None = None
     language_token_ids: dict[str, int] | None = None
     source_tag: str = "source"
     default_pair: str | None = None
@@ -112,6 +118,8 @@ class NeuronSpecializationConfig(PeftConfig):
         routes = self.build_routes()
         if self.default_pair not in (None, BASE_PAIR):
             routes.route(self.default_pair)
+        for pair in self.protected_pairs or []:
+            routes.route(pair)
 
     def build_routes(self) -> Routes:
         """Return which rows each pair uses.
@@ -199,6 +207,36 @@ class NeuronSpecializationConfig(PeftConfig):
             )
         if self.trainable == "full" and self.default_pair == BASE_PAIR:
             raise ValueError("default_pair='base' needs an untouched base, which trainable='full' does not keep.")
+
+        if self.update_only:
+            self._check_update_only()
+        if self.protected_pairs:
+            self._check_protectable()
+
+    def _check_update_only(self) -> None:
+        if self.trainable not in ("delta", "low_rank"):
+            raise ValueError(
+                "update_only=True masks ΔW1 and leaves W1 as it is, so it needs trainable='delta' or 'low_rank'; got "
+                f"{self.trainable!r}."
+            )
+        for name, value in (("mask_bias", True), ("execution", "compact")):
+            if getattr(self, name) == value:
+                raise ValueError(
+                    f"update_only=True masks no neuron, so {name}={value!r} has no meaning with it. Leave one of the "
+                    "two out."
+                )
+
+    def _check_protectable(self) -> None:
+        if self.trainable != "delta":
+            raise ValueError(
+                "protected_pairs freezes rows of ΔW1, so it needs trainable='delta', which leaves all else as it is; "
+                f"got {self.trainable!r}."
+            )
+        if self.modules_to_save or self.trainable_token_indices:
+            raise ValueError(
+                "protected_pairs keeps what some pairs compute, but modules_to_save and trainable_token_indices train "
+                "what all pairs share. Leave one of the two out."
+            )
 
     def _take_masks(self, masks: NeuronMasks) -> None:
         if masks.routes.source_tag != self.source_tag:

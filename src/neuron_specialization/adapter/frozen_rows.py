@@ -1,9 +1,10 @@
-"""Keep rows of W1 that no language pair selects unchanged, whatever the optimizer does.
+"""Keep rows of W1 or ΔW1 that must not train unchanged, whatever the optimizer does.
 
-In `trainable="full"` their gradient is zero, but weight decay would shrink them and momentum from before would move
-them. Each optimizer step therefore saves and restores them. Optimizers that step on copies of the weights (master
-weights of mixed precision) write the weights after their step: what they moved is put back when a model is called
-next, and before a layer is saved, loaded, merged or removed.
+In `trainable="full"` these are the rows of W1 that no language pair selects, and under `protected_pairs` the rows of
+ΔW1 that a protected pair selects. Their gradient is zero, but weight decay would shrink them and momentum from before
+would move them. Each optimizer step therefore saves and restores them. Optimizers that step on copies of the weights
+(master weights of mixed precision) write the weights after their step: what they moved is put back when a model is
+called next, and before a layer is saved, loaded, merged or removed.
 """
 
 import weakref
@@ -16,13 +17,16 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # weight, indices of rows, their values
 _protected: "weakref.WeakSet[Any]" = weakref.WeakSet()
 _saved: "weakref.WeakKeyDictionary[torch.optim.Optimizer, list[Rows]]" = weakref.WeakKeyDictionary()
-_held: "weakref.WeakKeyDictionary[Any, Rows]" = weakref.WeakKeyDictionary()
+# layer → name of the weight, as `partly_frozen` calls it → rows
+_held: "weakref.WeakKeyDictionary[Any, dict[str | None, Rows]]" = weakref.WeakKeyDictionary()
 _registered = False
 
 
 def protect(layer: Any) -> None:
-    """Protect the unselected rows of a masked layer's base weight from every optimizer of this process."""
+    """Protect the frozen rows of a masked layer, if it has any, from every optimizer of this process."""
     global _registered
+    if not layer.trains_base and not layer.protected_rows:
+        return
     _protected.add(layer)
     if not _registered:
         register_optimizer_step_pre_hook(_save)
@@ -31,51 +35,51 @@ def protect(layer: Any) -> None:
 
 
 def release(layer: Any) -> None:
-    """Stop protecting a layer: its adapter is gone, and every row may train."""
+    """Stop protecting a layer: every row may train."""
     put_back()
     _protected.discard(layer)
 
 
 def put_back() -> None:
-    """Undo what optimizers that step on copies of the weights wrote into the unselected rows."""
-    for layer, (before, index, values) in list(_held.items()):
-        # the parameter may hold another tensor by now: one of the optimizer's, or a part of a sharded one
-        weight = _local(layer.weight.detach()) if _has_weight(layer) else None
-        if weight is not None and weight.shape == before.shape:
-            _write([(weight, index, values)])
+    """Undo what optimizers that step on copies of the weights wrote into the frozen rows."""
+    for layer, held in list(_held.items()):
+        weights = layer.partly_frozen()
+        for name, (before, index, values) in held.items():
+            # the parameter may hold another tensor by now: one of the optimizer's, or a part of a sharded one
+            weight = _local(weights[name].detach()) if name in weights else None
+            if weight is not None and weight.shape == before.shape:
+                _write([(weight, index, values)])
     _held.clear()
 
 
 def _save(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     rows: list[Rows] = []
-    for layers in _by_weight().values():
-        # a weight may be shared by several layers: a row is frozen where none of them selects it
-        index = layers[0].unselected_rows()
-        for layer in layers[1:]:
-            index = index[torch.isin(index, layer.unselected_rows())]
-        weight, index = _here(layers[0].weight.detach(), index)
+    for users in _by_weight().values():
+        # a weight may be shared by several layers: a row is frozen where it is frozen in all of them
+        layer, name = users[0]
+        parameter = layer.partly_frozen()[name]
+        frozen = layer.frozen_neurons(name, parameter.device)
+        for other, its_name in users[1:]:
+            frozen = frozen[torch.isin(frozen, other.frozen_neurons(its_name, parameter.device))]
+        weight, index = _here(parameter.detach(), frozen)
         if not len(index) or not weight.numel():
             continue
-        if id(layers[0].weight) in stepped:
+        if id(parameter) in stepped:
             rows.append((weight, index, weight[index]))
-        elif not any(layer in _held for layer in layers):
-            _held[layers[0]] = weight, index, weight[index]
+        elif not any(its_name in _held.get(user, {}) for user, its_name in users):
+            _held.setdefault(layer, {})[name] = weight, index, weight[index]
     _saved[optimizer] = rows
 
 
-def _by_weight() -> dict[int, list[Any]]:
-    """Return the protected layers that train, grouped by their weight."""
-    groups: dict[int, list[Any]] = {}
+def _by_weight() -> dict[int, list[tuple[Any, str | None]]]:
+    """Return the partly frozen weights that train: for each, the layers that have it, and its name there."""
+    users: dict[int, list[tuple[Any, str | None]]] = {}
     for layer in _protected:
-        if _has_weight(layer) and layer.weight.requires_grad:
-            groups.setdefault(id(layer.weight), []).append(layer)
-    return groups
-
-
-def _has_weight(layer: Any) -> bool:
-    """Whether a layer has a weight at hand: it may have been quantized since, or be described without weights."""
-    return isinstance(layer.weight, torch.Tensor) and not layer.weight.is_meta
+        for name, weight in layer.partly_frozen().items():
+            if weight.requires_grad:
+                users.setdefault(id(weight), []).append((layer, name))
+    return users
 
 
 def _here(weight: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

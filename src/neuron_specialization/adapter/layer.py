@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..neurons.adapter_file import DELTA, DELTA_A, DELTA_B, MASK, pack_rows, unpack_rows
+from ..neurons.ffn import STACKS
 from . import frozen_rows
 from .call import Call, innermost_call
 from .compact import CompactBlock, CompactWeights
@@ -31,7 +32,7 @@ class NeuronSpecializationLayer(BaseTunerLayer):
     """State of the method on one projection: per adapter, packed mask rows and the trained delta."""
 
     adapter_layer_names = (DELTA, DELTA_A, DELTA_B)
-    other_param_names = (MASK, "mask_bias", "execution")
+    other_param_names = (MASK, "mask_bias", "update_only", "execution", "protected_rows")
 
     def __init__(self, base_layer: nn.Module, router: CallRouter, stack: str) -> None:
         self.base_layer = base_layer
@@ -42,14 +43,16 @@ class NeuronSpecializationLayer(BaseTunerLayer):
         self.neuron_specialization_delta_a = nn.ParameterDict()
         self.neuron_specialization_delta_b = nn.ParameterDict()
         self.mask_bias: dict[str, bool] = {}
+        self.update_only: dict[str, bool] = {}
         self.execution: dict[str, str] = {}
+        self.protected_rows: dict[str, list[int]] = {}  # adapter → mask rows of the pairs that must not change
         self.place: tuple[nn.Module, str] | None = None  # its parent, and its name there
         self.compact_block: CompactBlock | None = None
         self.trains_base = False
         self.merged_adapters = []
         self.merged_rows: dict[str, int] = {}
         self._unmerged: tuple[torch.Tensor, torch.Tensor | None] | None = None
-        self._unselected: tuple[list[torch.Tensor], list[int], torch.Tensor] | None = None
+        self._looked_up: dict[str | None, tuple[list[torch.Tensor], list[int], torch.Tensor]] = {}
         linear: Any = self.get_base_layer()
         self.in_features: int = linear.in_features
         self.out_features: int = linear.out_features
@@ -58,10 +61,14 @@ class NeuronSpecializationLayer(BaseTunerLayer):
         """Add an adapter. `mask` is bit-packed: uint8 [rows, ceil(d_ff / 8)]."""
         self.neuron_specialization_mask[adapter_name] = mask
         self.mask_bias[adapter_name] = config.mask_bias
+        self.update_only[adapter_name] = config.update_only
         self.execution[adapter_name] = config.execution
         if config.trainable == "full":
             self.trains_base = True
-            frozen_rows.protect(self)
+        if config.protected_pairs:
+            routes, side = config.build_routes(), STACKS.index(self.stack)
+            self.protected_rows[adapter_name] = [routes.route(pair)[side] for pair in config.protected_pairs]
+        frozen_rows.protect(self)
         shape = (self.out_features, self.in_features)
         if config.trainable == "delta":
             delta = torch.zeros(shape) if config.init_weights else torch.randn(shape) * RANDOM_INIT_STD
@@ -80,13 +87,14 @@ class NeuronSpecializationLayer(BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter, and its routes with the first of its layers."""
+        frozen_rows.release(self)
         super().delete_adapter(adapter_name)
         if self.compact_block is not None:
             self.compact_block.looked_up.clear()
         self.router.resolvers.pop(adapter_name, None)
-        if self.trains_base:  # such an adapter is the only one
-            self.trains_base = False
-            frozen_rows.release(self)
+        self._looked_up.pop(adapter_name, None)
+        self.trains_base = False  # an adapter that trains the base is the only one
+        frozen_rows.protect(self)
 
     def replace_mask(self, adapter_name: str, rows: torch.Tensor) -> None:
         """Replace an adapter's mask rows, bool [rows, d_ff], by others of the same shape."""
@@ -100,6 +108,10 @@ class NeuronSpecializationLayer(BaseTunerLayer):
         """Return ΔW1 [d_ff, d_model] of one adapter, or some rows of it; None where the adapter has none."""
         if adapter_name in self.neuron_specialization_delta:
             delta = _loaded(self.neuron_specialization_delta, adapter_name)
+            if adapter_name in self.protected_rows and delta.requires_grad and torch.is_grad_enabled():
+                frozen = self.frozen_neurons(adapter_name, delta.device)
+                # no gradient: that of rows which do not move would count in the norm that gradients are clipped by
+                delta = delta.index_copy(0, frozen, delta.detach().index_select(0, frozen))
             return delta if rows is None else delta.index_select(0, rows)
         if adapter_name in self.neuron_specialization_delta_a:
             b, a = (
@@ -123,19 +135,35 @@ class NeuronSpecializationLayer(BaseTunerLayer):
         """Whether masked neurons output 0, their bias masked too, under the active adapter."""
         return any(self.mask_bias[name] for name in self.active_adapters if name in self.mask_bias)
 
-    def unselected_rows(self) -> torch.Tensor:
-        """Return the indices of the neurons that no pair of any adapter keeps: int64 [n]. Looked up once per masks."""
-        masks = list(self.neuron_specialization_mask.values())
+    def partly_frozen(self) -> dict[str | None, torch.Tensor]:
+        """Return the weights that have rows which must not move: W1 under None, ΔW1 under its adapter's name.
+
+        W1 may have been quantized since, or be described without weights; then it is not among them.
+        """
+        weights: dict[str | None, Any] = {None: self.weight} if self.trains_base else {}
+        weights |= {name: self.neuron_specialization_delta[name] for name in self.protected_rows}
+        return {name: w for name, w in weights.items() if isinstance(w, torch.Tensor) and not w.is_meta}
+
+    def frozen_neurons(self, adapter_name: str | None, device: torch.device) -> torch.Tensor:
+        """Return the neurons whose rows of an adapter's ΔW1, or of W1 (None), must not move: int64 [n].
+
+        Of ΔW1 these are the neurons that a protected pair keeps, of W1 those that no pair of any adapter keeps. They
+        are looked up once per masks.
+        """
+        table = self.neuron_specialization_mask
+        masks = list(table.values()) if adapter_name is None else [table[adapter_name]]
         versions = [0 if packed.is_inference() else packed._version for packed in masks]
-        known, device = self._unselected, self.weight.device
+        known = self._looked_up.get(adapter_name)
         if known is not None and known[1] == versions and known[2].device == device:
             if len(known[0]) == len(masks) and all(a is b for a, b in zip(known[0], masks, strict=True)):
                 return known[2]
         kept = torch.zeros(self.out_features, dtype=torch.bool, device=device)
         for packed in masks:
-            kept |= unpack_rows(packed, self.out_features).any(0).to(device)
-        self._unselected = masks, versions, (~kept).nonzero().flatten()
-        return self._unselected[2]
+            rows = packed if adapter_name is None else packed[self.protected_rows[adapter_name]]
+            kept |= unpack_rows(rows, self.out_features).any(0).to(device)
+        neurons = (~kept if adapter_name is None else kept).nonzero().flatten()
+        self._looked_up[adapter_name] = masks, versions, neurons
+        return neurons
 
 
 class Linear(nn.Module, NeuronSpecializationLayer):
@@ -152,8 +180,7 @@ class Linear(nn.Module, NeuronSpecializationLayer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if self.trains_base:  # copies and unpickled layers are protected like the first one
-            frozen_rows.protect(self)
+        frozen_rows.protect(self)  # copies and unpickled layers like the first one
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         frozen_rows.put_back()

@@ -1,5 +1,7 @@
 """Masked execution, the arithmetic: compute all neurons, then replace the output of masked ones by their bias.
 
+Under `update_only` no neuron is masked: the mask says which rows of ΔW1 are added to W1.
+
 It works for every base layer, quantized and offloaded ones included, and for a mask row per sample. Compact execution,
 which computes only the kept neurons, is in compact.
 """
@@ -24,6 +26,8 @@ def forward_masked(
 ) -> torch.Tensor:
     """Project x to [..., d_ff] under several adapters: their deltas add up, and a neuron must be kept by each of them.
 
+    An adapter with `update_only` adds its delta to the neurons that it keeps, and masks none.
+
     Args:
         layer: the layer around a masked projection.
         x: [batch, ..., d_model] ([length, batch, d_model] in time-major models), or some samples of it.
@@ -35,7 +39,7 @@ def forward_masked(
         ValueError: if several language pairs are in a batch whose samples cannot be told apart.
     """
     keeps: dict[str, torch.Tensor] = {}
-    on_base: dict[str, torch.Tensor] = {}
+    added_to: dict[str, torch.Tensor] = {}
     for adapter in adapters:
         rows = layer.call(x.device).rows_in(adapter, layer.stack, x.device)
         if len(rows.index) > 1 and x.ndim < 3:
@@ -46,11 +50,15 @@ def forward_masked(
         packed = layer.neuron_specialization_mask[adapter].to(x.device)[index.clamp_min(0)]
         keeps[adapter] = _align(layer, unpack_rows(packed, layer.out_features), x)
         if rows.has_base:
-            on_base[adapter] = _align(layer, (index == BASE_ROW)[:, None], x)
-            keeps[adapter] = keeps[adapter] | on_base[adapter]
-    out = _project(layer, x, adapters, on_base)
+            routed = _align(layer, (index != BASE_ROW)[:, None], x)
+            added_to[adapter] = routed & keeps[adapter] if layer.update_only[adapter] else routed
+            keeps[adapter] = keeps[adapter] | ~routed
+        elif layer.update_only[adapter]:
+            added_to[adapter] = keeps[adapter]
+    out = _project(layer, x, adapters, added_to)
     # where adapters differ, a neuron that one of them sets to 0 is 0, in whatever order they were activated
-    for adapter in sorted(adapters, key=lambda adapter: layer.mask_bias[adapter]):
+    masking = [adapter for adapter in adapters if not layer.update_only[adapter]]
+    for adapter in sorted(masking, key=lambda adapter: layer.mask_bias[adapter]):
         bias = None if layer.mask_bias[adapter] else _base_bias(layer, x)
         out = torch.where(keeps[adapter], out, 0 if bias is None else bias.to(out.dtype))
     return out
@@ -84,17 +92,27 @@ def forward_per_sample_adapters(layer: Any, x: torch.Tensor, names: list[str]) -
     return out
 
 
-def _project(layer: Any, x: torch.Tensor, adapters: list[str], on_base: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return x (W1 + Σ ΔW1)ᵀ + b1: in weight space, unless the base is not a plain linear layer.
+def _project(layer: Any, x: torch.Tensor, adapters: list[str], added_to: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return x (W1 + Σ ΔW1)ᵀ + b1: in weight space, unless the base is not a plain linear layer or samples differ.
 
     Args:
         layer: the layer around a masked projection.
         x: input.
         adapters: names of the adapters that add up.
-        on_base: adapter name → bool, broadcastable over x: samples that it leaves to the untouched base.
+        added_to: adapter name → bool, broadcastable over the output: the neurons of samples that its delta is added
+            to. Adapters that are not in it add theirs to all.
     """
-    named = {name: delta for name in adapters if (delta := layer.delta(name)) is not None}
-    deltas = [delta for name, delta in named.items() if name not in on_base]
+    deltas, per_sample = [], []
+    for name in adapters:
+        delta, where = layer.delta(name), added_to.get(name)
+        if delta is None:
+            continue
+        if where is None:
+            deltas.append(delta)
+        elif where.ndim == 1:  # all samples alike
+            deltas.append(torch.where(where[:, None], delta, 0))
+        else:
+            per_sample.append((where, delta))
     if not deltas:
         out = layer.base_layer(x)
     else:
@@ -103,9 +121,8 @@ def _project(layer: Any, x: torch.Tensor, adapters: list[str], on_base: dict[str
             out = F.linear(x, (layer.weight + total).to(layer.weight.dtype), layer.bias)
         else:
             out = layer.base_layer(x) + F.linear(x, total.to(x))
-    for name, base in on_base.items():
-        if name in named:
-            out = out + torch.where(base, 0, F.linear(x, named[name].to(x)))
+    for where, delta in per_sample:
+        out = out + torch.where(where, F.linear(x, delta.to(x)), 0)
     return out
 
 

@@ -64,9 +64,12 @@ def merged_weights(
     for adapter in adapters:
         packed = layer.neuron_specialization_mask[adapter][merged_row(layer, adapter)]
         mask = unpack_rows(packed, layer.out_features).to(kept.device)
-        kept &= mask
         delta = layer.delta(adapter)
-        weight = weight if delta is None else weight + delta.detach().to(original.device)
+        if delta is not None:
+            delta = delta.detach().to(original.device)
+            weight = weight + (torch.where(mask[:, None], delta, 0) if layer.update_only[adapter] else delta)
+        if not layer.update_only[adapter]:
+            kept &= mask
         if layer.mask_bias[adapter] and bias is not None:
             bias = bias * mask
     weight = (weight * kept[:, None]).to(original.dtype)

@@ -23,7 +23,7 @@ PER_DIRECTION = ("bilingual", "fine_tune_single", "lora_per_pair")  # a model of
 EQUAL_SECONDS = "fine_tune_equal_seconds"
 # masks of ours, or made from them: these methods share its knobs
 OURS = (
-    *("ours", "ours_enc", "ours_dec", "factorized", "delta", "low_rank", "masks_only", "gradual"),
+    *("ours", "ours_enc", "ours_dec", "factorized", "delta", "low_rank", "update_only", "masks_only", "gradual"),
     *("random", "random_overlap", "wrong_pair", "group", "union"),
 )
 METHODS = (
@@ -37,6 +37,7 @@ IDENTIFIED_BY = {
     **dict.fromkeys((*OURS, "general_specific", "specificity_1", "specificity_2"), ACTIVITY),
     **{"taylor": ATTRIBUTION, "lass": WEIGHTS},
 }
+_TRAINABLE = {"masks_only": "none", "delta": "delta", "low_rank": "low_rank", "update_only": "delta"}
 
 
 @dataclass
@@ -141,7 +142,7 @@ def masks_of(
         raise ValueError(f"{method} is identified by {IDENTIFIED_BY[method]}, but got {counts.measure}.")
     ours = CumulativeThreshold(args.k).select(counts)
     match method:
-        case "ours" | "delta" | "low_rank" | "masks_only" | "gradual" | "taylor":
+        case "ours" | "delta" | "low_rank" | "update_only" | "masks_only" | "gradual" | "taylor":
             return ours
         case "ours_enc" | "ours_dec":
             return ours.only("encoder" if method == "ours_enc" else "decoder")
@@ -198,7 +199,8 @@ def build_model(
         return gradual(model, counts, args.k)
     config = NeuronSpecializationConfig(
         masks=masks_of(method, counts, args, pivot, seed),
-        trainable={"masks_only": "none", "delta": "delta", "low_rank": "low_rank"}.get(method, "full"),
+        trainable=_TRAINABLE.get(method, "full"),
+        update_only=method == "update_only",
         r=args.r,
         source_tag=counts.source_tag,
         task_type="SEQ_2_SEQ_LM",

@@ -117,6 +117,7 @@ def render_card(config: Mapping[str, Any], packed: Mapping[str, torch.Tensor], f
         untrained=trainable == "none",
         trainable=trainable,
         what_trains=_WHAT_TRAINS.get(trainable),
+        update_only=config.get("update_only"),
         training=facts.training,
         blocks=_blocks(packed, config),
         row_is="language pair" if routes.encoder_rows == pairs else "mask row",
