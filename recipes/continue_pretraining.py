@@ -12,7 +12,8 @@ accelerate launch --quiet recipes/continue_pretraining.py --config recipes/confi
     --validation_file data/validation.parquet --test_file data/test.parquet --output_dir build/cp-denoise
 
 mBART-50 takes language_tokens: {en: en_XX, de: de_DE}. --language_pairs decides on one-to-many (en-de en-fr),
-many-to-one (de-en fr-en) or many-to-many.
+many-to-one (de-en fr-en) or many-to-many. --alignment 0.1 also aligns the encoder's states of translations, token by token
+(the formula is in translation/alignment.py).
 """
 
 from dataclasses import dataclass, field
@@ -41,6 +42,10 @@ class ContinueArguments:
     """The masks to train under, and how translations are scored afterwards."""
 
     masks: str = field(default="none", metadata={"help": "Adapter directory or Hub id with masks, or none: dense."})
+    alignment: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the token-alignment loss on encoder states (dense translation only)."},
+    )
     num_beams: int = field(default=5, metadata={"help": "Beams."})
 
 
@@ -70,7 +75,8 @@ def main() -> None:
             task_type="SEQ_2_SEQ_LM",
         )
         model = get_peft_model(model, config)
-    metrics = fit(model, tokenizer, train, validation, training, **tags, max_length=data.max_length, noise=noise)
+    options: dict[str, Any] = {"max_length": data.max_length, "noise": noise, "alignment": args.alignment}
+    metrics = fit(model, tokenizer, train, validation, training, **tags, **options)
     if not (metrics["finished_before"] and (Path(training.output_dir) / "results.json").is_file()):
         batch_size = training.per_device_eval_batch_size
         scores = evaluate(
@@ -91,6 +97,13 @@ def check(args: Any, objective: Any, data: Any, training: Any) -> None:
         raise ValueError(
             f"{', '.join(copies)}: expected the language pairs of the translation that the run does, or that its "
             "control is compared with; pretrain.py takes monolingual text."
+        )
+    if args.alignment and (
+        args.masks != "none" or objective.objective != "translation" or data.source_tag != "source"
+    ):
+        raise ValueError(
+            "--alignment compares the encoder's states of two languages: it needs --objective translation, --masks "
+            "none and --source_tag source."
         )
     check_not_input(f"{training.output_dir}/adapter", args.masks)
     if training.overwrite_output_dir:

@@ -7,11 +7,14 @@ import torch
 
 import neuron_specialization as ns
 from neuron_specialization.analysis.spectrum import singular_values
+from neuron_specialization.translation.alignment import alignment_loss
 from neuron_specialization.translation.checkpoints import load_checkpoint, new_model
 from neuron_specialization.translation.denoising import MASK_TOKEN
 from neuron_specialization.translation.tokenization import train_tokenizer
+from neuron_specialization.translation.training import fit
 
 from .conftest import make_masks
+from .test_training import arguments
 
 PAIRS = ["Pv-Aa", "Aa-Pv"]
 
@@ -67,9 +70,42 @@ def test_translation_its_control_and_masks_see_the_same_target_tokens(run_here, 
     )
 
 
+def test_the_alignment_loss_knows_translations_whatever_their_padding():
+    torch.manual_seed(0)
+    source, mask = torch.randn(4, 6, 8), torch.ones(4, 6)
+    order = torch.randperm(6)
+    found = alignment_loss(source, mask, source[:, order] * 3, mask)
+    assert found < 0.01, "the same tokens, in another order"
+    assert alignment_loss(source, mask, source.flip(0), mask) > 5, "translations of other sentences"
+    padded = torch.cat([source[:, order], torch.randn(4, 2, 8)], 1)
+    longer = torch.cat([mask, torch.zeros(4, 2)], 1)
+    torch.testing.assert_close(alignment_loss(source, mask, padded, longer), found)
+    torch.testing.assert_close(alignment_loss(padded, longer, source, mask), found)
+
+
+def test_aligning_brings_the_states_of_translations_together(toy_data, start, tmp_path):
+    losses = {}
+    for weight in (0.0, 5.0):
+        model, tokenizer = load_checkpoint(str(start))
+        rows = {"Pv-Aa": toy_data["train"]["Pv-Aa"].select(range(16))}
+        args = arguments(tmp_path / str(weight), max_steps=8, per_device_train_batch_size=16)
+        logged = fit(model, tokenizer, rows, None, args, alignment=weight)["log"]
+        sides = [
+            tokenizer(list(rows["Pv-Aa"][side]), padding=True, return_tensors="pt") for side in ("source", "target")
+        ]
+        with torch.no_grad():
+            states = [model.eval().get_encoder()(**side)[0] for side in sides]
+        losses[weight] = alignment_loss(states[0], sides[0].attention_mask, states[1], sides[1].attention_mask)
+        assert len(logged) >= 8
+    assert losses[5.0] < losses[0.0]
+    with pytest.raises(ValueError, match="alignment was 5.0, now null"):
+        fit(load_checkpoint(str(start))[0], tokenizer, rows, None, args)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        (["--objective", "denoising", "--alignment", "1"], "needs --objective translation"),
         (["--language_pairs", "Pv-Pv"], "source and target are the same sentence"),
         (["--objective", "denoising", "--language_pairs", "Pv-Pv"], "pretrain.py takes monolingual text"),
         (["--objective", "denoising", "--mask_share", "2"], "Expected a mask_share between 0 and 1"),

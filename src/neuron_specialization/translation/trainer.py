@@ -14,6 +14,7 @@ from ..adapter.active import active_config
 from ..adapter.routing import router_of
 from ..neurons.base_model import unwrap
 from ..neurons.positions import IGNORED
+from .alignment import alignment_loss
 from .arrow import list_lengths, numpy_column
 from .batching import DirectionBatchSampler, TranslationCollator
 from .denoising import Noise, NoisyExamples, NumberedBatches
@@ -56,6 +57,11 @@ class SpecializationTrainer(Seq2SeqTrainer):
         eval_dataset: likewise; both list the directions in the order of `language_pairs`.
         language_pairs: names of the directions that the data's "language_pair" column counts.
         noise: train to restore each target from a noised copy of it; by default to translate.
+        alignment: weight of `alignment_loss` beside the cross-entropy per token, while training; its negatives are the
+            sentences of the batch on one device.
+
+    Raises:
+        ValueError: if there is nothing to train on, or the settings do not fit together.
     """
 
     def __init__(
@@ -67,6 +73,7 @@ class SpecializationTrainer(Seq2SeqTrainer):
         eval_dataset: Dataset | None,
         language_pairs: list[str],
         noise: Noise | None = None,
+        alignment: float = 0.0,
     ) -> None:
         if args.max_steps <= 0:
             raise ValueError("Set max_steps: with temperature sampling there are no epochs.")
@@ -77,7 +84,13 @@ class SpecializationTrainer(Seq2SeqTrainer):
         self._head: LinearHead | None = None  # the one that computes the loss of the current call
         self._plain_head: LinearHead | None = None
         self._looked_for_head = self._loss_only = False
-        self.noise = noise
+        if alignment < 0 or (alignment and (noise is not None or active_config(model) is not None)):
+            raise ValueError(
+                "The weight of the token-alignment loss is 0 (off) or above, and it is computed of translations, in "
+                "a model without adapters."
+            )
+        self.noise, self.alignment = noise, alignment
+        self._source_mask: torch.Tensor | None = None  # of the current call, where states are aligned
         self._drawn_from = args.data_seed if args.data_seed is not None else args.seed
         callbacks: list[TrainerCallback] = [MarkComplete()]
         if args.patience is not None:
@@ -164,6 +177,7 @@ class SpecializationTrainer(Seq2SeqTrainer):
     ) -> Any:
         """As the Trainer's, but without logits where the head is a plain linear layer and no outputs are returned."""
         self._head = None
+        self._source_mask = inputs["attention_mask"] if self.alignment and self._is_training else None
         if self._loss_only or not return_outputs:
             if not self._looked_for_head:
                 self._plain_head, self._looked_for_head = find_linear_head(model, inputs), True
@@ -188,7 +202,11 @@ class SpecializationTrainer(Seq2SeqTrainer):
     @property
     def _smoothing(self) -> float:
         """Labels are smoothed while training; the validation loss is not, so that it compares across settings."""
-        return self.args.label_smoothing_factor if self.model is not None and self.model.training else 0.0
+        return self.args.label_smoothing_factor if self._is_training else 0.0
+
+    @property
+    def _is_training(self) -> bool:
+        return self.model is not None and self.model.training
 
     def _token_loss(
         self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
@@ -199,7 +217,15 @@ class SpecializationTrainer(Seq2SeqTrainer):
         else:
             logits = outputs["logits"].flatten(0, 1)
             loss = logits_cross_entropy(logits, labels.flatten(), self._smoothing)
-        return loss / (labels.ne(IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
+        counted = labels.ne(IGNORED)
+        if self._source_mask is not None:
+            # the encoder reads a translation as labels write it; weighted by tokens, batches accumulate as one does
+            pad = self.processing_class.pad_token_id
+            encoder = unwrap(self.model).get_encoder()
+            states = encoder(input_ids=labels.masked_fill(~counted, pad), attention_mask=counted.long())[0]
+            aligned = alignment_loss(outputs["encoder_last_hidden_state"], self._source_mask, states, counted)
+            loss = loss + self.alignment * counted.sum() * aligned
+        return loss / (counted.sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 def pair_ids(model: Any, language_pairs: list[str]) -> torch.Tensor | None:

@@ -39,6 +39,7 @@ def fit(
     max_length: int = 128,
     callbacks: Sequence[TrainerCallback] = (),
     noise: Noise | None = None,
+    alignment: float = 0.0,
 ) -> dict[str, Any]:
     """Train `model` on every direction of `train`, resuming from the newest complete checkpoint if there is one.
 
@@ -63,6 +64,7 @@ def fit(
         max_length: truncate training text to this many tokens, or to the model's positions if there are fewer.
         callbacks: further ones for the Trainer. What they change must follow from what the run depends on.
         noise: train to restore each target from a noised copy of it, its source not used; by default to translate.
+        alignment: weight of the token-alignment loss on encoder states (see `alignment_loss`); 0 is without.
 
     Returns:
         The Trainer's metrics ("train_runtime" summed over the pieces of a resumed run), with "updates" and the
@@ -99,13 +101,15 @@ def fit(
     settings = {"language_pairs": pairs, "language_tokens": tokens, **options}
     if noise is not None:
         settings["noise"] = noise.settings
+    if alignment:
+        settings["alignment"] = alignment
     run = Run(str(args.output_dir), run_dependencies(model, args, data, settings))
     if run.result is not None:
         this_process().print(f"{run.directory} holds this run, finished after {run.result['updates']} updates.")
         load_trained(model, run.result["saved"])
         return {**run.result, "finished_before": True}
     trainer = SpecializationTrainer(
-        model, args, tokenizer, data["training data"], data.get("validation data"), pairs, noise
+        model, args, tokenizer, data["training data"], data.get("validation data"), pairs, noise, alignment
     )
     for callback in callbacks:
         trainer.add_callback(callback)
