@@ -12,8 +12,8 @@ accelerate launch --quiet recipes/continue_pretraining.py --config recipes/confi
     --validation_file data/validation.parquet --test_file data/test.parquet --output_dir build/cp-denoise
 
 mBART-50 takes language_tokens: {en: en_XX, de: de_DE}. --language_pairs decides on one-to-many (en-de en-fr),
-many-to-one (de-en fr-en) or many-to-many. --alignment 0.1 also aligns the encoder's states of translations, token by token
-(the formula is in translation/alignment.py).
+many-to-one (de-en fr-en) or many-to-many. --alignment 0.1 also aligns the encoder's states of translations, token by
+token (the formula is in translation/alignment.py). Each run ends at its own best validation loss.
 """
 
 from dataclasses import dataclass, field
@@ -44,7 +44,7 @@ class ContinueArguments:
     masks: str = field(default="none", metadata={"help": "Adapter directory or Hub id with masks, or none: dense."})
     alignment: float = field(
         default=0.0,
-        metadata={"help": "Weight of the token-alignment loss on encoder states (dense translation only)."},
+        metadata={"help": "Weight of the token-alignment loss on encoder states (dense only)."},
     )
     num_beams: int = field(default=5, metadata={"help": "Beams."})
 
@@ -98,9 +98,8 @@ def check(args: Any, objective: Any, data: Any, training: Any) -> None:
             f"{', '.join(copies)}: expected the language pairs of the translation that the run does, or that its "
             "control is compared with; pretrain.py takes monolingual text."
         )
-    if args.alignment and (
-        args.masks != "none" or objective.objective != "translation" or data.source_tag != "source"
-    ):
+    settings = (args.masks, objective.objective, data.source_tag)
+    if args.alignment and settings != ("none", "translation", "source"):
         raise ValueError(
             "--alignment compares the encoder's states of two languages: it needs --objective translation, --masks "
             "none and --source_tag source."

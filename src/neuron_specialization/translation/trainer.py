@@ -106,6 +106,8 @@ class SpecializationTrainer(Seq2SeqTrainer):
             compute_loss_func=self._token_loss,
         )
         if self.accelerator.is_fsdp2:
+            if alignment:
+                raise ValueError("The token-alignment loss runs the encoder alone, which FSDP2 does not allow.")
             shard(model, self.accelerator.state.fsdp_plugin)
 
     def get_train_dataloader(self) -> DataLoader:
@@ -219,10 +221,10 @@ class SpecializationTrainer(Seq2SeqTrainer):
             loss = logits_cross_entropy(logits, labels.flatten(), self._smoothing)
         counted = labels.ne(IGNORED)
         if self._source_mask is not None:
-            # the encoder reads a translation as labels write it; weighted by tokens, batches accumulate as one does
-            pad = self.processing_class.pad_token_id
-            encoder = unwrap(self.model).get_encoder()
-            states = encoder(input_ids=labels.masked_fill(~counted, pad), attention_mask=counted.long())[0]
+            # weighted by tokens, as the cross-entropy is, so that accumulated batches count by their size
+            model, tokenizer = cast(Any, self.model), cast(Any, self.processing_class)
+            translations = labels.masked_fill(~counted, tokenizer.pad_token_id)
+            states = unwrap(model).get_encoder()(input_ids=translations, attention_mask=counted.long())[0]
             aligned = alignment_loss(outputs["encoder_last_hidden_state"], self._source_mask, states, counted)
             loss = loss + self.alignment * counted.sum() * aligned
         return loss / (counted.sum() if num_items_in_batch is None else num_items_in_batch)
