@@ -1,4 +1,4 @@
-"""Look into sequentially trained models: the mass of their neurons, what changes from step to step, what it predicts.
+r"""Look into sequentially trained models: the mass of their neurons, what changes from step to step, what it predicts.
 
 python recipes/mass_activation.py --config recipes/configs/transfer_sequentially/tatoeba.yaml \
     --train_file data/tatoeba/{pair}.parquet --validation_file data/tatoeba/{pair}.parquet \

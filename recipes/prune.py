@@ -1,4 +1,4 @@
-"""Prune neurons of sequentially trained models, and measure what that costs in quality, forgetting and robustness.
+r"""Prune neurons of sequentially trained models, and measure what that costs in quality, forgetting and robustness.
 
 python recipes/prune.py --config recipes/configs/transfer_sequentially/tatoeba.yaml \
     --config recipes/configs/prune/tatoeba.yaml --train_file data/tatoeba/{pair}.parquet \

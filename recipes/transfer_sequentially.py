@@ -1,4 +1,4 @@
-"""Learn one language pair after another from a pre-trained copier, and measure what is kept and what is forgotten.
+r"""Learn one language pair after another from a pre-trained copier, and measure what is kept and what is forgotten.
 
 accelerate launch --quiet recipes/transfer_sequentially.py \
     --config recipes/configs/transfer_sequentially/tatoeba.yaml --train_file data/tatoeba/{pair}.parquet \

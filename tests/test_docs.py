@@ -38,11 +38,13 @@ def resolves(name: str, module) -> bool:
             return True
         except AttributeError:
             continue
-    try:
-        pkgutil.resolve_name(name)
-        return True
-    except (ImportError, AttributeError):
-        return False
+    for full in (name, f"{module.__package__}.{name}", f"{ns.__name__}.{name}"):  # modules not imported yet
+        try:
+            pkgutil.resolve_name(full)
+            return True
+        except (ImportError, AttributeError):
+            continue
+    return False
 
 
 def references(source: str) -> set[str]:
