@@ -28,6 +28,7 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(hf_api.api, "endpoint", url)
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # made anew, for this Hub
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield server
 

@@ -252,7 +252,7 @@ SCORE = ["score.py", "--model_name_or_path", "{workspace}", "--output_dir", "{wo
             "language token of the tokenizer: 'Zz'",
         ),
         (2, TRANSLATE, "Sentence 2 of Pv-Aa"),  # in one process of the two
-        (2, [*TRANSLATE, "--num_beam", "2"], "the nearest is --num_beams"),
+        (1, [*TRANSLATE, "--num_beam", "2"], "the nearest is --num_beams"),
         (1, [*TRANSLATE, "--output", "/proc/cannot/be/made"], "/proc/cannot"),
         (1, [*SCORE, "--language_pairs", "Pv-ja", "--columns", "ja=Aa"], "neuron-specialization[ja]"),
     ],

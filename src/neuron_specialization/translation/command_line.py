@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import json
 import sys
+import time
 import traceback
 from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Collection, Sequence
@@ -20,6 +21,7 @@ from .results import check_results
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _SHOWN_OF_TRAINER = {"output_dir", "max_steps", "per_device_train_batch_size", "eval_steps", "seed"}
+_WAIT = 5.0  # seconds
 _LOCAL_RANK = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
 
 
@@ -33,10 +35,12 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except Exception as error:
-        if not _is_expected(error):
-            if _is_first_to_fail() or not torch.distributed.is_initialized():
+        first = _is_first_to_fail()
+        if not first:
+            time.sleep(_WAIT)  # launchers end every process once one has ended, also the one that is about to print
+        if first or not torch.distributed.is_initialized():
+            if not _is_expected(error):
                 raise
-        elif _is_first_to_fail():
             print(f"Error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
 
