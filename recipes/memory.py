@@ -64,10 +64,11 @@ def main() -> None:
         {"peak of a step": ours, "compared with": other, "ratio": peaks[ours] / peaks[other], "target": "<= 1.05"}
         for ours, other in COMPARED.items()
     ]
+    results = {"bytes": rows, "peaks": ratios, "arguments": [vars(args), vars(shape)]}
+    write_results(args.output_dir, results, "memory.json")  # what follows needs the most memory: 20 GB by default
     head = ModelShape(1, args.head_d_model, 4 * args.head_d_model, args.head_vocab_size, heads=16)
     ratios += loss_peaks(head, args.head_tokens, args.length, args.kept)
     print("\n" + table(ratios))
-    results = {"bytes": rows, "peaks": ratios, "arguments": [vars(args), vars(shape)]}
     print(f"wrote {write_results(args.output_dir, results, 'memory.json')}")
 
 
