@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 from peft import get_peft_model
 
 import neuron_specialization as ns
-from neuron_specialization.neurons.card import CardFacts, render_card
+from neuron_specialization.neurons.card import CardFacts, describe_adapter, render_card
 from neuron_specialization.neurons.masks import NeuronMasks
 
 from .conftest import make_m2m100, make_masks
@@ -108,11 +108,13 @@ def test_scores_are_in_the_text_and_in_the_front_matter():
     }
 
 
-def test_a_card_names_no_directory_of_its_author(tmp_path):
+def test_a_published_card_names_no_directory_of_its_author(tmp_path):
     make_m2m100().save_pretrained(tmp_path / "secret_project")
     model = type(make_m2m100()).from_pretrained(tmp_path / "secret_project")
     config = ns.NeuronSpecializationConfig(masks=make_masks(model), task_type="SEQ_2_SEQ_LM")
     get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    assert ModelCard.load(tmp_path / "adapter" / "README.md").data.base_model.endswith("secret_project")  # as PEFT's
+    describe_adapter(tmp_path / "adapter", CardFacts("me/adapter"))
     assert "secret_project" not in (tmp_path / "adapter" / "README.md").read_text()
 
 

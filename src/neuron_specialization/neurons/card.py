@@ -100,13 +100,14 @@ def render_card(config: Mapping[str, Any], packed: Mapping[str, torch.Tensor], f
     """Return the text of a card; see `write_card`."""
     routes = Routes.from_metadata(config)
     pairs = routes.language_pairs
-    base = config.get("base_model_name_or_path")
-    base = base if isinstance(base, str) and _HUB_ID.fullmatch(base) and not Path(base).exists() else None
+    named = config.get("base_model_name_or_path")
+    base = named if isinstance(named, str) and _HUB_ID.fullmatch(named) and not Path(named).exists() else None
     selector = dict(config.get("selector") or {})
     name = selector.pop("name", None)
     trainable = str(config.get("trainable"))
     card = ModelCard.from_template(
-        _metadata(routes, base, facts),
+        # PEFT names a base that is a directory too; on the Hub that would be no model, and tell the author's folders
+        _metadata(routes, base, facts, named if facts.repo_id is None else base),
         template_path=str(TEMPLATE),
         base=base,
         pairs=pairs[:_SHOWN],
@@ -136,7 +137,7 @@ def render_card(config: Mapping[str, Any], packed: Mapping[str, torch.Tensor], f
     return str(card)
 
 
-def _metadata(routes: Routes, base: str | None, facts: CardFacts) -> ModelCardData:
+def _metadata(routes: Routes, base: str | None, facts: CardFacts, base_model: str | None) -> ModelCardData:
     """Return the front matter; codes that the Hub does not know as languages are left out."""
     pairs = [pair for pair in routes.language_pairs if pair != DEFAULT_PAIR]
     codes = dict.fromkeys(code.split("_")[0] for pair in pairs for code in split_pair(pair))
@@ -158,7 +159,7 @@ def _metadata(routes: Routes, base: str | None, facts: CardFacts) -> ModelCardDa
     ]
     return ModelCardData(
         library_name="peft",
-        base_model=base,
+        base_model=base_model,
         base_model_relation="adapter" if base else None,
         pipeline_tag="translation",
         language=[code for code in codes if _LANGUAGE.fullmatch(code)] or None,

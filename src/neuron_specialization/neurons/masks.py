@@ -13,7 +13,7 @@ from huggingface_hub import HfApi
 from safetensors.torch import save_file
 
 from . import adapter_file
-from .card import CARD_NAME, is_edited, write_card
+from .card import CARD_NAME, CardFacts, describe_adapter, is_edited, write_card
 from .combination import check_same_base, joined
 from .ffn import ENCODER, STACKS
 from .files import WRITTEN, atomic_directory
@@ -221,6 +221,7 @@ class NeuronMasks:
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            describe_adapter(folder, CardFacts(repo_id=repo_id))
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=[WRITTEN]))
 
     @classmethod
