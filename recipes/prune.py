@@ -84,12 +84,12 @@ def check(prune: PruneArguments, transfer: SequentialTransfer) -> None:
 def draw(lines: list[dict[str, Any]], output: Path) -> None:
     """Draw quality, forgetting and what noise costs against the share pruned, for each model."""
     for name in dict.fromkeys((line["order"], line["when"], line["seed"]) for line in lines):
-        mine = [line for line in lines if (line["order"], line["when"], line["seed"]) == name]
+        chosen = [line for line in lines if (line["order"], line["when"], line["seed"]) == name]
         stem = "-".join(map(str, name)).replace("/", "_")
-        plot_pruning(mine, output / f"{stem}.svg")
+        plot_pruning(chosen, output / f"{stem}.svg")
         for value in ("forgetting", "noise costs"):
-            if all(value in line for line in mine):
-                plot_pruning(mine, output / f"{stem}-{value.replace(' ', '-')}.svg", value, f"{value} (BLEU)")
+            if all(value in line for line in chosen):
+                plot_pruning(chosen, output / f"{stem}-{value.replace(' ', '-')}.svg", value, f"{value} (BLEU)")
 
 
 def recorded(transfer: SequentialTransfer, stage: Stage) -> MassActivation:

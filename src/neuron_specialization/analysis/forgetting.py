@@ -74,14 +74,14 @@ def transfer_table(rows: Rows, orders: Iterable[str], score: str = "bleu") -> li
     """
     orders, table = list(orders), []
     for seed in sorted({row["seed"] for row in rows}):
-        mine = [row for row in rows if row["seed"] == seed]
+        of_seed = [row for row in rows if row["seed"] == seed]
         alone = {
-            method: {row["direction"]: row[score] for row in mine if row["method"] == method}
+            method: {row["direction"]: row[score] for row in of_seed if row["method"] == method}
             for method in ("joint", "bilingual")
         }
         for method in ("sequential", "masks"):
             for order in orders:
-                matrix = score_matrix(mine, order, score, method, seed)
+                matrix = score_matrix(of_seed, order, score, method, seed)
                 if np.isnan(matrix).any():
                     continue
                 pairs = order.split(ORDER_SEPARATOR)

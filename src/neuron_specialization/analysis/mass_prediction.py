@@ -88,8 +88,8 @@ def mass_features(mass: MassActivation, name: str) -> dict[str, float]:
 
 def add_features(rows: Rows, about: Mapping[str, Any], mass: MassActivation) -> list[dict[str, Any]]:
     """Return the rows of one model, those that hold what `about` says, with the features of their direction."""
-    mine = (row for row in rows if all(row[key] == value for key, value in about.items()))
-    return [{**row, **mass_features(mass, row["direction"])} for row in mine]
+    chosen = (row for row in rows if all(row[key] == value for key, value in about.items()))
+    return [{**row, **mass_features(mass, row["direction"])} for row in chosen]
 
 
 def early_and_later(rows: Rows, orders: Sequence[str], score: str = "bleu") -> list[dict[str, Any]]:

@@ -74,8 +74,8 @@ def corpus_batches(
                 batch["token_tags"] = torch.nn.utils.rnn.pad_sequence(padded, True, IGNORED_TAG)
             return batch
 
-        mine: Any = whole[state.process_index :: state.num_processes]
-        return DataLoader(mine, batch_size=None, collate_fn=collate_all)
+        own: Any = whole[state.process_index :: state.num_processes]
+        return DataLoader(own, batch_size=None, collate_fn=collate_all)
 
     return {pair: batches(pair, rows) for pair, rows in corpus.items()}
 
