@@ -15,6 +15,7 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from . import adapter_file
+from .ffn import STACKS
 from .language_pairs import DEFAULT_PAIR, Routes, split_pair
 
 CARD_NAME = "README.md"
@@ -175,14 +176,19 @@ def _metadata(routes: Routes, base: str | None, facts: CardFacts, base_model: st
 def _blocks(packed: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> list[dict[str, Any]]:
     table = []
     bits = torch.tensor([byte.bit_count() for byte in range(256)], dtype=torch.uint8)
-    for name, masks in packed.items():
-        neurons = config["d_ff"][name]
+    for name in sorted(packed, key=lambda name: (STACKS.index(config["stacks"][name]), _numbers(name))):
+        masks, neurons = packed[name], config["d_ff"][name]
         kept = bits[masks.cpu().int()].sum(1) / neurons
         full = round(_BAR * kept.mean().item())
         shares = {"mean": kept.mean(), "low": kept.min(), "high": kept.max()}
         line = {"name": name, "stack": config["stacks"][name], "neurons": neurons}
         table.append({**line, "bar": "█" * full + "░" * (_BAR - full), **{k: f"{v:.0%}" for k, v in shares.items()}})
     return table
+
+
+def _numbers(name: str) -> list[int]:
+    """Return the numbers in a block's name, by which layers sort: JSON has sorted their names as text."""
+    return [int(number) for number in re.findall(r"\d+", name)]
 
 
 def _evaluation(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
