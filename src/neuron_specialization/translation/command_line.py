@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import os
 import sys
 import time
 import traceback
@@ -41,7 +42,8 @@ def run(main: Callable[[], None]) -> None:
         if first or not torch.distributed.is_initialized():
             if not _is_expected(error):
                 raise
-            print(f"Error: {error}", file=sys.stderr, flush=True)
+            start = "\n" if any(name in os.environ for name in _LOCAL_RANK) else ""  # others' bars may stand there
+            print(f"{start}Error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
 
 
