@@ -37,7 +37,7 @@ from neuron_specialization.translation.results import table, write_results
 from neuron_specialization.translation.runs import training_of
 from neuron_specialization.translation.trainer import SpecializationTrainingArguments
 
-UNUSED = ("adapter", "drop_faulty", "learning_rate", "patience", "eval_steps", "num_train_epochs")
+UNUSED = ("adapter", "learning_rate", "patience", "eval_steps", "num_train_epochs")
 
 
 @dataclass
@@ -62,8 +62,10 @@ def main() -> None:
     check_single_process()
     disable_progress_bars()
     model, tokenizer = load_checkpoint(where.model_name_or_path)
+    train, validation, checked = data.load_checked()
+    print(table(checked))
     comparison = Comparison(
-        *(model, tokenizer, {split: data.load(split) for split in ("train", "validation", "test")}),
+        *(model, tokenizer, {"train": train, "validation": validation, "test": data.load("test")}),
         *(stage, method, training, data.tokens, data.source_tag, data.pivot, data.max_length),
     )
     seeds = seeds_of(stage.methods)

@@ -38,6 +38,21 @@ def test_splits_and_limits(tmp_path):
     assert len(load_parallel(path, ["en-de"], split="train", max_sentences=1)["en-de"]) == 1
 
 
+def test_long_sentence_pairs_are_left_out_of_every_split(tmp_path):
+    rows = [("two dogs", "zwei Hunde!"), ("a cat", "äöü äöü äö"), ("a cat on a mat", "Katze"), ("yes", "ja")]
+    path = str(tmp_path / "text.jsonl")
+    pandas.DataFrame(rows, columns=["en", "de"]).to_json(path, orient="records", lines=True)
+    data = DataArguments(
+        language_pairs=["en-de", "de-en"], train_file=path, validation_file=path, max_characters=10, max_sentences=1
+    )
+    kept = [rows[1], rows[3]]  # characters are counted, not bytes
+    for pair, of in data.load("validation").items():
+        assert [tuple(row.values())[:: 1 if pair == "en-de" else -1] for row in of] == kept
+    assert data.load("train")["de-en"]["target"][:] == ["a cat"], "limited after the long ones are gone"
+    with pytest.raises(ValueError, match="no row has text of at most 1 characters on both sides"):
+        load_parallel(path, ["en-de"], max_characters=1)
+
+
 def test_training_data_is_limited_by_language_to_nested_whole_documents(tmp_path):
     chapters = {f"GEN {number}": 3 + number for number in range(1, 9)}
     rows = [

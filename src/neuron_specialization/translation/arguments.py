@@ -58,6 +58,9 @@ class DataArguments:
     max_sentences: int | None = field(
         default=None, metadata={"help": "Maximum number of sentence pairs per direction."}
     )
+    max_characters: int | None = field(
+        default=None, metadata={"help": "Leave out sentence pairs of which either side is longer, in every split."}
+    )
     train_sentences: list[str] = field(
         default_factory=list, metadata={"help": "code=number: maximum of training sentence pairs with that language."}
     )
@@ -85,6 +88,7 @@ class DataArguments:
         options = {
             "split": as_mapping(self.splits).get(split, split),
             "columns": self.column_names,
+            "max_characters": self.max_characters,
             **limits,
             **changes,
         }

@@ -24,6 +24,7 @@ def load_parallel(
     split: str | None = None,
     columns: Mapping[str, str] | None = None,
     max_sentences: int | Mapping[str, int] | None = None,
+    max_characters: int | None = None,
     document_column: str | None = None,
 ) -> dict[str, Dataset]:
     """Load parallel text with one column, or one file, per language.
@@ -49,6 +50,7 @@ def load_parallel(
         split: rows to take where the file has a column "split", or the split of a dataset on the Hub.
         columns: language code → name of its column or file, where they differ.
         max_sentences: take at most this many sentence pairs per direction, or pair → how many, from the top.
+        max_characters: leave out sentence pairs of which either side is longer than this, before they are counted.
         document_column: column that names a row's document and its place there, such as "GEN 1:1" in document "GEN 1".
             Sentence pairs are then limited to whole documents, one at least, picked in an order that depends on their
             names alone; so the documents of a smaller limit are among those of a larger one.
@@ -71,7 +73,7 @@ def load_parallel(
         if key not in files:
             files[key] = _read(file, split, names, quiet="{" in path)
         limit = max_sentences.get(pair) if isinstance(max_sentences, Mapping) else max_sentences
-        loaded[pair] = _direction(files[key], pair, file, names, limit, document_column)
+        loaded[pair] = _direction(files[key], pair, file, names, limit, max_characters, document_column)
     if not loaded:
         raise ValueError("Expected at least one language pair to load, such as --language_pairs en-de de-en.")
     return loaded
@@ -114,9 +116,40 @@ def _rows_of_split(rows: Dataset, split: str | None, path: str) -> Dataset:
 
 
 def _direction(
-    rows: Dataset, pair: str, path: str, names: list[str], limit: int | None, document_column: str | None
+    rows: Dataset,
+    pair: str,
+    path: str,
+    names: list[str],
+    limit: int | None,
+    max_characters: int | None,
+    document_column: str | None,
 ) -> Dataset:
     by_document = [document_column] if limit is not None and document_column is not None else []
+    _check_columns(rows, pair, path, names, by_document)
+    if names[0] == names[1]:  # of a language with itself
+        sides = [rows.select_columns(names[:1]).rename_column(names[0], side) for side in ("source", "target")]
+        chosen = concatenate_datasets([*sides, *(rows.select_columns(name) for name in by_document)], axis=1)
+    else:
+        chosen = rows.select_columns([*names, *by_document])
+        chosen = chosen.rename_columns(dict(zip(names, ("source", "target"), strict=True)))
+    chosen = _where(chosen, ["source", "target"], lambda *sides: pc.and_(*map(pc.is_valid, sides)))
+    if max_characters is not None:
+        chosen = _where(
+            *(chosen, ["source", "target"]),
+            lambda *sides: pc.and_(*(pc.less_equal(pc.utf8_length(side), max_characters) for side in sides)),
+        )
+    if by_document:
+        documents = [str(place).rpartition(":")[0] for place in chosen[by_document[0]]]
+        chosen = chosen.select(_whole_documents(documents, limit or 0)).select_columns(["source", "target"])
+    elif limit is not None:
+        chosen = chosen.select(range(min(limit, len(chosen))))
+    if not len(chosen):
+        length = "" if max_characters is None else f" of at most {max_characters} characters"
+        raise ValueError(f"{path} has no sentence pair for {pair}: no row has text{length} on both sides.")
+    return chosen
+
+
+def _check_columns(rows: Dataset, pair: str, path: str, names: list[str], by_document: list[str]) -> None:
     missing = [name for name in [*names, *by_document] if name not in rows.column_names]
     if missing:
         raise ValueError(
@@ -127,21 +160,6 @@ def _direction(
         kind = getattr(rows.features[name], "dtype", type(rows.features[name]).__name__)
         if kind not in ("string", "large_string", "null"):
             raise ValueError(f"Column {name!r} of {path} holds {kind}, expected text (string).")
-    if names[0] == names[1]:  # of a language with itself
-        sides = [rows.select_columns(names[:1]).rename_column(names[0], side) for side in ("source", "target")]
-        chosen = concatenate_datasets([*sides, *(rows.select_columns(name) for name in by_document)], axis=1)
-    else:
-        chosen = rows.select_columns([*names, *by_document])
-        chosen = chosen.rename_columns(dict(zip(names, ("source", "target"), strict=True)))
-    chosen = _where(chosen, ["source", "target"], lambda *sides: pc.and_(*map(pc.is_valid, sides)))
-    if by_document:
-        documents = [str(place).rpartition(":")[0] for place in chosen[by_document[0]]]
-        chosen = chosen.select(_whole_documents(documents, limit or 0)).select_columns(["source", "target"])
-    elif limit is not None:
-        chosen = chosen.select(range(min(limit, len(chosen))))
-    if not len(chosen):
-        raise ValueError(f"{path} has no sentence pair for {pair}: no row has text on both sides.")
-    return chosen
 
 
 def _whole_documents(documents: list[str], limit: int) -> list[int]:
