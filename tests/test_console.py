@@ -31,7 +31,7 @@ def test_info_tells_what_an_adapter_holds(monkeypatch, capsys, tmp_path):
     make_masks(make_m2m100()).save_pretrained(tmp_path)
     run(monkeypatch, "info", tmp_path)
     out = capsys.readouterr().out
-    assert re.search("trained +none", out) and re.search("pairs +4", out) and "CumulativeThreshold, k=0.6" in out
+    assert re.search("trained +none", out) and re.search("pairs +4", out) and "CumulativeThreshold (k=0.6)" in out
     assert repr(NeuronMasks.from_pretrained(tmp_path)) in out
 
 
