@@ -72,9 +72,7 @@ def main() -> None:
 
 def compare_overlap(args: AnalyzeArguments, data: DataArguments, masks: dict[str, ns.NeuronMasks]) -> dict[str, Any]:
     if not masks or data.pivot is None or args.output_dir is None:
-        raise ValueError(
-            "--overlap needs --masks trained=build/masks, their --pivot, such as en, an --output_dir."
-        )
+        raise ValueError("--overlap needs --masks trained=build/masks, their --pivot, such as en, an --output_dir.")
     rows: list[dict[str, Any]] = []
     stacks: dict[str, Any] = {}
     for stack in STACKS:
