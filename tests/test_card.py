@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -11,12 +12,13 @@ from peft import get_peft_model
 
 import neuron_specialization as ns
 from neuron_specialization.neurons.adapter_file import pack_rows
-from neuron_specialization.neurons.card import CardFacts, describe_adapter, render_card
+from neuron_specialization.neurons.card import CardFacts, describe_adapter, is_edited, render_card
 from neuron_specialization.neurons.kept_picture import draw_kept, kept_shares
 from neuron_specialization.neurons.masks import NeuronMasks
 
 from .conftest import make_m2m100, make_masks
 
+CARDS = sorted((Path(__file__).parent.parent / "model_cards").glob("*/README.md"))
 SCORES = {
     "en-de": {
         "bleu": 33.626,
@@ -77,7 +79,8 @@ def test_the_picture_shows_the_kept_shares_of_pairs_by_layer():
     root = ElementTree.fromstring(draw_kept(shares, masks.stacks, masks.routes))
     texts = [each.text for each in root if each.tag.endswith("text")]
     assert texts[:4] == masks.language_pairs and texts[5:] == ["encoder", "0", "1", "decoder", "0", "1"]
-    assert len({round(share, 3) for rows in shares.values() for share in rows.tolist()}) > 2
+    every = [share for rows in shares.values() for share in rows.tolist()]
+    step = (max(every) - min(every)) / 15
     for group, stack in zip((each for each in root if each.tag.endswith("}g")), ("encoder", "decoder"), strict=True):
         light = {}
         for path in group:
@@ -86,7 +89,8 @@ def test_the_picture_shows_the_kept_shares_of_pairs_by_layer():
         blocks = [name for name in masks.rows if masks.stacks[name] == stack]
         kept = {(str(i), str(j)): float(shares[name][j]) for i, name in enumerate(blocks) for j in range(4)}
         assert light.keys() == kept.keys()
-        assert all(light[a] <= light[b] for a in kept for b in kept if kept[a] < kept[b])
+        apart = [(a, b) for a in kept for b in kept if kept[b] - kept[a] > 1.1 * step]
+        assert apart and all(light[a] < light[b] for a, b in apart), "what is kept more is lighter"
 
 
 def test_an_adapter_that_transformers_loaded_is_saved_with_its_table_and_picture(tmp_path):
@@ -172,6 +176,13 @@ def test_a_card_alone_tells_what_recipes_measured_and_names_no_directory(tmp_pat
     assert sorted(path.name for path in (tmp_path / "cards" / "mine").iterdir()) == ["README.md", "kept_neurons.svg"]
     for where in ([], ["--repo", "me/mine", "--card_only", "cards"]):
         assert "Say where to publish" in run_here("publish.py", "--adapter", "adapter", *where, fails=True)
+
+
+@pytest.mark.parametrize("path", CARDS, ids=lambda path: path.parent.name)
+def test_committed_cards_are_as_they_were_written(path):
+    text = path.read_text()
+    assert not is_edited(path) and "More Information Needed" not in text
+    assert "BLEU: `nrefs" in text and "| counted on |" in text and (path.parent / "kept_neurons.svg").is_file()
 
 
 def test_the_usage_block_runs_as_printed(tmp_path, toy, toy_tokenizer, capsys):
