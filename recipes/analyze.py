@@ -5,8 +5,7 @@ python recipes/analyze.py --overlap --masks trained=build/masks untrained=build/
     --output_dir build/overlap --report build/report.html --results build/scores
 
 The untrained control is what `identify --untrained true` writes. The encoder is compared between directions into the
-pivot, the decoder between those out of it. The report shows the first masks, these results and those of other
-recipes.
+pivot, the decoder between those out of it. `--report` alone shows the first masks, and the results of other recipes.
 """
 
 from dataclasses import dataclass, field
@@ -32,7 +31,7 @@ UNUSED = ("language_pairs", "train_file", "test_file", "max_length", "drop_fault
 class AnalyzeArguments:
     """What to analyze."""
 
-    output_dir: str = field(metadata={"help": "Where results.json and figures (SVG and PNG) go."})
+    output_dir: str | None = field(default=None, metadata={"help": "Where --overlap writes its results and figures."})
     overlap: bool = field(default=False, metadata={"help": "Measure overlap of neurons against language distance."})
     report: str | None = field(default=None, metadata={"help": "HTML file to write, to be looked at in a browser."})
     results: list[str] = field(default_factory=list, metadata={"help": "Directories of other results to report."})
@@ -67,12 +66,13 @@ def main() -> None:
     if args.report is not None:
         directories = [*([args.output_dir] if args.overlap else []), *args.results]
         about = next(iter(masks.values()), None), directories, as_mapping(args.families)
-        print(f"wrote {write_report(args.report, Path(args.report).stem, *about)}")
+        title = "Neurons of language pairs" if masks else "Results"
+        print(f"wrote {write_report(args.report, title, *about)}")
 
 
 def compare_overlap(args: AnalyzeArguments, data: DataArguments, masks: dict[str, ns.NeuronMasks]) -> dict[str, Any]:
-    if not masks or data.pivot is None:
-        raise ValueError("--overlap needs masks, such as --masks trained=build/masks, and their --pivot, such as en.")
+    if not masks or data.pivot is None or args.output_dir is None:
+        raise ValueError("--overlap needs --masks trained=build/masks, their --pivot, such as en, an --output_dir.")
     rows: list[dict[str, Any]] = []
     stacks: dict[str, Any] = {}
     for stack in STACKS:

@@ -11,6 +11,7 @@ from importlib import import_module
 from importlib.util import find_spec
 
 import neuron_specialization as ns
+from neuron_specialization.analysis.report import write_report
 from neuron_specialization.neurons.adapter_file import CONFIG_NAME, WEIGHTS_NAME, check_holds_no_model
 from neuron_specialization.neurons.ffn import STACKS
 from neuron_specialization.neurons.files import atomic_directory, check_not_input, check_replaceable
@@ -43,6 +44,7 @@ class IdentifyArguments:
     untrained: bool = field(
         default=False, metadata={"help": "Draw the model's weights at random: the control for analyses of masks."}
     )
+    report: str | None = field(default=None, metadata={"help": "HTML file that shows the masks and their overlap."})
     batch_size: int = field(default=64, metadata={"help": "Sentence pairs per batch; changes speed only."})
     stability: bool = field(default=False, metadata={"help": "Compare masks of halves and of growing samples."})
     parts: int = field(default=8, metadata={"help": "Parts that --stability splits the sample into."})
@@ -64,15 +66,14 @@ def main() -> None:
     model, tokenizer = load_adapted(where.model_name_or_path, where.adapter)
     if args.untrained:
         model = untrained_model(where.model_name_or_path, args.seed)
+    options = {"language_tokens": data.tokens, "batch_size": args.batch_size, "max_length": data.max_length}
     started = time.perf_counter()
     parts = record_corpus_parts(
         model.to(this_process().device),
         tokenizer,
         corpus,
-        language_tokens=data.tokens,
+        **options,
         source_tag=data.source_tag,
-        max_length=data.max_length,
-        batch_size=args.batch_size,
         count_padding=args.count_padding,
         parts=args.parts if args.stability else 1,
         seed=args.seed,
@@ -83,7 +84,6 @@ def main() -> None:
         return
     masks, tried = selector.select(counts), {}
     if k is None:
-        options = {"language_tokens": data.tokens, "batch_size": args.batch_size, "max_length": data.max_length}
         found = find_smallest_k(model, tokenizer, corpus, counts, **options)
         selector, masks, tried = ns.CumulativeThreshold(found.k), found.masks, {"tried": found.rows()}
         print(f"validation loss under masks, without training: k = {found.k}\n{table(found.rows())}")
@@ -108,10 +108,11 @@ def main() -> None:
         counts.save(folder / "counts.safetensors")
         write_results(folder, results)
         if find_spec("matplotlib") and find_spec("scipy"):
-            mask_plots = import_module("neuron_specialization.analysis.mask_plots")
-            mask_plots.plot_pairs(overlap, folder / "overlap.svg")
+            import_module("neuron_specialization.analysis.mask_plots").plot_pairs(overlap, folder / "overlap.svg")
         else:
             print("no heatmap of the overlap: pip install 'neuron-specialization[report]'")
+    if args.report is not None:
+        print(f"wrote {write_report(args.report, 'Neurons of language pairs', masks, [args.output_dir])}")
     print(f"wrote {args.output_dir} ({seconds:.1f} s of recording)")
 
 

@@ -1,6 +1,9 @@
 """The model card: written on every save, runnable as printed, and never over what its user wrote."""
 
+import json
 import re
+from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -8,11 +11,14 @@ from huggingface_hub import ModelCard
 from peft import get_peft_model
 
 import neuron_specialization as ns
-from neuron_specialization.neurons.card import CardFacts, describe_adapter, render_card
+from neuron_specialization.neurons.adapter_file import pack_rows
+from neuron_specialization.neurons.card import CardFacts, describe_adapter, is_edited, render_card
+from neuron_specialization.neurons.kept_picture import draw_kept, kept_shares
 from neuron_specialization.neurons.masks import NeuronMasks
 
 from .conftest import make_m2m100, make_masks
 
+CARDS = sorted((Path(__file__).parent.parent / "model_cards").glob("*/README.md"))
 SCORES = {
     "en-de": {
         "bleu": 33.626,
@@ -63,6 +69,37 @@ def test_every_way_to_save_writes_a_card_about_this_adapter(tmp_path, save):
         assert "Nothing was trained under these masks" in text
     else:
         assert 'trainable="delta"' in text
+    assert "(kept_neurons.svg)" in text and (tmp_path / "kept_neurons.svg").is_file()
+
+
+def test_the_picture_shows_the_kept_shares_of_pairs_by_layer():
+    masks = make_masks(make_m2m100())
+    packed = {name: pack_rows(rows) for name, rows in masks.rows.items()}
+    shares = kept_shares(packed, {name: rows.shape[1] for name, rows in masks.rows.items()})
+    root = ElementTree.fromstring(draw_kept(shares, masks.stacks, masks.routes))
+    texts = [each.text for each in root if each.tag.endswith("text")]
+    assert texts[:4] == masks.language_pairs and texts[5:] == ["encoder", "0", "1", "decoder", "0", "1"]
+    every = [share for rows in shares.values() for share in rows.tolist()]
+    step = (max(every) - min(every)) / 15
+    for group, stack in zip((each for each in root if each.tag.endswith("}g")), ("encoder", "decoder"), strict=True):
+        light = {}
+        for path in group:
+            red, green, blue = map(int, re.findall(r"\d+", path.get("stroke")))
+            light |= {place: red + green for place in re.findall(r"M(\d+) (\d+)h", path.get("d"))}
+        blocks = [name for name in masks.rows if masks.stacks[name] == stack]
+        kept = {(str(i), str(j)): float(shares[name][j]) for i, name in enumerate(blocks) for j in range(4)}
+        assert light.keys() == kept.keys()
+        apart = [(a, b) for a in kept for b in kept if kept[b] - kept[a] > 1.1 * step]
+        assert apart and all(light[a] < light[b] for a, b in apart), "what is kept more is lighter"
+
+
+def test_an_adapter_that_transformers_loaded_is_saved_with_its_table_and_picture(tmp_path):
+    by_transformers(tmp_path / "first")
+    model = make_m2m100()
+    model.load_adapter(str(tmp_path / "first"))
+    model.save_pretrained(tmp_path / "second")
+    for name in ("README.md", "kept_neurons.svg"):
+        assert (tmp_path / "second" / name).read_text() == (tmp_path / "first" / name).read_text()
 
 
 @WAYS
@@ -72,8 +109,10 @@ def test_a_card_is_written_anew_until_its_user_edits_it(tmp_path, save):
     save(tmp_path)
     assert (tmp_path / "README.md").read_text() == first
     (tmp_path / "README.md").write_text(first.replace("## Limits", "## Limits\n\nNot for court rooms."))
+    (tmp_path / "kept_neurons.svg").write_text("mine")
     save(tmp_path)
     assert "Not for court rooms." in (tmp_path / "README.md").read_text()
+    assert (tmp_path / "kept_neurons.svg").read_text() == "mine"
 
 
 def test_a_license_that_the_user_added_stays(tmp_path):
@@ -116,6 +155,34 @@ def test_a_published_card_names_no_directory_of_its_author(tmp_path):
     assert ModelCard.load(tmp_path / "adapter" / "README.md").data.base_model.endswith("secret_project")  # as PEFT's
     describe_adapter(tmp_path / "adapter", CardFacts("me/adapter"))
     assert "secret_project" not in (tmp_path / "adapter" / "README.md").read_text()
+
+
+def test_a_card_alone_tells_what_recipes_measured_and_names_no_directory(tmp_path, run_here, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_m2m100().save_pretrained(tmp_path / "secret_project")
+    model = type(make_m2m100()).from_pretrained(tmp_path / "secret_project")
+    config = ns.NeuronSpecializationConfig(masks=make_masks(model), task_type="SEQ_2_SEQ_LM")
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    arguments = [{"validation_file": str(tmp_path / "dev.jsonl"), "max_sentences": 50}]
+    identified = {"recipe": "identify", "arguments": arguments, "tokens": {"encoder": [1200, 1100], "decoder": [900]}}
+    (tmp_path / "identified.json").write_text(json.dumps(identified))
+    (tmp_path / "scores.json").write_text(json.dumps({"recipe": "score", "directions": SCORES}))
+    given = ["--identification", "identified.json", "--scores", "scores.json", "--license", "cc0-1.0"]
+    run_here("publish.py", "--adapter", "adapter", "--card_only", "cards/mine", *given)
+    text = (tmp_path / "cards" / "mine" / "README.md").read_text()
+    assert "| counted on | dev.jsonl |" in text and "| encoder positions per pair | 1,100 to 1,200 |" in text
+    assert "| en-de | 1000 | 33.63 | 57.23 |" in text and "model_type m2m_100" in text
+    assert "secret_project" not in text and str(tmp_path) not in text
+    assert sorted(path.name for path in (tmp_path / "cards" / "mine").iterdir()) == ["README.md", "kept_neurons.svg"]
+    for where in ([], ["--repo", "me/mine", "--card_only", "cards"]):
+        assert "Say where to publish" in run_here("publish.py", "--adapter", "adapter", *where, fails=True)
+
+
+@pytest.mark.parametrize("path", CARDS, ids=lambda path: path.parent.name)
+def test_committed_cards_are_as_they_were_written(path):
+    text = path.read_text()
+    assert not is_edited(path) and "More Information Needed" not in text
+    assert "BLEU: `nrefs" in text and "| counted on |" in text and (path.parent / "kept_neurons.svg").is_file()
 
 
 def test_the_usage_block_runs_as_printed(tmp_path, toy, toy_tokenizer, capsys):

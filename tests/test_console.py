@@ -27,11 +27,26 @@ def test_every_recipe_is_listed(monkeypatch, capsys):
     assert listed == scripts
 
 
+@pytest.mark.parametrize("guide", ["README.md", "recipes/README.md"])
+def test_every_recipe_is_in_the_guides(guide):
+    text = (RECIPES.parent / guide).read_text()
+    rows = "\n".join(line for line in text.splitlines() if line.startswith("|"))
+    assert not [name for name in console.RECIPES if name != "demo" and f"`{name}`" not in rows]
+    assert "make demo" in text or "`demo`" in rows
+
+
+@pytest.mark.parametrize("page", ["README.md", "recipes/README.md", "model_cards/README.md"])
+def test_links_lead_somewhere(page):
+    path = RECIPES.parent / page
+    links = [link for link in re.findall(r"\]\(([^)#]*)", path.read_text()) if link and "://" not in link]
+    assert links and not [link for link in links if not (path.parent / link).exists()]
+
+
 def test_info_tells_what_an_adapter_holds(monkeypatch, capsys, tmp_path):
     make_masks(make_m2m100()).save_pretrained(tmp_path)
     run(monkeypatch, "info", tmp_path)
     out = capsys.readouterr().out
-    assert re.search("trained +none", out) and re.search("pairs +4", out) and "CumulativeThreshold, k=0.6" in out
+    assert re.search("trained +none", out) and re.search("pairs +4", out) and "CumulativeThreshold (k=0.6)" in out
     assert repr(NeuronMasks.from_pretrained(tmp_path)) in out
 
 

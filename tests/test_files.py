@@ -209,7 +209,8 @@ def test_everything_that_is_saved_leaves_the_users_files(full, monkeypatch):
     masks = make_masks(model)
     config = ns.NeuronSpecializationConfig(masks=masks, trainable="none", task_type="SEQ_2_SEQ_LM")
     masks.save_pretrained(".")
-    assert set(content(full)) == {*before, "README.md", "adapter_config.json", "adapter_model.safetensors"}
+    written = {"README.md", "adapter_config.json", "adapter_model.safetensors", "kept_neurons.svg"}
+    assert set(content(full)) == {*before, *written}
     adapted = get_peft_model(model, config).eval()
     adapted.save_pretrained("peft")
     (full / "peft" / "README.md").write_text("---\nlibrary_name: peft\n---\nMy own card")

@@ -101,9 +101,9 @@ def test_an_interrupted_upload_leaves_no_half_of_it_and_can_be_repeated(hub, tmp
     hub.fail_commits = 0
     recipe("publish", monkeypatch, *words)
     files = hub.revisions["me/adapter"][hub.head("me/adapter")]
-    assert {"README.md", "adapter_config.json", "adapter_model.safetensors", "kept.png"} <= set(files)
+    assert {"README.md", "adapter_config.json", "adapter_model.safetensors", "kept_neurons.svg"} <= set(files)
     card = files["README.md"].decode()
-    assert "license: cc-by-4.0" in card and '"me/adapter"' in card and "(kept.png)" in card
+    assert "license: cc-by-4.0" in card and '"me/adapter"' in card and "(kept_neurons.svg)" in card
 
 
 def test_publishing_what_is_no_adapter_is_refused_before_anything_is_sent(hub, tmp_path, monkeypatch, capsys):

@@ -67,12 +67,12 @@ def identified(workspace, toy_files, toy_checkpoint):
         "identify.py",
         *("--model_name_or_path", str(toy_checkpoint), "--validation_file", str(toy_files / "validation.jsonl")),
         *("--language_pairs", *PAIRS, "--output_dir", str(workspace / "masks"), "--k", "0.7"),
-        *("--stability", "true", "--parts", "4", "--batch_size", "8"),
+        *("--stability", "true", "--parts", "4", "--batch_size", "8", "--report", str(workspace / "report.html")),
     )
     return workspace / "masks", output
 
 
-def test_identify_writes_masks_counts_and_a_report(identified):
+def test_identify_writes_masks_counts_and_a_report(identified, workspace):
     directory, output = identified
     masks = ns.NeuronMasks.from_pretrained(directory)
     assert masks.language_pairs == PAIRS and masks.selector["k"] == 0.7
@@ -85,6 +85,8 @@ def test_identify_writes_masks_counts_and_a_report(identified):
     assert f"{results['kept']['Pv-Aa'][block]:.2f}" in output and block in output
     assert results["environment"]["torch"] and set(results["stability"]["halves"]) == set(PAIRS)
     assert "IoU of split halves" in output
+    page = (workspace / "report.html").read_text()
+    assert all(pair in page for pair in PAIRS) and "CumulativeThreshold (k=0.7)" in page and "overlap, encoder" in page
 
 
 def test_identify_gives_the_same_under_two_processes(identified, workspace, toy_files, toy_checkpoint):

@@ -1,6 +1,7 @@
 """The report: one file that needs nothing else, shows what is in the results, and works in a real browser."""
 
 import json
+import math
 import re
 import shutil
 
@@ -11,6 +12,10 @@ from neuron_specialization.analysis.report import write_report
 from .conftest import make_m2m100, make_masks
 
 ATTACK = "<img src=x onerror=alert(1)>"
+SVG = (
+    '<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9" onload="top.document.title=1">'
+    "<script>top.document.title = 1</script></svg>"
+)
 ARGUMENTS = (
     *("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync", "--disable-quic"),
     *("--disable-background-networking", "--disable-component-update", "--window-size=1200,1600"),
@@ -22,9 +27,16 @@ def report(tmp_path_factory):
     directory = tmp_path_factory.mktemp("report")
     results = directory / "toy-control"
     results.mkdir()
-    rows = [{"method": "ours", "loss": 1.23456, "note": ATTACK}, {"method": "fine_tune", "loss": 1.25}]
-    (results / "results.json").write_text(json.dumps({"main": rows, "environment": {"torch": "2.13.0"}}))
-    (results / "differences.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"></svg>')
+    rows = [{"method": "ours", "loss": 1.23456, "note": ATTACK}, {"method": "fine_tune", "loss": math.nan}]
+    by_pair = {"ours": {"en-de": {"difference": 0.5, "p": 0.01}}}
+    details = [{"method": "ours", "seed": seed, "knobs": {"k": 0.9}} for seed in range(500)]
+    written = {"recipe": "compare_methods", "rows": details, "significance": by_pair, "tables": {"bleu": rows}}
+    written |= {"again": rows, "facts": ["Equal budget."], "environment": {"torch": "2.13.0"}}
+    (results / "results.json").write_text(json.dumps(written))
+    (results / "differences.svg").write_text(SVG)
+    (results / "differences.png").write_bytes(b"the same, for those who cannot show the other")
+    (results / "figures").mkdir()
+    (results / "figures" / "some_curves.svg").write_text(SVG)
     masks = make_masks(make_m2m100())
     return write_report(directory / "report.html", f"Neurons {ATTACK}", masks, [results])
 
@@ -98,7 +110,10 @@ def test_pairs_are_ordered_by_family(page):
 def test_a_phone_scrolls_down_only(page):
     sizes = {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
     page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", sizes)
+    page.refresh()
     try:
+        curve = page.find_element("css selector", "#depth svg")
+        assert curve.size["width"] <= 360, "the whole curve is seen"
         width = page.execute_script("return document.documentElement.scrollWidth")
         assert width <= 360
     finally:
@@ -120,6 +135,37 @@ def test_dark_mode_is_dark(page):
 
 
 def test_figures_and_tables_of_results_are_shown(page):
-    assert page.execute_script("return document.querySelector('figure img').naturalWidth") == 9
+    widths = page.execute_script("return [...document.querySelectorAll('figure img')].map(i => i.naturalWidth)")
+    assert widths == [9, 9] and page.title == f"Neurons {ATTACK}", "shown as pictures, whose scripts do not run"
+    captions = [caption.text for caption in page.find_elements("tag name", "figcaption")]
+    assert captions == ["Test loss of each method minus that of joint fine-tuning; left is better", "some curves"]
     section = page.find_element("id", "results-toy-control")
     assert "1.235" in section.text and "fine_tune" in section.text and ATTACK in section.text
+    assert "recipes/compare_methods.py" in section.text and "Equal budget." in section.text
+    assert "nan" not in section.text.lower()
+
+
+def test_summaries_come_first_and_what_they_are_made_from_is_folded(page):
+    tables = page.find_elements("css selector", "#results-toy-control details")
+    shown = [(each.find_element("tag name", "summary").text, each.get_attribute("open")) for each in tables]
+    assert shown == [
+        ("tables, bleu (2 rows)", "true"),  # and not the same once more
+        ("significance, ours (1 row)", None),
+        ("rows (first 400 of 500 rows)", None),
+    ]
+
+
+def test_the_recipe_writes_a_report_of_results_alone(run_here, report, tmp_path):
+    results = str(report.parent / "toy-control")
+    run_here("analyze.py", "--report", str(tmp_path / "report.html"), "--results", results, results)
+    html = (tmp_path / "report.html").read_text()
+    assert "<script" not in html and len(set(re.findall(r'<section id="([^"]+)"', html))) == 2
+
+
+def test_pruning_curves_say_what_they_show(tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps({"recipe": "prune"}))
+    for end in ("", "-forgetting", "-noise-costs"):
+        (tmp_path / f"en-de_en-fr-after-0{end}.svg").write_text(SVG)
+    captions = re.findall("<figcaption>(.*?)<", write_report(tmp_path / "r.html", "R", results=[tmp_path]).read_text())
+    values = ("Quality", "Forgetting", "What noise costs")
+    assert captions == [f"{value} against the share of neurons pruned: en-de_en-fr-after-0" for value in values]

@@ -4,6 +4,7 @@ import sys
 from argparse import ArgumentParser
 
 from .neurons.adapter_file import read_config
+from .neurons.card import describe_selector
 from .neurons.masks import NeuronMasks
 
 RECIPES = {
@@ -60,13 +61,11 @@ def describe(adapter: str) -> str:
     base = masks.base_model_name_or_path or "not recorded"
     fingerprint = ", ".join(f"{name} {value}" for name, value in masks.fingerprint.items())
     tokens = ", ".join(f"{code}={token}" for code, token in (masks.language_token_ids or {}).items())
-    settings = [f"{name}={value}" for name, value in masks.selector.items() if name != "name" and value is not None]
-    selector = ", ".join([*filter(None, [masks.selector.get("name")]), *settings])
     facts = {
         "base model": f"{base} ({fingerprint})" if fingerprint else base,
         "trained": config["trainable"],
         "pairs": len(masks.language_pairs),
-        "selector": selector or "not recorded",
+        "selector": describe_selector(masks.selector) or "not recorded",
         "token ids": tokens or "not recorded",
     }
     return "\n".join([*(f"{name:<12}{value}" for name, value in facts.items()), "", repr(masks)])

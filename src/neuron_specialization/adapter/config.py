@@ -97,8 +97,9 @@ class NeuronSpecializationConfig(PeftConfig):
         self.weights_file: Path | None = None
         # where this config was read from, until PEFT has loaded the weights
         self.read_from: str | None = None
-        # transformers saves the config first, when the weights beside it are still those of an older save
-        self.weights_follow = False
+        # module → its packed masks by adapter, and this adapter's name, where transformers injected it: there the
+        # config is saved first, when the weights beside it are still those of an older save
+        self.masks_in_model: tuple[dict[str, Any], str] | None = None
         self._check_choices()
         adapter_file.check_format_version(self.format_version, adapter_file.CONFIG_NAME)
         if isinstance(self.target_modules, list):
@@ -138,7 +139,7 @@ class NeuronSpecializationConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json. PEFT calls this last, so the digest of the weights beside it is known by now."""
-        weights = None if self.weights_follow else adapter_file.newest_weights_file(save_directory)
+        weights = None if self.masks_in_model else adapter_file.newest_weights_file(save_directory)
         in_memory = self.weights_digest, self.other_tensors
         if weights is not None:
             self.weights_digest = adapter_file.file_digest(weights)
@@ -148,14 +149,14 @@ class NeuronSpecializationConfig(PeftConfig):
             super().save_pretrained(save_directory, **kwargs)
         finally:
             self.weights_digest, self.other_tensors = in_memory
-        if weights is not None or self.weights_follow:
+        if weights is not None or self.masks_in_model:
             write_card(save_directory, self.to_dict(), self._packed_masks(weights))
 
     def _packed_masks(self, weights: Path | None) -> dict[str, torch.Tensor]:
-        """Return block name → packed mask rows: those of a weights file, else those in memory, if any."""
+        """Return block name → packed mask rows: those of a weights file, else those in the model."""
         if weights is None:
-            masks: Any = self.masks
-            return {name: adapter_file.pack_rows(rows) for name, rows in masks.rows.items()} if masks else {}
+            of, adapter_name = self.masks_in_model or ({}, "")
+            return {name: masks[adapter_name] for name, masks in of.items()}
         tensors = adapter_file.read_weights(weights)
         return {name: tensors[key] for name in self.d_ff or {} if (key := adapter_file.mask_key(name)) in tensors}
 

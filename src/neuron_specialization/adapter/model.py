@@ -48,7 +48,9 @@ class NeuronSpecializationModel(BaseTuner):
                 vars(model).pop("_hf_peft_config_loaded", None)  # set before injection
             raise
         if by_transformers:
-            vars(self.peft_config[adapter_name])["weights_follow"] = True
+            config: Any = self.peft_config[adapter_name]
+            masks = {name: model.get_submodule(name).neuron_specialization_mask for name in config.d_ff}
+            vars(config)["masks_in_model"] = masks, adapter_name
 
     def set_language_pair(self, pair: str | None) -> None:
         """Select the pair for calls that pass none; None clears the selection."""

@@ -15,7 +15,6 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
-from scipy.spatial.distance import pdist, squareform
 
 KINDS = ("genetic", "geographic", "syntactic", "phonological", "inventory")
 URIELPLUS = "urielplus:"
@@ -102,6 +101,8 @@ def subword_distances(tokens: Sequence[Iterable[int]]) -> np.ndarray:
     texts = [np.fromiter(ids, dtype=np.int64) for ids in tokens]
     size = max(int(ids.max(initial=0)) for ids in texts) + 1
     shares = np.stack([np.bincount(ids, minlength=size) / max(len(ids), 1) for ids in texts])
+    from scipy.spatial.distance import pdist, squareform  # an optional dependency, which reports do without
+
     return squareform(pdist(shares, "cityblock")) / 2
 
 

@@ -7,28 +7,12 @@ from typing import Any
 import numpy as np
 
 from ..neurons.ffn import STACKS
-from ..neurons.masks import NeuronMasks
-from .figures import COLORS, MARKERS, panels, save, single
+from .figures import COLORS, MARKERS, panels, save
 from .overlap import Overlap
 
 Rows = Sequence[Mapping[str, Any]]
 _SHOWN_PAIRS = 60
 _MOST_NUMBERS = 8  # languages, above which cells are too small for numbers
-
-
-def plot_kept(masks: NeuronMasks, path: str | Path) -> Path:
-    """Draw the share of neurons that each language pair keeps, one column per block."""
-    pairs, blocks = masks.language_pairs[:_SHOWN_PAIRS], list(masks.rows)
-    kept = [[1 - share for share in masks.sparsity(pair).values()] for pair in pairs]
-    figure, axes = single(height=1.6 + 0.25 * len(pairs))
-    image = axes.imshow(kept, vmin=0, vmax=1, cmap="cividis", aspect="auto")
-    axes.set_yticks(range(len(pairs)), pairs)
-    numbers = {stack: iter(range(len(blocks))) for stack in STACKS}
-    labels = [f"{masks.stacks[block][:3]} {next(numbers[masks.stacks[block]])}" for block in blocks]
-    axes.set_xticks(range(len(blocks)), labels, rotation=90 if len(blocks) > 12 else 0)
-    axes.set_xlabel("FFN block")
-    figure.colorbar(image, label="share of neurons kept")
-    return save(figure, path)
 
 
 def plot_pairs(overlap: Mapping[str, Mapping[str, Mapping[str, float]]], path: str | Path) -> Path:

@@ -22,14 +22,15 @@ function heatmap() {
   const layer = Number(document.getElementById("layer").value);
   const block = data.blocks[layer];
   const order = document.getElementById("order").value === "family" ? data.by_family : data.pairs.map((_, i) => i);
-  const size = 26, left = 8 + 7 * Math.max(...data.pairs.map((p) => p.length)), n = order.length;
   const place = document.getElementById("heatmap");
+  const left = 8 + 7 * Math.max(...data.pairs.map((p) => p.length)), n = order.length;
+  const size = Math.min(26, Math.max(14, Math.floor((place.clientWidth - left - 4) / n)));
   place.replaceChildren();
   const width = left + n * size + 4, height = left + n * size + 4;
   const svg = add(place, "svg", { viewBox: `0 0 ${width} ${height}`, width, height });
   order.forEach((i, row) => {
-    add(svg, "text", { x: left - 6, y: left + row * size + 17, "text-anchor": "end" }, data.pairs[i]);
-    const x = left + row * size + 17;
+    add(svg, "text", { x: left - 6, y: left + row * size + size / 2 + 4, "text-anchor": "end" }, data.pairs[i]);
+    const x = left + row * size + size / 2 + 4;
     add(svg, "text", { x, y: left - 6, transform: `rotate(-90 ${x} ${left - 6})` }, data.pairs[i]);
     order.forEach((j, column) => {
       const value = block.iou[i][j];
@@ -52,18 +53,20 @@ function legend() {
 
 function depth() {
   const place = document.getElementById("depth");
-  const width = 640, height = 240, left = 44, bottom = 34, top = 10;
+  const width = Math.min(640, place.clientWidth), height = 240, left = 44, bottom = 34, top = 10;
+  place.replaceChildren();
   const svg = add(place, "svg", { viewBox: `0 0 ${width} ${height}`, width, height });
-  const lowest = Math.floor(10 * Math.min(...data.blocks.map((b) => b.mean))) / 10;
-  const y = (v) => top + (1 - (v - lowest) / (1 - lowest || 1)) * (height - top - bottom);
-  for (let tick = lowest; tick <= 1.0001; tick += (1 - lowest) / 4 || 1) {
+  const lowest = Math.min(Math.floor(10 * Math.min(...data.blocks.map((b) => b.mean))), 9);  // tenths
+  const y = (v) => top + (1 - (10 * v - lowest) / (10 - lowest)) * (height - top - bottom);
+  for (let tenths = lowest; tenths <= 10; tenths++) {
+    const tick = tenths / 10;
     add(svg, "line", { class: "axis", x1: left, x2: width - 8, y1: y(tick), y2: y(tick) });
-    add(svg, "text", { x: left - 6, y: y(tick) + 4, "text-anchor": "end" }, tick.toFixed(2));
+    add(svg, "text", { x: left - 6, y: y(tick) + 4, "text-anchor": "end" }, tick.toFixed(1));
   }
   const deepest = Math.max(...["encoder", "decoder"].map((s) => data.blocks.filter((b) => b.stack === s).length));
   const x = (i) => left + 20 + (i * (width - left - 48)) / Math.max(deepest - 1, 1);
-  for (let i = 0; i < deepest; i++) add(svg, "text", { x: x(i), y: height - 14, "text-anchor": "middle" }, i);
-  add(svg, "text", { x: width / 2, y: height - 1, "text-anchor": "middle" }, "layer");
+  for (let i = 0; i < deepest; i++) add(svg, "text", { x: x(i), y: height - 17, "text-anchor": "middle" }, i);
+  add(svg, "text", { x: width / 2, y: height - 3, "text-anchor": "middle" }, "layer");
   for (const stack of ["encoder", "decoder"]) {
     const blocks = data.blocks.filter((b) => b.stack === stack);
     const points = blocks.map((b, i) => `${x(i)},${y(b.mean)}`).join(" ");
@@ -81,5 +84,6 @@ function depth() {
 
 document.getElementById("layer").addEventListener("input", heatmap);
 document.getElementById("order").addEventListener("change", heatmap);
+window.addEventListener("resize", () => { heatmap(); depth(); });
 heatmap();
 depth();

@@ -13,13 +13,12 @@ import numpy as np
 from jinja2 import Environment
 from markupsafe import Markup
 
-from ..neurons.language_pairs import split_pair
+from ..neurons.card import describe_selector
 from ..neurons.masks import NeuronMasks
 from .distances import families
+from .report_results import results_sections
 
 SHOWN_PAIRS = 40
-_ROWS = 400
-_FIGURES = {".svg": "image/svg+xml", ".png": "image/png"}
 
 
 def write_report(
@@ -35,13 +34,14 @@ def write_report(
         path: file to write, such as report.html.
         title: heading of the page.
         masks: masks whose overlap and kept shares are shown; of more than 40 pairs, the first 40.
-        results: directories of recipes' results: their figures (SVG and PNG) and the tables in `results.json`.
+        results: directories of recipes' results: their figures (SVG and PNG, also those in `figures`) and the tables
+            in `results.json`.
         language_families: language code → family, where the package's table does not know a language.
 
     Raises:
         ValueError: if there is nothing to show, or a directory of results holds no `results.json`.
     """
-    sections = [_section(Path(directory)) for directory in results]
+    sections = results_sections(results)
     if masks is None and not sections:
         raise ValueError("There is nothing to report: name masks, or directories of results.")
     style, script = (_text(f"report.{kind}") for kind in ("css", "js"))
@@ -50,8 +50,9 @@ def write_report(
         "base-uri 'none'; form-action 'none'"
     )
     shown = None if masks is None else _describe(masks, language_families or {})
-    page = Environment(autoescape=True, trim_blocks=False).from_string(_text("report.html"))
-    html = page.render(
+    environment = Environment(autoescape=True, trim_blocks=False)
+    environment.filters["shown"] = _shown
+    html = environment.from_string(_text("report.html")).render(
         title=title,
         policy=policy,
         style=Markup(style),
@@ -82,12 +83,13 @@ def _describe(masks: NeuronMasks, known: Mapping[str, str]) -> dict[str, Any]:
         block |= {"mean": float(others.mean()) if len(others) else 1.0}
         blocks.append({**block, "kept": float(kept.mean()), "low": float(kept.min()), "high": float(kept.max())})
     note = f"Shown are the first {len(pairs)} of {len(masks.language_pairs)} pairs." if left_out else ""
-    return {"pairs": pairs, "by_family": _by_family(pairs, known), "blocks": blocks, "note": note}
+    order = {"pairs": pairs, "by_family": _by_family(pairs, known)}
+    return {**order, "blocks": blocks, "note": note, "selected_by": describe_selector(masks.selector)}
 
 
 def _by_family(pairs: Sequence[str], known: Mapping[str, str]) -> list[int]:
     """Return the order of pairs by direction and family: out of the most frequent language first, then into it."""
-    codes = [split_pair(pair) for pair in pairs]
+    codes = [pair.partition("-")[::2] for pair in pairs]
     every = [code for pair in codes for code in pair]
     pivot = max(dict.fromkeys(every), key=every.count)
 
@@ -106,43 +108,11 @@ def _family(code: str) -> str:
         return "~"
 
 
-def _section(directory: Path) -> dict[str, Any]:
-    """Return the figures and tables of one directory of results."""
-    path = directory / "results.json"
-    if not path.is_file():
-        raise ValueError(f"{directory} holds no results.json. Name directories that recipes wrote their results into.")
-    results = json.loads(path.read_text(encoding="utf-8"))
-    figures = [
-        {"name": file.stem.replace("_", " "), "data": f"data:{_FIGURES[file.suffix]};base64,{_base64(file)}"}
-        for file in sorted(directory.iterdir())
-        if file.suffix in _FIGURES and not (file.suffix == ".png" and file.with_suffix(".svg").is_file())
-    ]
-    tables = [_table(name, rows) for name, rows in results.items() if _is_table(rows)]
-    environment = ", ".join(f"{name} {value}" for name, value in results.get("environment", {}).items() if value)
-    section = {"id": f"results-{directory.resolve().name}", "title": directory.resolve().name.replace("-", " ")}
-    return {**section, "figures": figures, "tables": tables, "environment": environment}
-
-
-def _is_table(rows: Any) -> bool:
-    return isinstance(rows, list) and bool(rows) and all(isinstance(row, dict) for row in rows)
-
-
-def _table(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    plain = [c for c in columns if not any(isinstance(row.get(c), dict | list) for row in rows)]
-    shown = [[_cell(row.get(column)) for column in plain] for row in rows[:_ROWS]]
-    left_out = f", first {_ROWS} of {len(rows)}" if len(rows) > _ROWS else ""
-    return {"name": f"{name}{left_out}", "columns": plain, "rows": shown}
-
-
-def _cell(value: Any) -> str:
-    if value is None:
+def _shown(value: Any) -> str:
+    """Return a cell's text; what is missing and what is not a number are left blank."""
+    if value is None or value != value:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _base64(file: Path) -> str:
-    return base64.b64encode(file.read_bytes()).decode()
 
 
 def _csp_hash(code: str) -> str:

@@ -11,6 +11,7 @@ from huggingface_hub import HfApi
 
 from ..neurons.adapter_file import CONFIG_NAME, WEIGHTS_NAME
 from ..neurons.card import CARD_NAME, CardFacts, describe_adapter
+from ..neurons.kept_picture import PICTURE_NAME
 from ..neurons.masks import NeuronMasks
 
 _TRAINING = (
@@ -46,12 +47,15 @@ def publish(
     describe_adapter(directory, facts)
     api = HfApi(token=token)
     repo_id = api.create_repo(facts.repo_id, private=private, exist_ok=True).repo_id
-    files = [CONFIG_NAME, WEIGHTS_NAME, CARD_NAME, *([facts.picture] if facts.picture else [])]
+    files = [CONFIG_NAME, WEIGHTS_NAME, CARD_NAME, PICTURE_NAME]
     return str(api.upload_folder(repo_id=repo_id, folder_path=directory, allow_patterns=files))
 
 
 def facts_from_results(
-    facts: CardFacts, scores: str | PathLike[str] | None, training: str | PathLike[str] | None
+    facts: CardFacts,
+    scores: str | PathLike[str] | None = None,
+    training: str | PathLike[str] | None = None,
+    identification: str | PathLike[str] | None = None,
 ) -> CardFacts:
     """Add the facts in results files.
 
@@ -59,6 +63,7 @@ def facts_from_results(
         facts: the other facts.
         scores: `results.json` of `recipes/score.py`.
         training: `results.json` of `recipes/specialize.py`.
+        identification: `results.json` of `recipes/identify.py`.
 
     Raises:
         ValueError: if a file is not what that recipe writes.
@@ -70,7 +75,23 @@ def facts_from_results(
         settings = {key: value for part in results["arguments"] for key, value in part.items() if key in _TRAINING}
         settings = {key: value for key, value in settings.items() if value not in (None, False)}
         facts = replace(facts, training={"updates": results["updates"], **settings, **_versions(results)})
+    if identification is not None:
+        facts = replace(facts, identification=_counted(_read(identification, "identify")))
     return facts
+
+
+def _counted(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what activations were counted on: the data's name, without its directory, and how much of it."""
+    settings = {key: value for part in results["arguments"] for key, value in part.items()}
+    tokens = {
+        f"{stack} positions per pair": f"{min(of):,} to {max(of):,}" for stack, of in results["tokens"].items() if of
+    }
+    limit = settings.get("max_sentences")
+    sentences = {"sentences per pair, at most": limit} if limit else {}
+    padding = {"padding counted too": True} if settings.get("count_padding") else {}
+    data = str(settings["validation_file"])
+    is_file = "." in Path(data).name or Path(data).is_absolute()  # else the name of a dataset on the Hub
+    return {"counted on": Path(data).name if is_file else data, **sentences, **tokens, **padding}
 
 
 def _read(path: str | PathLike[str], recipe: str) -> dict[str, Any]:

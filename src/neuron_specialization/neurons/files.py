@@ -161,7 +161,7 @@ def _written(target: Path) -> set[str]:
     config = target / "adapter_config.json"
     files = _listed(target / WRITTEN)
     if config.is_file() and '"NEURON_SPECIALIZATION"' in config.read_text(errors="replace"):
-        files |= {"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"}
+        files |= {"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "kept_neurons.svg"}
         card = target / "README.md"
         if card.is_file() and "library_name: peft" in card.read_text(errors="replace"):
             files.add("README.md")
