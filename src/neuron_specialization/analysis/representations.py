@@ -115,4 +115,4 @@ def groups_of(languages: Iterable[str], seen: Sequence[str]) -> list[str]:
     """Return the groups that a language, or a pair of languages, is reported in: all, and, where `seen` names those
     that the continued pre-training saw, seen, unseen, or one of each."""
     kinds = {code in seen for code in languages}
-    return [ALL, *([{(True,): SEEN, (False,): UNSEEN}.get(tuple(kinds), MIXED)] if seen else [])]
+    return [ALL, MIXED if len(kinds) > 1 else SEEN if True in kinds else UNSEEN] if seen else [ALL]

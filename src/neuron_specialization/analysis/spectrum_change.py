@@ -71,8 +71,8 @@ def spectrum_changes(before: dict[str, dict[str, Any]], after: dict[str, dict[st
     if shapes[0] != shapes[1]:
         odd = min(name for name in {**shapes[0], **shapes[1]} if shapes[0].get(name) != shapes[1].get(name))
         raise ValueError(
-            f"Singular values of two models are compared matrix by matrix, but {odd} is {shapes[0].get(odd)} in one and "
-            f"{shapes[1].get(odd)} in the other. Compare a model with the one that its training started from."
+            f"Expected two models of the same matrices, to compare singular values; {odd} is {shapes[0].get(odd)} in one "
+            f"and {shapes[1].get(odd)} in the other. Compare a model with the one that its training started from."
         )
     return [
         {"matrix": name, **values, "ratio": {each: values[each] / before[name][each] for each in STATISTICS}}

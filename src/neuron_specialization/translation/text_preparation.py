@@ -98,17 +98,17 @@ def write_monolingual(
         for name, corpus in of_language.items():
             if TRAIN not in corpus.splits:
                 continue
-            row = {"language": language, "corpus": name, **dict.fromkeys(_COUNTS, 0)}
+            counts = dict.fromkeys(_COUNTS, 0)
             for line in _lines(corpus, language, source, True):
                 key = _key(line)
                 long = max_characters is not None and len(line) > max_characters
                 fault = "held_out" if key in held_out else "repeated" if key in seen else "long" if long else "kept"
-                row["lines"] += 1
-                row[fault] += 1
+                counts["lines"] += 1
+                counts[fault] += 1
                 seen.add(key)
                 if fault == "kept":
                     lines.append((key, line))
-            report.append(row)
+            report.append({"language": language, "corpus": name, **counts})
         if len(lines) <= validation_lines:
             raise ValueError(
                 f"{language!r} has {len(lines)} lines of training text, and {validation_lines} were to be set aside "
