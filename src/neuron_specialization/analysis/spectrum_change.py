@@ -71,7 +71,7 @@ def spectrum_changes(before: dict[str, dict[str, Any]], after: dict[str, dict[st
     if shapes[0] != shapes[1]:
         odd = min(name for name in {**shapes[0], **shapes[1]} if shapes[0].get(name) != shapes[1].get(name))
         raise ValueError(
-            f"Expected two models of the same matrices, to compare singular values; {odd} is {shapes[0].get(odd)} in one "
+            f"Expected the same matrices, to compare singular values, but {odd} is {shapes[0].get(odd)} in one "
             f"and {shapes[1].get(odd)} in the other. Compare a model with the one that its training started from."
         )
     return [
