@@ -20,6 +20,7 @@ from typing import Any
 
 from neuron_specialization.analysis import representation_report as report
 from neuron_specialization.analysis.representations import language_similarity, layer_similarity, source_similarity
+from neuron_specialization.analysis.seeds import compare, summarize
 from neuron_specialization.analysis.spectrum_change import spectra, spectrum_changes
 from neuron_specialization.translation import representations as states_of
 from neuron_specialization.translation.arguments import as_mapping
@@ -27,6 +28,7 @@ from neuron_specialization.translation.command_line import parse, run
 from neuron_specialization.translation.data import load_multiparallel
 from neuron_specialization.translation.processes import check_single_process
 from neuron_specialization.translation.results import table, write_results
+from neuron_specialization.translation.transfer import RANDOM, Checkpoint, named_checkpoints
 
 SENTENCES, TOKENS = "sentences", "tokens"
 
@@ -65,7 +67,7 @@ def main() -> None:
     values = report.source_values(found["source_similarity"], args.seen)
     values += report.language_values(found["language_similarity"], args.seen)
     values += report.spectrum_values(found["spectra"])
-    summary, tests = report.summarize(values), report.compare(values)
+    summary, tests = summarize(values), compare([row for row in values if report.MISALIGNED not in row["measure"]])
     source = found["spectra"][0]["model"]
     tables = {**report.report_tables(summary, source), "Paired tests over seeds": tests}
     text = "\n\n".join(f"{title}\n\n{table(rows, 3)}" for title, rows in tables.items() if rows)
@@ -79,7 +81,8 @@ def main() -> None:
 
 def measure(args: RepresentationArguments, sentences: dict[str, list[str]]) -> dict[str, list[dict[str, Any]]]:
     """Return the rows of every measure, one model after another; the states of two are on disk at a time."""
-    checkpoints = states_of.named_checkpoints(args.models)
+    checkpoints = named_checkpoints(args.models)
+    checkpoints.append(Checkpoint(RANDOM, 0, RANDOM, checkpoints[0].location))
     options = as_mapping(args.language_tokens), args.max_length
     states_of.check_tokenizers(checkpoints, sentences, *options, same=args.level == TOKENS)
     found: dict[str, list[dict[str, Any]]] = {"source_similarity": [], "language_similarity": [], "spectra": []}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from neuron_specialization.analysis.representation_report import compare, report_tables, summarize
+from neuron_specialization.analysis.representation_report import report_tables
 from neuron_specialization.analysis.representations import (
     groups_of,
     language_similarity,
@@ -17,6 +17,7 @@ from neuron_specialization.analysis.representations import (
     retrieval_accuracy,
     source_similarity,
 )
+from neuron_specialization.analysis.seeds import compare, summarize
 from neuron_specialization.analysis.spectrum import singular_values
 from neuron_specialization.analysis.spectrum_change import matrix_types, spectra, spectrum_changes
 from neuron_specialization.translation.checkpoints import load_checkpoint
@@ -177,8 +178,11 @@ def test_seeds_are_summarized_and_tested_in_pairs():
 
 
 @pytest.fixture
-def options(toy_files, tmp_path):
-    where = ["--test_file", str(toy_files / "train.jsonl"), "--languages", *LANGUAGES, "--max_sentences", "60"]
+def options(sentences, tmp_path):
+    """In place of Aa, Pv with its words in another order: translations that an embedding alone can tell."""
+    reordered = [" ".join(reversed(text.split())) for text in sentences["Pv"]]
+    Dataset.from_dict({**sentences, "Aa": reordered}).to_parquet(tmp_path / "parallel.parquet")
+    where = ["--test_file", str(tmp_path / "parallel.parquet"), "--languages", *LANGUAGES]
     return [*where, "--seen", "Pv", "Aa", "--output_dir", str(tmp_path / "out")]
 
 
@@ -193,21 +197,24 @@ def test_the_recipe_finds_a_copy_the_same_and_another_model_not(run_here, option
         for each in (model, tokenizer):
             each.save_pretrained(tmp_path / f"cp-{seed}")
         models.append(f"cp={tmp_path / f'cp-{seed}'}")
-    for level in ("sentences", "tokens"):
-        printed = run_here("compare_representations.py", *options, *models, "--level", level)
+    for level, named in (("tokens", [*models[:2], models[3]]), ("sentences", models)):
+        printed = run_here("compare_representations.py", *options, *named, "--level", level)
         results = json.loads((tmp_path / "out" / "results.json").read_text())
         similar = results["source_similarity"]
-        assert len(similar) == 6 * 3 * 2, "models with the control, languages, layers"
+        assert len(similar) == len(named) * 3 * 2, "models with the control, languages, layers"
         for row in similar:
             if row["model"] in ("source", "copy"):
                 assert row["cka"] == pytest.approx(1)
             elif row["model"] == "cp":
                 assert row["cka"] < 0.99
-        assert "CKA to the source" in printed and "seen and unseen" in printed and "Paired tests" in printed
+        assert "CKA to the source" in printed and "seen and unseen" in printed
+    assert "Paired tests" in printed
     spectrum = {row["model"]: row["ratio"]["frobenius"] for row in results["spectra"] if row["type"] == "encoder q"}
     assert spectrum["source"] == spectrum["copy"] == 1 and spectrum["cp"] != 1 and "random" not in spectrum
     alike = [row for row in results["language_similarity"] if row["model"] == "source" and row["layer"] == 0]
-    assert len(alike) == 3 and all(row["retrieval"] > row["retrieval_misaligned"] for row in alike)
+    assert [row["languages"] for row in alike] == [["Pv", "Aa"], ["Pv", "Ba"], ["Aa", "Ba"]]
+    assert alike[0]["retrieval"] > 50 > alike[0]["retrieval_misaligned"] and alike[0]["cka"] > 0.8
+    assert alike[0]["cka"] > alike[0]["cka_misaligned"] + 0.5
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         *("results.json", "tables.md"),
         *(f"{name}.{kind}" for name in ("source_cka", "languages", "spectra") for kind in ("svg", "png")),

@@ -302,12 +302,12 @@ def guesses(model: str, seed: int, mode: str = "probing", **right: float) -> Pre
 MAJORITY = guesses("majority", 0, "control", en=0.25, de=0.25, sa=0.25)
 
 
-def test_summary_gives_gap_interval_and_low_resource_apart():
+def test_summary_gives_gap_interval_and_apart_apart():
     found = [guesses("one", seed, en=0.9, de=0.7, sa=0.3) for seed in range(3)]
     task = a_task()
-    (row, _) = summarize([task], [*found, MAJORITY], low_resource=["sa"])
+    (row, _) = summarize([task], [*found, MAJORITY], apart=["sa"])
     assert (row["source"], row["zero_shot"], row["gap"]) == pytest.approx((90, 70, 20))
-    assert row["low_resource"] == pytest.approx(30)
+    assert row["apart"] == pytest.approx(30)
     low, high = row["gap_interval"]
     assert low < 20 < high and 5 < high - low < 25
     rows = score_rows([task], found)
@@ -347,7 +347,7 @@ def test_models_are_compared_item_by_item():
     better = [guesses("better", seed + 5, en=0.9, de=0.95) for seed in (0, 1)]
     same = [Predictions("same", "t", "probing", each.seed, each.labels) for each in one]
     rows = {row["model"]: row for row in compare([task], [*one, *better, *same, MAJORITY], "one")}
-    assert set(rows) == {"better", "same"}
+    assert set(rows) == {"better", "same"} and rows["same"]["languages"] == "zero_shot"
     assert rows["better"]["difference"] == pytest.approx(25) and rows["better"]["p_adjusted"] < 0.01
     assert rows["same"]["difference"] == 0 and rows["same"]["p"] == 1
 
@@ -364,7 +364,7 @@ def test_uninformative_tasks_are_named(en, de, reason):
 
 
 def test_the_recipe_prints_tables_and_writes_rows(files, toy_checkpoint, tmp_path, run_here):
-    config = {"tasks": {"topics": TOPICS, "tags": TAGS}, "source_language": "Pv", "low_resource": ["Ba"], "seeds": 1}
+    config = {"tasks": {"topics": TOPICS, "tags": TAGS}, "source_language": "Pv", "apart": ["Ba"], "seeds": 1}
     config |= {"probing_epochs": 1, "fine_tuning_epochs": 1, "data_dir": str(files), "max_length": 64}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     options = ["--config", tmp_path / "config.yaml", "--output_dir", tmp_path / "out", "--models"]
@@ -377,6 +377,6 @@ def test_the_recipe_prints_tables_and_writes_rows(files, toy_checkpoint, tmp_pat
         ("bag_of_subwords", "control"),
     }
     assert {row["language"] for row in results["rows"]} == set(LANGUAGES) and results["environment"]["torch"]
-    assert "tags, fine_tuning: accuracy" in printed and "low_resource" in printed
+    assert "tags, fine_tuning: accuracy" in printed and "apart" in printed
     (two, *_) = [row for row in results["comparisons"] if row["model"] == "two"]
     assert two["difference"] == 0 and two["p"] == 1, "the same checkpoint twice"

@@ -1,27 +1,19 @@
-"""What a comparison of representations reports: means over seeds, paired tests, tables and figures.
-
-Everything is made from values, rows with "measure", "group" (of languages), "place" (a layer, or a type of matrix),
-"model", "seed" and "value". A cell of a table is a mean of the values of each seed, then a mean over seeds.
-"""
+"""What a comparison of representations reports: values per seed (see `seeds`), tables and figures of their means."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import false_discovery_control, ttest_1samp, ttest_rel
 
 from .figures import COLORS, MARKERS, panels, save
 from .representations import ALL, groups_of
+from .seeds import Values
 from .spectrum_change import STATISTICS
 
 SOURCE_CKA, LANGUAGE_CKA, RETRIEVAL = "CKA to the source", "CKA between languages", "retrieval"
 MISALIGNED = ", misaligned"
-_FEWEST_SEEDS = 3
 _DECIMALS = {RETRIEVAL: 1, RETRIEVAL + MISALIGNED: 1}
-
-Values = Sequence[Mapping[str, Any]]
 
 
 def source_values(rows: Iterable[Mapping[str, Any]], seen: Sequence[str]) -> list[dict[str, Any]]:
@@ -60,61 +52,6 @@ def spectrum_values(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _about(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"model": row["model"], "seed": row["seed"], "place": f"layer {row['layer']}"}
-
-
-def summarize(values: Values) -> list[dict[str, Any]]:
-    """Return one row per measure, group, place and model: "mean" over seeds, "deviation" (None for one), "seeds"."""
-    rows = []
-    for (measure, group, place, model), seeds in _by_cell(values).items():
-        deviation = float(seeds.std(ddof=1)) if len(seeds) > 1 else None
-        named = {"measure": measure, "group": group, "place": place, "model": model}
-        rows.append({**named, "mean": float(seeds.mean()), "deviation": deviation, "seeds": len(seeds)})
-    return rows
-
-
-def compare(values: Values) -> list[dict[str, Any]]:
-    """Return tests of every model with three seeds or more against the others.
-
-    Two models with as many seeds are paired seed by seed, in the order they were given in; one with a single
-    checkpoint, such as the source, is a fixed number. Misaligned controls are not tested. "p" is of a two-sided t-test
-    of the differences; "p_adjusted" controls the false discovery rate over the rows of one measure
-    (Benjamini-Hochberg).
-    """
-    cells = _by_cell(values)
-    rows: list[dict[str, Any]] = []
-    for (measure, group, place), models in _regrouped(cells).items():
-        if measure.endswith(MISALIGNED):
-            continue
-        for first, second in combinations(models, 2):
-            if len(models[second]) < len(models[first]):
-                first, second = second, first
-            x, y = models[second], models[first]
-            if len(x) < _FEWEST_SEEDS or len(y) not in (1, len(x)) or np.ptp(x - y) == 0:
-                continue
-            tested: Any = ttest_1samp(x, y[0]) if len(y) == 1 else ttest_rel(x, y)
-            named = {"measure": measure, "group": group, "place": place, "model": second, "compared_with": first}
-            rows.append({**named, "difference": float((x - y).mean()), "p": float(tested.pvalue)})
-    for measure in dict.fromkeys(row["measure"] for row in rows):
-        family = [row for row in rows if row["measure"] == measure]
-        for row, adjusted in zip(family, false_discovery_control([row["p"] for row in family]), strict=True):
-            row["p_adjusted"] = float(adjusted)
-    return rows
-
-
-def _by_cell(values: Values) -> dict[tuple[str, str, str, str], np.ndarray]:
-    """Return (measure, group, place, model) → the mean of each seed's values, float64 [seeds]."""
-    found: dict[tuple[str, str, str, str], dict[int, list[float]]] = {}
-    for row in values:
-        cell = row["measure"], row["group"], row["place"], row["model"]
-        found.setdefault(cell, {}).setdefault(row["seed"], []).append(row["value"])
-    return {cell: np.array([np.mean(of[seed]) for seed in sorted(of)]) for cell, of in found.items()}
-
-
-def _regrouped(cells: Mapping[tuple[str, str, str, str], np.ndarray]) -> dict[tuple[str, str, str], dict]:
-    found: dict[tuple[str, str, str], dict[str, np.ndarray]] = {}
-    for (measure, group, place, model), seeds in cells.items():
-        found.setdefault((measure, group, place), {})[model] = seeds
-    return found
 
 
 def report_tables(summary: Values, source: str) -> dict[str, list[dict[str, Any]]]:

@@ -5,7 +5,6 @@ end of sentence, which are the same in all sentences of a language.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,46 +14,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer
 
 from ..neurons.base_model import number_of_positions
-from .arguments import as_mapping
 from .checkpoints import load_checkpoint, untrained_model
 from .encoders import encode_sentences, language_tag
 from .processes import this_process
-from .transfer import RANDOM, check_models
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint among those of one name, which differ in their seed.
-
-    Attributes:
-        name: name of the model, or of the condition that it was trained under; "random" is the control.
-        seed: its number among the checkpoints of that name, from 0.
-        location: directory or Hub id; of the control, that of the model whose architecture it has.
-    """
-
-    name: str
-    seed: int
-    location: str
-
-    @property
-    def is_control(self) -> bool:
-        """Whether the weights are drawn at random."""
-        return self.name == RANDOM
-
-
-def named_checkpoints(words: Sequence[str]) -> list[Checkpoint]:
-    """Return the checkpoints that `name=checkpoint` words name, and the control of the first one's architecture.
-
-    Raises:
-        ValueError: if there is none, a word is no such pair, or a checkpoint has no encoder.
-    """
-    found: list[Checkpoint] = []
-    for word in words:
-        ((name, location),) = as_mapping([word]).items()
-        check_models({name: location})
-        found.append(Checkpoint(name, sum(each.name == name for each in found), location))
-    check_models({each.name: each.location for each in found[:1]})
-    return [*found, Checkpoint(RANDOM, 0, found[0].location)]
+from .transfer import Checkpoint
 
 
 def load_each(checkpoints: Sequence[Checkpoint]) -> Iterator[tuple[Checkpoint, Any, Any]]:
