@@ -67,8 +67,9 @@ def main() -> None:
     values = report.source_values(found["source_similarity"], args.seen)
     values += report.language_values(found["language_similarity"], args.seen)
     values += report.spectrum_values(found["spectra"])
-    summary, tests = summarize(values), compare([row for row in values if report.MISALIGNED not in row["measure"]])
-    source = found["spectra"][0]["model"]
+    source = args.models[0].partition("=")[0]
+    aligned = [row for row in values if not row["measure"].endswith(report.MISALIGNED)]
+    summary, tests = summarize(values), compare(aligned, source)
     tables = {**report.report_tables(summary, source), "Paired tests over seeds": tests}
     text = "\n\n".join(f"{title}\n\n{table(rows, 3)}" for title, rows in tables.items() if rows)
     print(text)

@@ -91,7 +91,7 @@ def main() -> None:
         "comparisons": compare(tasks, found, first, args.apart),
     }
     conditions = condition_values(results["summary"], checkpoints)
-    results |= {"conditions": summarize_seeds(conditions), "condition_tests": compare_seeds(conditions)}
+    results |= {"conditions": summarize_seeds(conditions), "condition_tests": compare_seeds(conditions, first)}
     results["uninformative"] = uninformative(results["summary"], first)
     for task in tasks:
         for mode in training:

@@ -26,26 +26,23 @@ def summarize(values: Values) -> list[dict[str, Any]]:
     return rows
 
 
-def compare(values: Values) -> list[dict[str, Any]]:
-    """Return tests of every model with three seeds or more against the others.
+def compare(values: Values, source: str) -> list[dict[str, Any]]:
+    """Return tests of every model with three seeds or more against the source and against models with as many.
 
-    Two models with as many seeds are paired seed by seed, in the order they were given in; one with a single
-    checkpoint, such as the source, is a fixed number. "p" is of a two-sided t-test
-    of the differences; "p_adjusted" controls the false discovery rate over the rows of one measure
-    (Benjamini-Hochberg).
+    The source, which the others were trained from, is a fixed number; other models are paired seed by seed. "p" is of
+    a two-sided t-test of the differences; "p_adjusted" controls the false discovery rate over the rows of one measure
+    (Benjamini-Hochberg). Models whose seeds all differ by the same number are not tested.
     """
     cells = _by_cell(values)
     rows: list[dict[str, Any]] = []
     for (measure, group, place), models in _regrouped(cells).items():
         for first, second in combinations(models, 2):
-            if len(models[second]) < len(models[first]):
-                first, second = second, first
+            first, second = (second, first) if second == source else (first, second)
             x, y = models[second], models[first]
-            if len(x) < _FEWEST_SEEDS or len(y) not in (1, len(x)) or np.ptp(x - y) == 0:
-                continue
-            tested: Any = ttest_1samp(x, y[0]) if len(y) == 1 else ttest_rel(x, y)
-            named = {"measure": measure, "group": group, "place": place, "model": second, "compared_with": first}
-            rows.append({**named, "difference": float((x - y).mean()), "p": float(tested.pvalue)})
+            if len(x) >= _FEWEST_SEEDS and (first == source or len(x) == len(y)) and np.ptp(x - y) > 0:
+                p = ttest_1samp(x, y[0]).pvalue if first == source else ttest_rel(x, y).pvalue
+                named = {"measure": measure, "group": group, "place": place, "model": second, "compared_with": first}
+                rows.append({**named, "difference": float((x - y).mean()), "p": float(p)})
     for measure in dict.fromkeys(row["measure"] for row in rows):
         family = [row for row in rows if row["measure"] == measure]
         for row, adjusted in zip(family, false_discovery_control([row["p"] for row in family]), strict=True):

@@ -109,8 +109,8 @@ def summarize(
 ) -> list[dict[str, Any]]:
     """Return one row per task, mode and model: source language, mean of the others, gap, 95 % intervals.
 
-    Languages apart (such as low-resource ones) are in none of the means; their own mean is "apart". "seed_deviation" is
-    the standard deviation of the zero-shot mean over heads.
+    Languages apart (such as low-resource ones) are in none of the means; their own mean is "apart". "seed_deviation"
+    is the standard deviation of the zero-shot mean over heads.
     """
     rows = []
     for task, mode, model, counts in _cells(tasks, predictions):
