@@ -9,22 +9,26 @@ python recipes/transfer_cross_lingually.py --config recipes/configs/transfer_cro
     --config recipes/configs/transfer_cross_lingually/mbart50.yaml --data_dir data --output_dir build/transfer-mbart \
     --models before=facebook/mbart-large-50 after=facebook/mbart-large-50-many-to-many-mmt
 
-The others are compared with the first model. Finished heads are not trained again, so repeating a command resumes it.
-Needs the extra `report` (scipy).
+The others are compared with the first model. A name that is given several times is one condition with several seeds,
+cp=build/cp-0/model cp=build/cp-1/model, whose mean and spread are reported too. Finished heads are not trained again,
+so repeating a command resumes it. Needs the extra `report` (scipy).
 """
 
 import dataclasses
 import json
 from dataclasses import dataclass, field
 
+from neuron_specialization.analysis.seeds import compare as compare_seeds
+from neuron_specialization.analysis.seeds import summarize as summarize_seeds
 from neuron_specialization.translation.arguments import as_mapping
 from neuron_specialization.translation.command_line import parse, run
 from neuron_specialization.translation.encoder_heads import HeadTraining
 from neuron_specialization.translation.processes import check_single_process
 from neuron_specialization.translation.results import table, write_results
-from neuron_specialization.translation.transfer import FINE_TUNING, PROBING, check_models, transfer
+from neuron_specialization.translation.transfer import FINE_TUNING, PROBING, named_checkpoints, transfer
 from neuron_specialization.translation.transfer_statistics import (
     compare,
+    condition_values,
     language_table,
     score_rows,
     summarize,
@@ -43,7 +47,7 @@ class TransferArguments:
     data_dir: str | None = field(default=None, metadata={"help": "Directory of the tasks' files."})
     source_language: str = field(default="en", metadata={"help": "Language to train on."})
     languages: list[str] = field(default_factory=list, metadata={"help": "Test on these only; by default on all."})
-    low_resource: list[str] = field(default_factory=list, metadata={"help": "Languages left out of the means."})
+    apart: list[str] = field(default_factory=list, metadata={"help": "Languages reported apart, not in the means."})
     language_tokens: list[str] = field(default_factory=list, metadata={"help": "code=token, or code=token,token."})
     modes: list[str] = field(
         default_factory=lambda: [PROBING, FINE_TUNING],
@@ -66,7 +70,8 @@ class TransferArguments:
 def main() -> None:
     (args,) = parse(TransferArguments)
     check_single_process()
-    models, head = as_mapping(args.models), (args.batch_size, args.pooling)
+    checkpoints, head = named_checkpoints(args.models), (args.batch_size, args.pooling)
+    models = {each.label: each.location for each in checkpoints}
     known = {
         PROBING: HeadTraining(args.probing_epochs, args.probing_learning_rate, *head),
         FINE_TUNING: HeadTraining(args.fine_tuning_epochs, args.fine_tuning_learning_rate, *head),
@@ -74,7 +79,6 @@ def main() -> None:
     if not args.modes or not known.keys() >= set(args.modes):
         raise ValueError(f"Expected --modes among {' and '.join(known)}, got {' '.join(args.modes)}.")
     training = {mode: known[mode] for mode in args.modes}
-    check_models(models)
     limits = {"max_train_examples": args.max_train_examples, "max_test_items": args.max_test_items}
     places = {"directory": args.data_dir, "languages": args.languages}
     tasks = load_tasks(json.loads(args.tasks), args.source_language, **places, **limits)
@@ -83,17 +87,19 @@ def main() -> None:
     first = next(iter(models))
     results = {
         "rows": score_rows(tasks, found),
-        "summary": summarize(tasks, found, args.low_resource),
-        "comparisons": compare(tasks, found, first, args.low_resource),
+        "summary": summarize(tasks, found, args.apart),
+        "comparisons": compare(tasks, found, first, args.apart),
     }
+    conditions = condition_values(results["summary"], checkpoints)
+    results |= {"conditions": summarize_seeds(conditions), "condition_tests": compare_seeds(conditions, first)}
     results["uninformative"] = uninformative(results["summary"], first)
     for task in tasks:
         for mode in training:
             print(f"{task.name}, {mode}: accuracy")
             print(table(language_table(task, results["rows"], mode)))
-    columns = ("task", "mode", "model", "source", "zero_shot", "gap", "gap_interval", "seed_deviation", "low_resource")
+    columns = ("task", "mode", "model", "source", "zero_shot", "gap", "gap_interval", "seed_deviation", "apart")
     print(table([{name: row[name] for name in columns} for row in results["summary"]]))
-    print(table(results["comparisons"]))
+    print(*(table(results[name]) for name in ("comparisons", "conditions", "condition_tests")), sep="\n\n")
     for task in results["uninformative"]:
         print(f"UNINFORMATIVE: {task['task']}, {task['mode']}: {task['reason']}.")
     print(f"wrote {write_results(args.output_dir, {**results, 'arguments': [dataclasses.asdict(args)]})}")

@@ -11,14 +11,16 @@ import yaml
 from datasets import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
+from neuron_specialization.analysis import seeds
 from neuron_specialization.translation import transfer as transfer_module
 from neuron_specialization.translation.checkpoints import load_checkpoint
 from neuron_specialization.translation.encoder_heads import EncoderHead, HeadTraining, train_and_predict
 from neuron_specialization.translation.encoders import cache_states, collate, encode_examples, language_tag
-from neuron_specialization.translation.transfer import Predictions, bag_of_subwords, transfer
+from neuron_specialization.translation.transfer import Predictions, bag_of_subwords, named_checkpoints, transfer
 from neuron_specialization.translation.transfer_statistics import (
     ItemCounts,
     compare,
+    condition_values,
     score_rows,
     summarize,
     uninformative,
@@ -97,6 +99,8 @@ def test_samples_are_the_same_items_in_every_language(files):
     (task,) = load_tasks({"t": TOPICS}, "Pv", directory=str(files), max_train_examples=9, max_test_items=5)
     assert len(task.train.items) == 9 and len(task.test["Pv"].items) == 5
     assert task.test["Pv"].items == task.test["Ba"].items
+    (few,) = load_tasks({"t": TOPICS}, "Pv", directory=str(files), max_train_examples=1)
+    assert few.labels == task.labels and len(few.labels) > 1, "a label that is drawn from, but not drawn"
     (only,) = load_tasks({"t": TOPICS}, "Pv", directory=str(files), languages=["Ba"])
     assert list(only.test) == ["Pv", "Ba"]
 
@@ -302,12 +306,12 @@ def guesses(model: str, seed: int, mode: str = "probing", **right: float) -> Pre
 MAJORITY = guesses("majority", 0, "control", en=0.25, de=0.25, sa=0.25)
 
 
-def test_summary_gives_gap_interval_and_low_resource_apart():
+def test_summary_gives_gap_interval_and_apart_apart():
     found = [guesses("one", seed, en=0.9, de=0.7, sa=0.3) for seed in range(3)]
     task = a_task()
-    (row, _) = summarize([task], [*found, MAJORITY], low_resource=["sa"])
+    (row, _) = summarize([task], [*found, MAJORITY], apart=["sa"])
     assert (row["source"], row["zero_shot"], row["gap"]) == pytest.approx((90, 70, 20))
-    assert row["low_resource"] == pytest.approx(30)
+    assert row["apart"] == pytest.approx(30)
     low, high = row["gap_interval"]
     assert low < 20 < high and 5 < high - low < 25
     rows = score_rows([task], found)
@@ -347,7 +351,7 @@ def test_models_are_compared_item_by_item():
     better = [guesses("better", seed + 5, en=0.9, de=0.95) for seed in (0, 1)]
     same = [Predictions("same", "t", "probing", each.seed, each.labels) for each in one]
     rows = {row["model"]: row for row in compare([task], [*one, *better, *same, MAJORITY], "one")}
-    assert set(rows) == {"better", "same"}
+    assert set(rows) == {"better", "same"} and rows["same"]["languages"] == "zero_shot"
     assert rows["better"]["difference"] == pytest.approx(25) and rows["better"]["p_adjusted"] < 0.01
     assert rows["same"]["difference"] == 0 and rows["same"]["p"] == 1
 
@@ -364,7 +368,7 @@ def test_uninformative_tasks_are_named(en, de, reason):
 
 
 def test_the_recipe_prints_tables_and_writes_rows(files, toy_checkpoint, tmp_path, run_here):
-    config = {"tasks": {"topics": TOPICS, "tags": TAGS}, "source_language": "Pv", "low_resource": ["Ba"], "seeds": 1}
+    config = {"tasks": {"topics": TOPICS, "tags": TAGS}, "source_language": "Pv", "apart": ["Ba"], "seeds": 1}
     config |= {"probing_epochs": 1, "fine_tuning_epochs": 1, "data_dir": str(files), "max_length": 64}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     options = ["--config", tmp_path / "config.yaml", "--output_dir", tmp_path / "out", "--models"]
@@ -377,6 +381,21 @@ def test_the_recipe_prints_tables_and_writes_rows(files, toy_checkpoint, tmp_pat
         ("bag_of_subwords", "control"),
     }
     assert {row["language"] for row in results["rows"]} == set(LANGUAGES) and results["environment"]["torch"]
-    assert "tags, fine_tuning: accuracy" in printed and "low_resource" in printed
+    assert "tags, fine_tuning: accuracy" in printed and "apart" in printed
     (two, *_) = [row for row in results["comparisons"] if row["model"] == "two"]
     assert two["difference"] == 0 and two["p"] == 1, "the same checkpoint twice"
+
+
+def test_seeds_of_a_condition_are_summarized_and_tested(toy_checkpoint):
+    checkpoints = named_checkpoints([f"source={toy_checkpoint}", *[f"cp={toy_checkpoint}"] * 3])
+    assert [each.label for each in checkpoints] == ["source", "cp-0", "cp-1", "cp-2"]
+    found = [guesses("source", 0, en=0.9, de=0.5, sa=0.3), MAJORITY]
+    found += [guesses(f"cp-{i}", 0, en=0.9, de=share, sa=0.3) for i, share in enumerate((0.6, 0.61, 0.65))]
+    values = condition_values(summarize([a_task()], found, apart=["sa"]), checkpoints)
+    (row,) = [row for row in seeds.summarize(values) if row["measure"] == "zero_shot" and row["model"] == "cp"]
+    assert row["mean"] == pytest.approx(62) and row["deviation"] == pytest.approx(2.6458, abs=1e-3)
+    tests = {row["measure"]: row for row in seeds.compare(values, "source")}
+    assert tests.keys() == {"zero_shot", "gap"}, "in the other measures the seeds do not differ"
+    assert tests["zero_shot"]["difference"] == pytest.approx(12) and tests["zero_shot"]["p"] < 0.02
+    with pytest.raises(ValueError, match="the first, the source, is one checkpoint"):
+        named_checkpoints([f"cp={toy_checkpoint}"] * 2)

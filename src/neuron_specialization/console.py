@@ -17,6 +17,8 @@ RECIPES = {
     "merge_masks": "Merge adapters that different people made.",
     "pretrain": "Train a multilingual baseline, or a denoiser.",
     "continue_pretraining": "Continue a checkpoint on translation, or on denoising as the control.",
+    "prepare_text": "Gather the text of a continued pre-training run.",
+    "compare_representations": "Compare checkpoints layer by layer, and the singular values of their weights.",
     "compare_methods": "The paper's comparison, in stages.",
     "compare_sizes": "The comparison over models of several sizes, against measured interference.",
     "analyze": "Overlap of masks against the distance of languages.",

@@ -85,8 +85,8 @@ def spectrum_statistics(sigma: torch.Tensor) -> dict[str, float]:
     """Return statistics of a spectrum, given as singular values [r] of a matrix W.
 
     Returns:
-        "frobenius" ‖W‖_F; "spectral" σ₁; "mean" of σ; "effective_rank", the exponential of the entropy of σ² / Σσ²
-        (Roy & Vetterli, 2007, on energies); "stable_rank" ‖W‖_F² / σ₁².
+        "frobenius" ‖W‖_F; "spectral" σ₁; "mean" of σ; "normalized_sum" Σσ / ‖W‖_F; "effective_rank", the exponential
+        of the entropy of σ² / Σσ² (Roy & Vetterli, 2007, on energies); "stable_rank" ‖W‖_F² / σ₁².
 
     Raises:
         ValueError: if there is no value, one is negative, or all are zero.
@@ -100,6 +100,7 @@ def spectrum_statistics(sigma: torch.Tensor) -> dict[str, float]:
         "frobenius": energy.sum().sqrt().item(),
         "spectral": sigma.max().item(),
         "mean": sigma.mean().item(),
+        "normalized_sum": (sigma.sum() / energy.sum().sqrt()).item(),
         "effective_rank": torch.special.entr(shares).sum().exp().item(),
         "stable_rank": (energy.sum() / energy.max()).item(),
     }

@@ -4,7 +4,7 @@ import glob
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +15,8 @@ from tqdm.auto import tqdm
 from ..neurons.language_pairs import check_pairs, split_pair
 from .arrow import arrow_batches
 from .data_files import configurations, read_from_hub, read_rows, read_text
+
+_FEWEST_PARALLEL = 20
 
 
 def load_parallel(
@@ -79,6 +81,61 @@ def load_parallel(
     return loaded
 
 
+def load_multiparallel(
+    path: str | os.PathLike[str],
+    languages: Sequence[str],
+    *,
+    split: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    max_sentences: int | None = None,
+) -> tuple[dict[str, list[str]], dict[str, int]]:
+    """Load sentences that are translations of each other in several languages.
+
+    Rows where a language has no text are left out, and rows that repeat an earlier row's sentence in some language:
+    such a sentence has several translations.
+
+    Args:
+        path: a file with one column per language, shards, or plain text with "{lang}" (see `load_parallel`).
+        languages: codes, at least two.
+        split: see `load_parallel`.
+        columns: see `load_parallel`.
+        max_sentences: read from the top until there are so many.
+
+    Returns:
+        code → sentences, and the numbers of "rows" read, "incomplete", "repeated" and "kept".
+
+    Raises:
+        ValueError: if a file or column is missing, or fewer than 20 rows are left.
+    """
+    names = [(columns or {}).get(code, code) for code in languages]
+    if len(set(names)) < max(2, len(names)):
+        raise ValueError(f"Expected at least two languages, each named once, got {', '.join(names) or 'none'}.")
+    rows = _read(os.fspath(path), split, names, quiet=True)
+    _check_text(rows, names, os.fspath(path), "these languages")
+    found: list[tuple[str, ...]] = []
+    seen: list[set[str]] = [set() for _ in names]
+    counts = Counter(rows=0, incomplete=0, repeated=0)
+    for batch in arrow_batches(rows, names):
+        for texts in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+            if max_sentences is not None and len(found) == max_sentences:
+                break
+            counts["rows"] += 1
+            if not all(text and text.strip() for text in texts):
+                counts["incomplete"] += 1
+            elif any(text in before for text, before in zip(texts, seen, strict=True)):
+                counts["repeated"] += 1
+            else:
+                found.append(texts)
+                for text, before in zip(texts, seen, strict=True):
+                    before.add(text)
+    if len(found) < _FEWEST_PARALLEL:
+        raise ValueError(
+            f"{path} has {len(found)} rows with text of their own in every one of {', '.join(names)}, of "
+            f"{counts['rows']}; expected at least {_FEWEST_PARALLEL}. Leave out languages that lack most of it."
+        )
+    return dict(zip(languages, map(list, zip(*found, strict=True)), strict=True)), {**counts, "kept": len(found)}
+
+
 def _file_for(path: str, pair: str, names: list[str]) -> str:
     """Return the path, or NAME:CONFIGURATION, with "{pair}" filled in, and "{lang}" kept."""
     straight, reverse = ("-".join(codes) for codes in (split_pair(pair), reversed(split_pair(pair))))
@@ -96,10 +153,15 @@ def _read(path: str, split: str | None, names: list[str], quiet: bool) -> Datase
     if "{lang}" in path:
         return read_text({name: path.replace("{lang}", name) for name in names}, quiet)
     rows = read_rows(path, quiet)
-    return read_from_hub(path, split) if rows is None else _rows_of_split(rows, split, path)
+    return read_from_hub(path, split) if rows is None else rows_of_split(rows, split, path)
 
 
-def _rows_of_split(rows: Dataset, split: str | None, path: str) -> Dataset:
+def rows_of_split(rows: Dataset, split: str | None, path: str) -> Dataset:
+    """Return the rows of a split, or all rows if there is no column "split" or no split is asked for.
+
+    Raises:
+        ValueError: if there are none, naming the splits that `path`, where the rows come from, holds.
+    """
     if split is None or "split" not in rows.column_names:
         return rows
     chosen = _where(rows, ["split"], lambda value: pc.fill_null(pc.equal(value, split), False))
@@ -125,7 +187,7 @@ def _direction(
     document_column: str | None,
 ) -> Dataset:
     by_document = [document_column] if limit is not None and document_column is not None else []
-    _check_columns(rows, pair, path, names, by_document)
+    _check_text(rows, [*names, *by_document], path, pair)
     if names[0] == names[1]:  # of a language with itself
         sides = [rows.select_columns(names[:1]).rename_column(names[0], side) for side in ("source", "target")]
         chosen = concatenate_datasets([*sides, *(rows.select_columns(name) for name in by_document)], axis=1)
@@ -149,19 +211,6 @@ def _direction(
     return chosen
 
 
-def _check_columns(rows: Dataset, pair: str, path: str, names: list[str], by_document: list[str]) -> None:
-    missing = [name for name in [*names, *by_document] if name not in rows.column_names]
-    if missing:
-        raise ValueError(
-            f"{path} has no column {' and no column '.join(map(repr, missing))} for {pair}; it has "
-            f"{', '.join(rows.column_names)}. Map language codes to columns with columns={{code: column}}."
-        )
-    for name in names:
-        kind = getattr(rows.features[name], "dtype", type(rows.features[name]).__name__)
-        if kind not in ("string", "large_string", "null"):
-            raise ValueError(f"Column {name!r} of {path} holds {kind}, expected text (string).")
-
-
 def _whole_documents(documents: list[str], limit: int) -> list[int]:
     """Return the rows of the first documents, in the order of their names' digests, that stay within a limit."""
     sizes = Counter(documents)
@@ -179,3 +228,16 @@ def _where(rows: Dataset, columns: list[str], condition: Callable[..., pa.Boolea
     batches = (condition(*batch.columns) for batch in arrow_batches(rows, columns))
     kept = np.concatenate([np.empty(0, bool), *(batch.to_numpy(zero_copy_only=False) for batch in batches)])
     return rows if kept.all() else rows.select(np.flatnonzero(kept))
+
+
+def _check_text(rows: Dataset, names: Sequence[str], path: str, what: str) -> None:
+    missing = [name for name in names if name not in rows.column_names]
+    if missing:
+        raise ValueError(
+            f"{path} has no column {' and no column '.join(map(repr, missing))} for {what}; it has "
+            f"{', '.join(rows.column_names)}. Map language codes to columns with columns={{code: column}}."
+        )
+    for name in names:
+        kind = getattr(rows.features[name], "dtype", type(rows.features[name]).__name__)
+        if kind not in ("string", "large_string", "null"):
+            raise ValueError(f"Column {name!r} of {path} holds {kind}, expected text (string).")

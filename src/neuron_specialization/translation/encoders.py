@@ -118,6 +118,32 @@ def encode_examples(
     return rows
 
 
+def encode_sentences(
+    tokenizer: Any, sentences: Sequence[str], tag: str | None, max_length: int = 128
+) -> list[dict[str, Any]]:
+    """Tokenize sentences for an encoder, and tell their own tokens from those around them.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        sentences: n sentences in one language.
+        tag: language token, see `language_tag`.
+        max_length: longest input in tokens.
+
+    Returns:
+        n rows: "input_ids"; "content", 1 for a token of the sentence and 0 for the language token, the end of sentence
+        and what else the tokenizer puts around it. Text that it makes no token of becomes its unknown token.
+    """
+    before, after = _surroundings(tokenizer, tag)
+    room = max_length - len(before) - len(after)
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    rows = []
+    for ids in tokenizer(list(sentences), **options)["input_ids"]:
+        ids = (ids or [tokenizer.unk_token_id])[:room]
+        content = [0] * len(before) + [1] * len(ids) + [0] * len(after)
+        rows.append({"input_ids": [*before, *ids, *after], "content": content})
+    return rows
+
+
 def _surroundings(tokenizer: Any, tag: str | None) -> tuple[list[int], list[int]]:
     """Return the ids that the tokenizer puts before and after a text: language token, end of sentence, ..."""
     text = "a"

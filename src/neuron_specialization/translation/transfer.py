@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from transformers import AutoTokenizer
 
+from .arguments import as_mapping
 from .encoder_heads import HeadTraining, train_and_predict
 from .encoders import (
     cache_states,
@@ -122,6 +123,46 @@ def transfer(
                 stores[name, task.name, mode].save(found)
                 done.append(found)
     return done + list(_untrained_controls(first, tasks))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint among those of one name, which differ in their seed.
+
+    Attributes:
+        name: of the model, or of the condition that it was trained under; "random" is the control.
+        seed: its number among the checkpoints of that name, from 0.
+        label: the name, with the seed where there are several of that name.
+        location: directory or Hub id; of the control, that of the model whose architecture it has.
+    """
+
+    name: str
+    seed: int
+    label: str
+    location: str
+
+    @property
+    def is_control(self) -> bool:
+        """Whether the weights are drawn at random."""
+        return self.name == RANDOM
+
+
+def named_checkpoints(words: Sequence[str]) -> list[Checkpoint]:
+    """Return the checkpoints that `name=checkpoint` words name; a name may be given several times.
+
+    Raises:
+        ValueError: if there is none, a word is no such pair, two labels are the same, or a checkpoint has no encoder.
+    """
+    pairs = [pair for word in words for pair in as_mapping([word]).items()]
+    names = [name for name, _ in pairs]
+    found = []
+    for i, (name, location) in enumerate(pairs):
+        seed = names[:i].count(name)
+        found.append(Checkpoint(name, seed, f"{name}-{seed}" if names.count(name) > 1 else name, location))
+    check_models({each.label: each.location for each in found})
+    if len({each.label for each in found}) < len(found) or names.count(names[0]) > 1:
+        raise ValueError(f"Expected other names than {' '.join(names)}: the first, the source, is one checkpoint.")
+    return found
 
 
 def check_models(models: Mapping[str, str]) -> None:

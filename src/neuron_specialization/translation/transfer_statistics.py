@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import false_discovery_control, permutation_test
 
-from .transfer import BAG_OF_SUBWORDS, MAJORITY, Predictions
+from .transfer import BAG_OF_SUBWORDS, MAJORITY, Checkpoint, Predictions
 from .understanding import Examples, Task
 
 SAMPLES = 2000
@@ -105,19 +105,19 @@ class ItemCounts:
 
 
 def summarize(
-    tasks: Sequence[Task], predictions: Sequence[Predictions], low_resource: Sequence[str] = ()
+    tasks: Sequence[Task], predictions: Sequence[Predictions], apart: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
     """Return one row per task, mode and model: source language, mean of the others, gap, 95 % intervals.
 
-    Low-resource languages are in none of the means; their own mean is "low_resource". "seed_deviation" is the standard
-    deviation of the zero-shot mean over heads.
+    Languages apart (such as low-resource ones) are in none of the means; their own mean is "apart". "seed_deviation"
+    is the standard deviation of the zero-shot mean over heads.
     """
     rows = []
     for task, mode, model, counts in _cells(tasks, predictions):
         draw = np.random.default_rng(0)
         items = counts.total.shape[1]
         weights = np.vstack([np.ones(items), draw.multinomial(items, np.full(items, 1 / items), SAMPLES)])
-        others, low = _groups(task, low_resource)
+        others, low = _groups(task, apart)
         row: dict[str, Any] = {"task": task.name, "mode": mode, "model": model}
         for name, values in counts.statistics(weights, others).items():
             row[name] = float(values[0])
@@ -125,19 +125,40 @@ def summarize(
         columns = [counts.languages.index(code) for code in others]
         means = counts.by_seed[:, columns].mean(1)
         row["seed_deviation"] = float(means.std(ddof=1)) if len(means) > 1 else None
-        row["low_resource"] = (
-            float(counts.by_seed[:, [counts.languages.index(code) for code in low]].mean()) if low else None
-        )
+        row["apart"] = float(counts.by_seed[:, [counts.languages.index(code) for code in low]].mean()) if low else None
         rows.append(row)
     return rows
 
 
-def _groups(task: Task, low_resource: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the target languages that are not low-resource, and those that are."""
-    others = [code for code in task.test if code != task.source and code not in low_resource]
+def condition_values(summary: Iterable[Mapping[str, Any]], checkpoints: Sequence[Checkpoint]) -> list[dict[str, Any]]:
+    """Return values per checkpoint, of conditions with several checkpoints and of the models with one.
+
+    Args:
+        summary: what `summarize` returns.
+        checkpoints: of the models in it; others, such as controls, are left out.
+
+    Returns:
+        One row per "measure" ("source", "zero_shot", "gap" and "apart"), "group" (the mode), "place" (the task),
+        "model" (the condition) and "seed", with its "value".
+    """
+    of = {each.label: each for each in checkpoints}
+    return [
+        {
+            **{"measure": measure, "group": row["mode"], "place": row["task"]},
+            **{"model": of[row["model"]].name, "seed": of[row["model"]].seed, "value": row[measure]},
+        }
+        for row in summary
+        for measure in ("source", "zero_shot", "gap", "apart")
+        if row["model"] in of and row[measure] is not None
+    ]
+
+
+def _groups(task: Task, apart: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the target languages that the means are over, and those reported apart."""
+    others = [code for code in task.test if code != task.source and code not in apart]
     if not others:
-        raise ValueError(f"Task {task.name}: expected a target language that is not named as low-resource.")
-    return others, [code for code in task.test if code in low_resource]
+        raise ValueError(f"Task {task.name}: expected a target language that is not set apart.")
+    return others, [code for code in task.test if code in apart]
 
 
 def _cells(tasks: Sequence[Task], predictions: Sequence[Predictions]) -> Iterable[tuple[Task, str, str, ItemCounts]]:
@@ -176,9 +197,11 @@ def compare(
     tasks: Sequence[Task],
     predictions: Sequence[Predictions],
     source_model: str,
-    low_resource: Sequence[str] = (),
+    apart: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Return, per task and mode, the difference of each model's zero-shot mean from the source model's.
+
+    "languages" says what the mean is over: "zero_shot", or the languages "apart" if there are any.
 
     "p" is of a two-sided permutation test that swaps the two models' predictions of an item, with all its languages
     and heads; "p_adjusted" controls the false discovery rate over all rows (Benjamini-Hochberg).
@@ -189,23 +212,28 @@ def compare(
         other = cells.get((name, mode, source_model))
         if other is None or model in (source_model, MAJORITY, BAG_OF_SUBWORDS):
             continue
-        others, _ = _groups(task, low_resource)
-        samples = [each.item_scores(others) for each in (counts, other[1])]
-        tested = permutation_test(
-            samples,
-            lambda x, y, axis: (x - y).sum(axis),
-            permutation_type="samples",
-            vectorized=True,
-            n_resamples=9999,
-            batch=500,
-            rng=np.random.default_rng(0),
-        )
-        names = {"task": name, "mode": mode, "model": model, "compared_with": source_model}
-        rows.append({**names, "difference": float(tested.statistic), "p": float(tested.pvalue)})
+        for group, languages in zip(("zero_shot", "apart"), _groups(task, apart), strict=True):
+            if languages:
+                names = {"task": name, "mode": mode, "languages": group, "model": model, "compared_with": source_model}
+                rows.append({**names, **_swap_test(counts.item_scores(languages), other[1].item_scores(languages))})
     if rows:
         for row, adjusted in zip(rows, false_discovery_control([row["p"] for row in rows]), strict=True):
             row["p_adjusted"] = float(adjusted)
     return rows
+
+
+def _swap_test(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
+    """Return "difference" and "p" of the sums of two models' scores per item, float64 [items]."""
+    tested = permutation_test(
+        [x, y],
+        lambda x, y, axis: (x - y).sum(axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=9999,
+        batch=500,
+        rng=np.random.default_rng(0),
+    )
+    return {"difference": float(tested.statistic), "p": float(tested.pvalue)}
 
 
 def language_table(task: Task, rows: Sequence[Mapping[str, Any]], mode: str) -> list[dict[str, Any]]:

@@ -158,8 +158,10 @@ class _Loader:
         others = [code for code in described.languages if code != source and (not only or code in only)]
         if not others:
             raise ValueError(f"Task {self.name}: expected a language to test on besides {source!r}.")
-        train = self._sample(*self._read(source, described.train, described.train_split), max_train)
-        names = sorted({label for labels in train[2] for label in labels})
+        training = self._read(source, described.train, described.train_split)
+        # of all training data: a rare label may be in none of the examples drawn from it
+        names = sorted({label for text, labels in zip(*training[1:], strict=True) if text for label in labels})
+        train = self._sample(*training, max_train)
         tests = {code: self._read(code, described.test, described.test_split) for code in (source, *others)}
         for code, test in tests.items():
             self._check_aligned(source, tests[source], code, test)
