@@ -110,7 +110,7 @@ def report(comparison: Comparison, baseline: str, tiers: dict[str, list[str]], s
     text = "\n\n".join(["\n".join(facts), premise(measured), *shown]) + "\n"
     print("\n" + text)
     (comparison.directory / "tables.md").write_text(text)
-    draw(rows, tables, comparison.directory)
+    draw(rows, tables, comparison.directory, found["zero_shot"]["rows"])
     results = {"facts": facts, **tables, **found, "headroom": measured, "significance": significance}
     print(f"wrote {write_results(comparison.directory, {**results, 'settings': settings})}")
 

@@ -80,6 +80,11 @@ def test_a_sweep_is_in_the_order_of_its_values(tmp_path):
     assert "By group, loss" in str(list(tables)) and not any("Zero" in title for title in tables)
     drawn = draw(rows, tables, tmp_path)
     assert [path.name for path in drawn] == ["differences.svg", "interference.svg", "sweep-k.svg"][::2]
+    direct = [{**row, "route": "direct", "chrf++": 10 * row["loss"]} for row in rows]
+    through_pivot = [{**row, "route": "pivot", "chrf++": 500.0} for row in rows]
+    drawn = draw(rows, tables, tmp_path, [*direct, *through_pivot])
+    assert drawn[1].name == "zero-shot.svg"
+    assert "right is better" in drawn[1].read_text() and "right is better" not in drawn[0].read_text()
 
 
 def test_what_was_fair_is_said_above_the_tables():

@@ -71,12 +71,15 @@ def directions_tested(
     }
 
 
-def draw(rows: Rows, tables: Mapping[str, list[dict[str, Any]]], directory: Path) -> list[Path]:
-    """Draw every figure that there are rows for, as SVG."""
+def draw(rows: Rows, tables: Mapping[str, list[dict[str, Any]]], directory: Path, zero_shot: Rows = ()) -> list[Path]:
+    """Draw every figure that there are rows for, as SVG; `zero_shot` are those of `collect_zero_shot`."""
     methods = {row["method"] for row in rows}
     if REFERENCE not in methods or len(methods) < 2:
         return []
     drawn = [plot_differences(rows, directory / "differences.svg")]
+    direct = [row for row in zero_shot if row["route"] == "direct"]
+    if REFERENCE in {row["method"] for row in direct}:
+        drawn.append(plot_differences(direct, directory / "zero-shot.svg", "chrf++"))
     compared = [name for name in _DRAWN if name in methods]
     if "bilingual" in methods and compared:
         drawn.append(plot_interference(rows, compared, directory / "interference.svg"))

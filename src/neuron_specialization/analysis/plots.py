@@ -8,16 +8,22 @@ from .comparison import REFERENCE, interference
 from .figures import COLORS, MARKERS, panels, save, single
 from .statistics import hierarchical_bootstrap, paired_differences
 
+_LABELS = {
+    "loss": f"test loss minus that of {REFERENCE} (nats per token; left is better)",
+    "chrf++": f"chrF++ minus that of {REFERENCE} (right is better)",
+}
 
-def plot_differences(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
-    """Draw each method's test loss minus that of joint fine-tuning: a dot per direction, the mean with its interval.
+
+def plot_differences(rows: Sequence[Mapping[str, Any]], path: str | Path, score: str = "loss") -> Path:
+    """Draw each method's "loss" or "chrf++" minus that of joint fine-tuning: a dot per direction, the mean with its
+    interval.
 
     Dots are averages over seeds; the interval is that of `hierarchical_bootstrap`.
     """
     methods = [m for m in dict.fromkeys(row["method"] for row in rows) if m != REFERENCE]
     figure, axes = single(height=1.2 + 0.32 * len(methods))
     for place, method in enumerate(methods):
-        differences, _, directions = paired_differences(rows, method, REFERENCE, "loss")
+        differences, _, directions = paired_differences(rows, method, REFERENCE, score)
         interval = hierarchical_bootstrap(differences)
         axes.plot(differences.mean(0), [place] * len(directions), "o", color="0.7", markersize=3)
         axes.plot([interval["low"], interval["high"]], [place, place], "-", color="C0", linewidth=2)
@@ -25,7 +31,7 @@ def plot_differences(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Pat
     axes.axvline(0, color="0.3", linewidth=0.8)
     axes.set_yticks(range(len(methods)), methods)
     axes.invert_yaxis()
-    axes.set_xlabel(f"test loss minus that of {REFERENCE} (nats per token; left is better)")
+    axes.set_xlabel(_LABELS[score])
     return save(figure, path)
 
 

@@ -26,6 +26,7 @@ _CAPTIONS = {
     "overlap-depth": "Overlap over depth, and its rank correlation with the distance of languages",
     "overlap-encoder": "Overlap (IoU) of neurons per layer of the encoder, languages ordered by family",
     "tags": "Share of the neurons' credit by part of speech",
+    "zero-shot": "chrF++ of each method in directions that were not trained, minus that of joint fine-tuning",
     "tokens": "Top tokens of the neurons with most credit, before and after the last step",
 }
 _PRUNING = {"-forgetting": "Forgetting", "-noise-costs": "What noise costs", "": "Quality"}  # ends of files' names
