@@ -66,11 +66,12 @@ def main() -> None:
             smaller = compact(pruning.export(pruned, masks_of(pruned)), transfer.language_pairs[0])
             save_compact(smaller, output / "exported" / pruned.path, transfer.tokenizer)
             print(f"wrote {output / 'exported' / pruned.path}")
-    rows, found = collect_pruned(output), collect(transfer.directory)["rows"]
-    tables = {score: pruning_table(found, rows, score) for score in ("bleu", "chrf++")}
+    rows, found = collect_pruned(output), collect(transfer.directory)
+    tables = {score: pruning_table(found["rows"], rows, score) for score in ("bleu", "chrf++")}
+    results = {"rows": rows, "tables": tables, "signatures": found["signatures"], "arguments": vars(prune)}
     print(table(tables["bleu"]))
     draw(tables["bleu"], output)
-    print(f"wrote {write_results(output, {'rows': rows, 'tables': tables, 'arguments': vars(prune)})}")
+    print(f"wrote {write_results(output, results)}")
 
 
 def check(prune: PruneArguments, transfer: SequentialTransfer) -> None:

@@ -85,6 +85,8 @@ def test_every_stage_starts_from_the_right_model_and_every_pair_is_scored(finish
     assert len(stages) == 1 + 2 + 1 + 2 + 2, "pre-training, an order of two, joint, two bilingual, and under masks"
     assert all(stage.start is None or stage.start in stages[:i] for i, stage in enumerate(stages))
     found = collect(finished.directory)
+    assert set(found["signatures"]) == {row["direction"] for row in found["rows"]}
+    assert all(of["bleu_signature"].startswith("nrefs:1") for of in found["signatures"].values())
     assert len(found["stages"]) == len(stages)
     updates = {stage["method"]: stage["updates"] for stage in found["stages"]}
     assert updates == {PRETRAINING: 2, JOINT: 6, BILINGUAL: 3, SEQUENTIAL: 3, MASKS: 3}

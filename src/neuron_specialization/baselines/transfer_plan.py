@@ -126,18 +126,20 @@ def orders_of(orders: Sequence[str], pairs: Sequence[str]) -> list[tuple[str, ..
     return found
 
 
-def collect(directory: str | Path) -> dict[str, list[dict[str, Any]]]:
+def collect(directory: str | Path) -> dict[str, Any]:
     """Read whatever stages are there.
 
     Returns:
         "rows": one per stage and direction; "stages": one per stage, with what it took; "robustness": one per final
-        model, direction and kind of noise, with the clean scores beside as "clean bleu" and "clean chrf++".
+        model, direction and kind of noise, with the clean scores beside as "clean bleu" and "clean chrf++";
+        "signatures": direction → signatures of its scores.
     """
-    found: dict[str, list[dict[str, Any]]] = {"rows": [], "stages": [], "robustness": []}
+    found: dict[str, Any] = {"rows": [], "stages": [], "robustness": [], "signatures": {}}
     for path in sorted(Path(directory).glob(f"seed-*/**/{PART}")):
         part = json.loads(path.read_text())
         found["rows"] += part["rows"]
         found["stages"].append(part["stage"])
+        found["signatures"] |= part["signatures"]
         noisy = path.with_name(ROBUSTNESS)
         if noisy.is_file():
             clean = {row["direction"]: row for row in part["rows"]}
