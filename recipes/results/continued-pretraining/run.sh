@@ -33,10 +33,13 @@ continued() { # name, further options
     recipe continue_pretraining --config "$C/continue_pretraining/small.yaml" --model_name_or_path "$SOURCE" $FILES \
         --disable_tqdm true --output_dir "$OUT/$1" "${@:2}" $STEPS
 }
-models() { # source, two conditions of three seeds, one-to-many, many-to-one, the spectrum put back
+claim() { # source, two conditions of three seeds
     echo "source=$SOURCE"
     for s in $SEEDS; do echo "cp_mt=$OUT/cp-mt-$s/model"; done
     for s in $SEEDS; do echo "cp_denoise=$OUT/cp-denoise-$s/model"; done
+}
+models() { # and one-to-many, many-to-one, the spectrum put back
+    claim
     echo "cp_one_to_many=$OUT/cp-one-to-many/model" "cp_many_to_one=$OUT/cp-many-to-one/model"
     for s in $SEEDS; do echo "cp_mt_source_spectrum=$OUT/restored-$s/model"; done
 }
@@ -48,7 +51,7 @@ representations() { # directory, options
     recipe compare_representations --config "$C/compare_representations/small.yaml" --models $(models) \
         --output_dir "$OUT/$1" "${@:2}" $FEW_SENTENCES
 }
-FINE_TUNING="--modes fine_tuning --seeds 2 --fine_tuning_epochs 3 --max_train_examples 1000 --max_test_items 300"
+FINE_TUNING="--modes fine_tuning --fine_tuning_epochs 3 --max_train_examples 1000 --max_test_items 300"
 
 job() {
     case $1 in
@@ -65,7 +68,7 @@ job() {
     restored-*) recipe score --config "$C/score/continue_pretraining.yaml" --spectrum_of "$SOURCE" --output_dir "$OUT/$1" \
         --model_name_or_path "$OUT/cp-mt-${1##*-}/model" --test_file "$PARALLEL/test.parquet" ;;
     probing) transfer probing --models $(models) ;;
-    fine_tuning) transfer fine_tuning --models $(models) $FINE_TUNING ;;
+    fine_tuning) transfer fine_tuning --models $(claim) $FINE_TUNING ;;
     representations-bible) representations "$1" --test_file "$DATA/bible/test.parquet" ;;
     representations-sib200) representations "$1" --test_file "$DATA/sib200/parallel.parquet" ;;
     representations-tokens) representations "$1" --test_file "$DATA/bible/test.parquet" --level tokens --max_sentences 300 ;;
