@@ -17,9 +17,11 @@ so repeating a command resumes it. Needs the extra `report` (scipy).
 import dataclasses
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from neuron_specialization.analysis.seeds import compare as compare_seeds
 from neuron_specialization.analysis.seeds import summarize as summarize_seeds
+from neuron_specialization.analysis.transfer_plots import plot_transfer
 from neuron_specialization.translation.arguments import as_mapping
 from neuron_specialization.translation.command_line import parse, run
 from neuron_specialization.translation.encoder_heads import HeadTraining
@@ -30,6 +32,7 @@ from neuron_specialization.translation.transfer_statistics import (
     compare,
     condition_values,
     language_table,
+    language_values,
     score_rows,
     summarize,
     uninformative,
@@ -92,6 +95,7 @@ def main() -> None:
     }
     conditions = condition_values(results["summary"], checkpoints)
     results |= {"conditions": summarize_seeds(conditions), "condition_tests": compare_seeds(conditions, first)}
+    results["languages"] = summarize_seeds(language_values(results["rows"], checkpoints))
     results["uninformative"] = uninformative(results["summary"], first)
     for task in tasks:
         for mode in training:
@@ -103,6 +107,9 @@ def main() -> None:
     for task in results["uninformative"]:
         print(f"UNINFORMATIVE: {task['task']}, {task['mode']}: {task['reason']}.")
     print(f"wrote {write_results(args.output_dir, {**results, 'arguments': [dataclasses.asdict(args)]})}")
+    if len({each.name for each in checkpoints}) > 1:
+        figure = Path(args.output_dir) / "transfer.svg"
+        print(f"wrote {plot_transfer(results['languages'], checkpoints[0].name, args.apart, figure)}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from neuron_specialization.translation.transfer_statistics import (
     ItemCounts,
     compare,
     condition_values,
+    language_values,
     score_rows,
     summarize,
     uninformative,
@@ -384,6 +385,7 @@ def test_the_recipe_prints_tables_and_writes_rows(files, toy_checkpoint, tmp_pat
     assert "tags, fine_tuning: accuracy" in printed and "apart" in printed
     (two, *_) = [row for row in results["comparisons"] if row["model"] == "two"]
     assert two["difference"] == 0 and two["p"] == 1, "the same checkpoint twice"
+    assert (tmp_path / "out" / "transfer.svg").is_file()
 
 
 def test_seeds_of_a_condition_are_summarized_and_tested(toy_checkpoint):
@@ -394,6 +396,9 @@ def test_seeds_of_a_condition_are_summarized_and_tested(toy_checkpoint):
     values = condition_values(summarize([a_task()], found, apart=["sa"]), checkpoints)
     (row,) = [row for row in seeds.summarize(values) if row["measure"] == "zero_shot" and row["model"] == "cp"]
     assert row["mean"] == pytest.approx(62) and row["deviation"] == pytest.approx(2.6458, abs=1e-3)
+    languages = seeds.summarize(language_values(score_rows([a_task()], found), checkpoints))
+    (row,) = [row for row in languages if row["place"] == "de" and row["model"] == "cp"]
+    assert (row["measure"], row["group"], row["seeds"]) == ("t", "probing", 3) and row["mean"] == pytest.approx(62)
     tests = {row["measure"]: row for row in seeds.compare(values, "source")}
     assert tests.keys() == {"zero_shot", "gap"}, "in the other measures the seeds do not differ"
     assert tests["zero_shot"]["difference"] == pytest.approx(12) and tests["zero_shot"]["p"] < 0.02

@@ -21,13 +21,17 @@ _CAPTIONS = {
     "interference": "Loss minus that of joint fine-tuning, against the interference measured there",
     "mass": "Mass of each neuron after the last step, positive above zero and negative below",
     "matrix": "Scores on each pair after each step; the pair just trained is framed",
+    "languages": "Similarity (CKA) and retrieval between translations, layer by layer; dotted: misaligned sentences",
     "overlap": "Overlap (IoU) of the pairs' neurons, mean over layers",
     "overlap-decoder": "Overlap (IoU) of neurons per layer of the decoder, languages ordered by family",
     "overlap-depth": "Overlap over depth, and its rank correlation with the distance of languages",
     "overlap-encoder": "Overlap (IoU) of neurons per layer of the encoder, languages ordered by family",
+    "source_cka": "Similarity (CKA) to the source model, layer by layer; dotted: misaligned sentences",
+    "spectra": "Singular values of each type of weight matrix, ratio to the source model",
     "tags": "Share of the neurons' credit by part of speech",
     "zero-shot": "chrF++ of each method in directions that were not trained, minus that of joint fine-tuning",
     "tokens": "Top tokens of the neurons with most credit, before and after the last step",
+    "transfer": "Accuracy of each model minus that of the source model, by task and language",
 }
 _PRUNING = {"-forgetting": "Forgetting", "-noise-costs": "What noise costs", "": "Quality"}  # ends of files' names
 

@@ -153,6 +153,24 @@ def condition_values(summary: Iterable[Mapping[str, Any]], checkpoints: Sequence
     ]
 
 
+def language_values(rows: Iterable[Mapping[str, Any]], checkpoints: Sequence[Checkpoint]) -> list[dict[str, Any]]:
+    """Return accuracy per checkpoint and language as such values: "measure" is the task, "place" the language.
+
+    Args:
+        rows: what `score_rows` returns; "value" is their accuracy in percent.
+        checkpoints: of the models in it; others, such as controls, are left out.
+    """
+    of = {each.label: each for each in checkpoints}
+    return [
+        {
+            **{"measure": row["task"], "group": row["mode"], "place": row["language"]},
+            **{"model": of[row["model"]].name, "seed": of[row["model"]].seed, "value": row["accuracy"]},
+        }
+        for row in rows
+        if row["model"] in of
+    ]
+
+
 def _groups(task: Task, apart: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return the target languages that the means are over, and those reported apart."""
     others = [code for code in task.test if code != task.source and code not in apart]
