@@ -1,7 +1,7 @@
 """Publish an adapter on the Hub, with a model card from its files and from what other recipes measured.
 
 python recipes/publish.py --adapter build/specialized/adapter --repo user/name --license cc-by-4.0 \\
-    --identification build/masks/results.json --training build/specialized/results.json \\
+    --identification build/masks/results.json --training build/specialized/run.json \\
     --scores build/scores/results.json
 
 With --card_only model_cards/name in the place of --repo, the card is written there and nothing is uploaded.
@@ -28,7 +28,7 @@ class PublishArguments:
     license: str | None = field(default=None, metadata={"help": "Identifier of the license, such as cc-by-4.0."})
     datasets: list[str] = field(default_factory=list, metadata={"help": "Hub ids of the data it was made from."})
     scores: str | None = field(default=None, metadata={"help": "results.json of recipes/score.py."})
-    training: str | None = field(default=None, metadata={"help": "results.json of recipes/specialize.py."})
+    training: str | None = field(default=None, metadata={"help": "run.json of the run that trained it."})
     identification: str | None = field(default=None, metadata={"help": "results.json of recipes/identify.py."})
     sentence: str = field(default=CardFacts.sentence, metadata={"help": "Source sentence of the card's example."})
 

@@ -167,7 +167,12 @@ def test_a_card_alone_tells_what_recipes_measured_and_names_no_directory(tmp_pat
     identified = {"recipe": "identify", "arguments": arguments, "tokens": {"encoder": [1200, 1100], "decoder": [900]}}
     (tmp_path / "identified.json").write_text(json.dumps(identified))
     (tmp_path / "scores.json").write_text(json.dumps({"recipe": "score", "directions": SCORES}))
-    given = ["--identification", "identified.json", "--scores", "scores.json", "--license", "cc0-1.0"]
+    given = ["--identification", "identified.json", "--scores", "scores.json", "--training", "run.json"]
+    given += ["--license", "cc0-1.0"]
+    (tmp_path / "run.json").write_text(json.dumps({"depends_on": {"learning_rate": 0.001}, "result": None}))
+    error = run_here("publish.py", "--adapter", "adapter", "--card_only", "cards/mine", *given, fails=True)
+    assert "run.json is not the run.json of a finished training run" in error
+    given[given.index("--training") :] = ["--license", "cc0-1.0"]
     run_here("publish.py", "--adapter", "adapter", "--card_only", "cards/mine", *given)
     text = (tmp_path / "cards" / "mine" / "README.md").read_text()
     assert "| counted on | dev.jsonl |" in text and "| encoder positions per pair | 1,100 to 1,200 |" in text

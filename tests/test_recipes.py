@@ -154,6 +154,13 @@ def test_specialize_then_evaluate_then_translate(identified, workspace, toy_file
     else:
         text = run_here("translate.py", *where, *options, stdin="\n".join(source))
         assert text.splitlines() == translated
+        told = ["--training", f"{output}/run.json", "--scores", f"{output}/scores/results.json"]
+        told += ["--identification", f"{identified[0]}/results.json", "--card_only", f"{output}/card"]
+        run_here("publish.py", "--adapter", f"{output}/adapter", *told)
+        card = (output / "card" / "README.md").read_text()
+        for line in ("| updates | 4 |", "| per_device_train_batch_size | 8 |", "| seed | 0 |", "sentence pairs |"):
+            assert line in card
+        assert f"| torch | {trained['environment']['torch']} |" in card and "not recorded" not in card
 
 
 def test_pretrain_makes_a_checkpoint_with_its_tokenizer(workspace, toy_files, run_here):

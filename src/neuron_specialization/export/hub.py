@@ -16,7 +16,7 @@ from ..neurons.masks import NeuronMasks
 
 _TRAINING = (
     *("max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "per_device_train_batch_size"),
-    *("gradient_accumulation_steps", "temperature", "label_smoothing_factor", "weight_decay", "seed", "bf16", "fp16"),
+    *("temperature", "label_smoothing_factor", "weight_decay", "seed", "bf16", "fp16"),
 )
 
 
@@ -62,22 +62,35 @@ def facts_from_results(
     Args:
         facts: the other facts.
         scores: `results.json` of `recipes/score.py`.
-        training: `results.json` of `recipes/specialize.py`.
+        training: `run.json` of the run that trained it: of `recipes/specialize.py`, or of a stage of a comparison.
         identification: `results.json` of `recipes/identify.py`.
 
     Raises:
-        ValueError: if a file is not what that recipe writes.
+        ValueError: if a file is not what that recipe writes, or tells of a run that did not finish.
     """
     if scores is not None:
         facts = replace(facts, scores=_read(scores, "score")["directions"])
     if training is not None:
-        results = _read(training, "specialize")
-        settings = {key: value for part in results["arguments"] for key, value in part.items() if key in _TRAINING}
-        settings = {key: value for key, value in settings.items() if value not in (None, False)}
-        facts = replace(facts, training={"updates": results["updates"], **settings, **_versions(results)})
+        facts = replace(facts, training=_trained(training))
     if identification is not None:
         facts = replace(facts, identification=_counted(_read(identification, "identify")))
     return facts
+
+
+def _trained(path: str | PathLike[str]) -> dict[str, Any]:
+    try:
+        run = json.loads(Path(path).read_text())
+        settings, result = run["depends_on"], run["result"]
+        told = {"updates": result["updates"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not the run.json of a finished training run: {error!r}.") from error
+    told |= {name: settings.get(name) for name in _TRAINING if settings.get(name) is not False}
+    batches = next((value for name, value in settings.items() if name.startswith("batches per update")), None)
+    told |= {"batches per update": batches, "target tokens": result.get("target_tokens")}
+    told |= {"trained on": str(settings.get("training data", "")).partition(",")[0]}
+    versions = result.get("environment", {})
+    told |= {name: versions.get(name) for name in ("device", "torch", "transformers", "peft")}
+    return {name: value for name, value in told.items() if value not in (None, "")}
 
 
 def _counted(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,7 +116,3 @@ def _read(path: str | PathLike[str], recipe: str) -> dict[str, Any]:
     if author != recipe:
         raise ValueError(f"{path} was written by {author or 'something else'}, expected recipes/{recipe}.py.")
     return results
-
-
-def _versions(results: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: results["environment"][name] for name in ("device", "torch", "transformers", "peft")}

@@ -22,6 +22,7 @@ from ..neurons.files import begin_writing, check_not_input, check_replaceable, f
 from .denoising import Noise
 from .encoding import encode_parallel
 from .processes import this_process
+from .results import environment
 from .runs import Run, discard_run, load_trained, run_dependencies, seconds_until
 from .tokenization import resolve_tokens
 from .trainer import SpecializationTrainer, SpecializationTrainingArguments
@@ -142,6 +143,7 @@ def _train(trainer: SpecializationTrainer, run: Run, directory: Path, overwrite:
         **run.initial_losses,
         "best_validation_loss": trainer.state.best_metric,
         "log": trainer.state.log_history,
+        "environment": environment(),
     }
     run.write()
     return run.result
