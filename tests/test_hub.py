@@ -80,13 +80,17 @@ def test_a_private_repository_needs_a_token(hub, monkeypatch):
 
 
 def test_an_adapter_that_was_read_once_is_read_again_without_a_network(hub, monkeypatch):
-    masks = make_masks(make_m2m100())
+    masks, model = make_masks(make_m2m100()), adapted()
     masks.push_to_hub("me/masks")
+    model.push_to_hub("me/adapter")
     NeuronMasks.from_pretrained("me/masks")
+    PeftModel.from_pretrained(make_m2m100(), "me/adapter")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     asked = len(hub.requests)
     found = NeuronMasks.from_pretrained("me/masks")
     assert all(torch.equal(found.rows[name], rows) for name, rows in masks.rows.items())
+    loaded = PeftModel.from_pretrained(make_m2m100(), "me/adapter").eval()
+    assert torch.equal(logits(loaded), logits(model))
     assert len(hub.requests) == asked
 
 
@@ -124,3 +128,18 @@ def test_pairs_of_several_people_are_merged_into_one_adapter(hub, tmp_path, monk
     for masks in (mine, theirs):
         for pair in masks.language_pairs:
             assert all(torch.equal(merged.row(pair, name), masks.row(pair, name)) for name in masks.rows)
+
+
+@pytest.mark.parametrize(("how", "together"), [("union", torch.logical_or), ("intersection", torch.logical_and)])
+def test_masks_of_the_same_pairs_are_combined_into_one_adapter(tmp_path, monkeypatch, how, together):
+    model = make_m2m100()
+    one, two = make_masks(model, k=0.6), make_masks(model, k=0.6, seed=7)
+    one.save_pretrained(tmp_path / "one")
+    two.save_pretrained(tmp_path / "two")
+    adapters = "--adapters", tmp_path / "one", tmp_path / "two"
+    recipe("merge_masks", monkeypatch, *adapters, "--how", how, "--output_dir", tmp_path / "both")
+    merged = NeuronMasks.from_pretrained(tmp_path / "both")
+    assert merged.language_pairs == one.language_pairs
+    for name in one.rows:
+        for pair in one.language_pairs:
+            assert torch.equal(merged.row(pair, name), together(one.row(pair, name), two.row(pair, name)))
