@@ -42,7 +42,7 @@ class RepresentationArguments:
     test_file: str = field(metadata={"help": "Multi-parallel text: one column, or one file, per language."})
     languages: list[str] = field(metadata={"help": "Languages to compare."})
     seen: list[str] = field(
-        default_factory=list, metadata={"help": "Those that the models were trained on; others are reported apart."}
+        default_factory=list, metadata={"help": "Those that the continued training saw; others are reported apart."}
     )
     language_tokens: list[str] = field(default_factory=list, metadata={"help": "code=token, or code=token,token."})
     columns: list[str] = field(default_factory=list, metadata={"help": "code=column, where they differ."})
@@ -70,7 +70,7 @@ def main() -> None:
     source = args.models[0].partition("=")[0]
     aligned = [row for row in values if not row["measure"].endswith(report.MISALIGNED)]
     summary, tests = summarize(values), compare(aligned, source)
-    tables = {**report.report_tables(summary, source), "Paired tests over seeds": tests}
+    tables = {**report.report_tables(summary, source), "Paired tests over seeds (of spectra: of log ratios)": tests}
     text = "\n\n".join(f"{title}\n\n{table(rows, 3)}" for title, rows in tables.items() if rows)
     print(text)
     results = {"sentences": counts, "summary": summary, "tests": tests, **found}
@@ -85,6 +85,7 @@ def measure(args: RepresentationArguments, sentences: dict[str, list[str]]) -> d
     checkpoints = named_checkpoints(args.models)
     checkpoints.append(Checkpoint(RANDOM, 0, RANDOM, checkpoints[0].location))
     options = as_mapping(args.language_tokens), args.max_length
+    states_of.check_shapes(checkpoints)
     states_of.check_tokenizers(checkpoints, sentences, *options, same=args.level == TOKENS)
     found: dict[str, list[dict[str, Any]]] = {"source_similarity": [], "language_similarity": [], "spectra": []}
     source: Any = None
@@ -101,10 +102,13 @@ def measure(args: RepresentationArguments, sentences: dict[str, list[str]]) -> d
             matrices = None if checkpoint.is_control else spectra(model)
             source = source or (encoder, pooled, matrices)
             if args.level == TOKENS:
+                encoders = [source[0], encoder]
                 similar = [
                     {"language": code, "layer": layer, "cka": cka}
                     for code, rows in encoded.items()
-                    for layer, cka in enumerate(layer_similarity(states_of.token_states([source[0], encoder], rows)))
+                    for layer, cka in enumerate(
+                        layer_similarity(states_of.token_states(encoders, rows, args.batch_size))
+                    )
                 ]
             else:
                 similar = source_similarity(source[1], pooled)

@@ -9,9 +9,10 @@ python recipes/transfer_cross_lingually.py --config recipes/configs/transfer_cro
     --config recipes/configs/transfer_cross_lingually/mbart50.yaml --data_dir data --output_dir build/transfer-mbart \
     --models before=facebook/mbart-large-50 after=facebook/mbart-large-50-many-to-many-mmt
 
-The others are compared with the first model. A name that is given several times is one condition with several seeds,
-cp=build/cp-0/model cp=build/cp-1/model, whose mean and spread are reported too. Finished heads are not trained again,
-so repeating a command resumes it. Needs the extra `report` (scipy).
+The first model is the source of the others. A name that is given several times is one condition with several seeds,
+cp=build/cp-0/model cp=build/cp-1/model. Every two conditions are compared, over items and over seeds: a difference
+that only one of the two tests finds may be chance. Finished heads are not trained again, so that repeating a command
+resumes it. Needs the extra `report` (scipy, matplotlib).
 """
 
 import dataclasses
@@ -29,6 +30,7 @@ from neuron_specialization.translation.processes import check_single_process
 from neuron_specialization.translation.results import table, write_results
 from neuron_specialization.translation.transfer import FINE_TUNING, PROBING, named_checkpoints, transfer
 from neuron_specialization.translation.transfer_statistics import (
+    by_condition,
     compare,
     condition_values,
     language_table,
@@ -83,7 +85,7 @@ def main() -> None:
         raise ValueError(f"Expected --modes among {' and '.join(known)}, got {' '.join(args.modes)}.")
     training = {mode: known[mode] for mode in args.modes}
     limits = {"max_train_examples": args.max_train_examples, "max_test_items": args.max_test_items}
-    places = {"directory": args.data_dir, "languages": args.languages}
+    places = {"directory": args.data_dir, "languages": args.languages, "apart": args.apart}
     tasks = load_tasks(json.loads(args.tasks), args.source_language, **places, **limits)
     options = {"language_tokens": as_mapping(args.language_tokens), "max_length": args.max_length}
     found = transfer(models, tasks, training, f"{args.output_dir}/predictions", seeds=args.seeds, **options)
@@ -91,7 +93,7 @@ def main() -> None:
     results = {
         "rows": score_rows(tasks, found),
         "summary": summarize(tasks, found, args.apart),
-        "comparisons": compare(tasks, found, first, args.apart),
+        "comparisons": compare(tasks, by_condition(found, checkpoints), first, args.apart),
     }
     conditions = condition_values(results["summary"], checkpoints)
     results |= {"conditions": summarize_seeds(conditions), "condition_tests": compare_seeds(conditions, first)}

@@ -63,8 +63,9 @@ def test_translation_its_control_and_masks_see_the_same_target_tokens(run_here, 
     run_here("score.py", *where, *scored, "--num_beams", "1", "--output_dir", str(tmp_path / "restored"))
     restored, tokenizer = load_checkpoint(str(tmp_path / "restored" / "model"))
     source, trained = (load_checkpoint(str(path))[0] for path in (start, tmp_path / "mt" / "model"))
-    for name, sigma in singular_values(source).items():
-        torch.testing.assert_close(singular_values(restored)[name], sigma, rtol=1e-3, atol=1e-4)
+    spectra = singular_values(source), singular_values(restored)
+    for name in spectra[0].keys() & dict(source.named_parameters()):  # the tied output keeps the gain of its norm
+        torch.testing.assert_close(spectra[1][name], spectra[0][name], rtol=1e-3, atol=1e-4)
     assert tokenizer.mask_token == MASK_TOKEN and not restored.get_input_embeddings().weight.equal(
         trained.get_input_embeddings().weight
     )

@@ -26,7 +26,7 @@ from neuron_specialization.translation.encoders import encode_sentences
 from neuron_specialization.translation.representations import encode_languages, pooled_states, token_states
 
 from . import architectures
-from .conftest import make_m2m100, make_t5
+from .conftest import make_m2m100, make_masks, make_t5
 
 LANGUAGES = ["Pv", "Aa", "Ba"]
 
@@ -141,8 +141,9 @@ def test_spectra_of_a_model_against_itself_and_scaled():
         assert set(row["ratio"].values()) == {1.0}
     with torch.no_grad():
         scaled.model.encoder.layers[1].fc2.weight.mul_(2)
+        scaled.model.decoder.layer_norm.weight.mul_(2)  # its gain is the output's, which shares the embedding's weight
     for row in spectrum_changes(before, spectra(scaled)):
-        times = 2 if row["matrix"] == "model.encoder.layers.1.fc2.weight" else 1
+        times = 2 if row["matrix"] in ("model.encoder.layers.1.fc2.weight", "lm_head.weight") else 1
         expected = {"mean": times, "frobenius": times, "spectral": times}
         for name, ratio in row["ratio"].items():
             assert ratio == pytest.approx(expected.get(name, 1), rel=1e-5), (row["matrix"], name)
@@ -226,12 +227,17 @@ def test_the_recipe_finds_a_copy_the_same_and_another_model_not(run_here, option
         (["--seen", "Cb"], "--seen among --languages"),
         (["--level", "words"], "--level sentences or tokens"),
         (["--models", "a={checkpoint}", "b={other}", "--level", "tokens"], "not cut text into the same tokens"),
+        (["--models", "a={checkpoint}", "b={smaller}"], "Expected models of one architecture"),
+        (["--models", "a={checkpoint}", "b={adapter}"], "is an adapter, under which each language has an encoder"),
     ],
 )
 def test_bad_input_is_one_sentence(run_here, options, toy, toy_data, toy_checkpoint, tmp_path, wrong, message):
     from neuron_specialization.translation.tokenization import train_tokenizer
 
-    places = {"checkpoint": toy_checkpoint, "nowhere": tmp_path / "nowhere", "other": tmp_path / "other"}
+    places = {name: tmp_path / name for name in ("nowhere", "other", "smaller", "adapter")}
+    places["checkpoint"] = toy_checkpoint
+    make_m2m100(d_ff=24).save_pretrained(places["smaller"])
+    make_masks(make_m2m100()).save_pretrained(places["adapter"])
     model, _ = load_checkpoint(str(toy_checkpoint))
     model.save_pretrained(places["other"])
     text = (s for rows in toy_data["train"].values() for s in rows["source"])

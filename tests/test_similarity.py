@@ -101,7 +101,8 @@ def test_folding_removes_what_norms_and_matrices_can_trade(make):
     torch.testing.assert_close(before[name], after[name])
     raw = singular_values(traded, fold_norms=False)[name]
     torch.testing.assert_close(raw * 4, singular_values(model, fold_norms=False)[name])
-    assert model.training is False and len(before) == len({id(p) for n, p in model.named_parameters() if n in before})
+    named = [n for n in before if n != "lm_head.weight"]  # which may share the embedding's, with a gain of its own
+    assert model.training is False and len(named) == len({id(p) for n, p in model.named_parameters() if n in named})
 
 
 def _norm_before_ffn(block):
@@ -141,8 +142,8 @@ def test_the_spectrum_of_the_source_is_put_under_the_vectors_of_a_model(make):
     before = {name: parameter.clone() for name, parameter in trained.named_parameters()}
     restored = with_spectrum_of(trained, source)
     expected, found = singular_values(source), singular_values(restored)
-    for name, sigma in expected.items():
-        torch.testing.assert_close(found[name], sigma, rtol=1e-3, atol=1e-4)
+    for name in expected.keys() & dict(source.named_parameters()):  # a tied output keeps its gain
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4)
         assert not restored.get_parameter(name).equal(source.get_parameter(name)), "the vectors are not the source's"
     for name, parameter in trained.named_parameters():
         assert parameter.equal(before[name]), "the model itself stays"

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,16 @@ from neuron_specialization.translation import transfer as transfer_module
 from neuron_specialization.translation.checkpoints import load_checkpoint
 from neuron_specialization.translation.encoder_heads import EncoderHead, HeadTraining, train_and_predict
 from neuron_specialization.translation.encoders import cache_states, collate, encode_examples, language_tag
-from neuron_specialization.translation.transfer import Predictions, bag_of_subwords, named_checkpoints, transfer
+from neuron_specialization.translation.transfer import (
+    Checkpoint,
+    Predictions,
+    bag_of_subwords,
+    named_checkpoints,
+    transfer,
+)
 from neuron_specialization.translation.transfer_statistics import (
     ItemCounts,
+    by_condition,
     compare,
     condition_values,
     language_values,
@@ -31,6 +39,7 @@ from neuron_specialization.translation.understanding import Examples, Task, load
 ROOT = Path(__file__).parent.parent
 QUICK = HeadTraining(epochs=2, learning_rate=1e-2, batch_size=8)
 LANGUAGES = ["Pv", "Aa", "Ba"]
+SPLITS = ("train", "test")
 
 
 def topic_rows(toy, count: int, split: str) -> dict[str, list[dict]]:
@@ -123,7 +132,7 @@ def test_sections_from_verse_ids_and_texts_missing_in_a_language(tmp_path):
 
 
 def test_pairs_of_sentences_have_two_columns_and_rows_that_correspond(tmp_path, toy_tokenizer):
-    rows = [{"premise": "ba bu", "hypothesis": "ku", "label": i % 2} for i in range(4)]
+    rows = [{"premise": "ba bu", "hypothesis": "ku", "label": i % 2, "split": s} for s in SPLITS for i in range(4)]
     for code in ("Pv", "Aa"):
         Dataset.from_list(rows).to_json(tmp_path / f"{code}.jsonl")
     described = {**TOPICS, "train": "{language}.jsonl", "test": "{language}.jsonl", "label": "label", "id": None}
@@ -161,6 +170,30 @@ def test_faults_of_the_data_are_found_before_training(files, tmp_path, changes, 
         Dataset.from_list(changed).to_json(tmp_path / f"{name}.jsonl")
     with pytest.raises(ValueError, match=message):
         load_tasks({"topics": {**TOPICS, **changes}}, "Pv", directory=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"languages": ["Aa", "Bx"]}, "No task has the language 'Bx'; they have Aa, Ba, Pv"),
+        ({"apart": ["Bx"]}, "No task has the language 'Bx'"),
+        ({"languages": ["Pv"]}, "expected a language to test on besides 'Pv'.*got none"),
+        ({"languages": ["Aa"], "apart": ["Aa"]}, "one that is not set apart; got Aa"),
+    ],
+)
+def test_languages_that_cannot_be_compared_are_an_error(files, chosen, message):
+    with pytest.raises(ValueError, match=message):
+        load_tasks({"topics": TOPICS}, "Pv", directory=str(files), **chosen)
+
+
+def test_training_data_is_not_tested_on(files, tmp_path):
+    for code in LANGUAGES:
+        rows = [json.loads(line) for line in (files / f"topics.{code}.jsonl").read_text().splitlines()]
+        Dataset.from_list([{k: v for k, v in row.items() if k != "split"} for row in rows]).to_json(
+            tmp_path / f"topics.{code}.jsonl"
+        )
+    with pytest.raises(ValueError, match="is both training and test data, and has no column 'split'"):
+        load_tasks({"topics": TOPICS}, "Pv", directory=str(tmp_path))
 
 
 def test_words_and_tags_that_differ_in_number_are_an_error(files, tmp_path):
@@ -332,6 +365,26 @@ def test_intervals_draw_items_so_that_copies_of_a_head_do_not_narrow_them():
     assert widths[0] == pytest.approx(widths[1]) and widths[0] == pytest.approx(2 * 1.96 * 4.58, rel=0.15)
 
 
+def test_intervals_and_tests_draw_whole_texts_where_items_come_from_texts():
+    task = a_task(languages=("en", "de"))
+    names = [f"GEN {i // 25}:{i}" for i in range(100)]
+    examples = replace(task.train, items=names)
+    in_texts = replace(task, test=dict.fromkeys(task.test, examples), text_end=":")
+    right = np.repeat([True, True, True, False], 25)  # all of the last text is wrong
+    truth = np.arange(100) % 4
+    labels = dict.fromkeys(task.test, np.where(right, truth, (truth + 1) % 4).astype(np.int16))
+    all_right = dict.fromkeys(task.test, truth.astype(np.int16))
+    one, perfect = (Predictions(name, "t", "probing", 0, of) for name, of in (("one", labels), ("two", all_right)))
+    found = {}
+    for name, each in (("items", task), ("texts", in_texts)):
+        low, high = summarize([each], [one])[0]["zero_shot_interval"]
+        (row,) = compare([each], [one, perfect], "one")
+        found[name] = high - low, row["p"], row["difference"], row["interval"]
+    assert found["texts"][0] > 2 * found["items"][0]
+    assert found["items"][1] < 0.001 and found["texts"][1] == 1, "one text of four may be better by chance"
+    assert found["items"][2] == found["texts"][2] == 25 and found["texts"][3][0] == 0
+
+
 def test_a_language_that_lacks_items_is_compared_on_those_it_has():
     task = a_task(4, ("en", "sa"))
     half = Examples(task.train.items[2:], task.train.texts[2:], task.train.labels[2:])
@@ -343,7 +396,25 @@ def test_a_language_that_lacks_items_is_compared_on_those_it_has():
     counts = ItemCounts.of(task, [Predictions("one", "t", "probing", 0, labels)])
     found = counts.statistics(np.ones((1, 4)), ["sa"])
     assert (found["source"][0], found["zero_shot"][0], found["gap"][0]) == (75, 100, -50)
-    assert counts.item_scores(["sa"]).sum() == 100
+    assert counts.text_scores(["sa"]).sum() == 100
+
+
+def test_conditions_are_compared_with_each_other_and_the_untrained_encoder_does_not_soften_their_tests():
+    task = a_task(languages=("en", "de"))
+    checkpoints = [Checkpoint("source", 0, "source", "x")]
+    checkpoints += [Checkpoint(name, i, f"{name}-{i}", "x") for name in ("mt", "denoise") for i in (0, 1)]
+    shares = {"source": 0.6, "mt-0": 0.75, "mt-1": 0.77, "denoise-0": 0.7, "denoise-1": 0.72, "random": 0.2}
+    found = [guesses(label, i, en=0.9, de=share) for i, (label, share) in enumerate(shares.items())]
+    rows = compare([task], by_condition(found, checkpoints), "source")
+    assert [(row["model"], row["compared_with"]) for row in rows] == [
+        *(("mt", "source"), ("denoise", "source"), ("denoise", "mt"), ("random", "source")),
+    ]
+    differences = {row["model"]: row for row in rows if row["compared_with"] == "source"}
+    assert differences["mt"]["difference"] == pytest.approx(16) and differences["mt"]["interval"][0] < 16
+    assert differences["mt"]["p_adjusted"] > differences["mt"]["p"]
+    without = compare([task], by_condition(found[:-1], checkpoints), "source")
+    adjusted = {(row["model"], row["compared_with"]): row["p_adjusted"] for row in without}
+    assert adjusted["mt", "source"] == differences["mt"]["p_adjusted"]
 
 
 def test_models_are_compared_item_by_item():
@@ -351,7 +422,8 @@ def test_models_are_compared_item_by_item():
     one = [guesses("one", seed, en=0.9, de=0.7) for seed in (0, 1)]
     better = [guesses("better", seed + 5, en=0.9, de=0.95) for seed in (0, 1)]
     same = [Predictions("same", "t", "probing", each.seed, each.labels) for each in one]
-    rows = {row["model"]: row for row in compare([task], [*one, *better, *same, MAJORITY], "one")}
+    rows = compare([task], [*one, *better, *same, MAJORITY], "one")
+    rows = {row["model"]: row for row in rows if row["compared_with"] == "one"}
     assert set(rows) == {"better", "same"} and rows["same"]["languages"] == "zero_shot"
     assert rows["better"]["difference"] == pytest.approx(25) and rows["better"]["p_adjusted"] < 0.01
     assert rows["same"]["difference"] == 0 and rows["same"]["p"] == 1

@@ -5,9 +5,10 @@
 #   DATA=path/to/data OUT=build/continued-pretraining bash recipes/results/continued-pretraining/run.sh
 #
 # DATA holds bible, sib200, tatoeba, multi30k, ud_ewt and ud_pud. PYTHON is the interpreter; DRY=1 runs every command on
-# next to nothing.
+# next to nothing. A job whose settings change is done again once its file in $OUT/done is removed.
 set -u
-export DATA=${DATA:?the directory of the corpora} OUT=${OUT:-build/continued-pretraining} DRY=${DRY:-}
+export DATA=${DATA:?the directory of the corpora} DRY=${DRY:-}
+export OUT=${OUT:-build/continued-pretraining${DRY:+-dry}}
 export PYTHON=${PYTHON:-.venv/bin/python}
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 RAYON_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false ACCELERATE_USE_CPU=true
 export HF_HUB_OFFLINE=1 HF_DATASETS_CACHE=$OUT/cache
@@ -67,7 +68,7 @@ job() {
     cp-masks) continued "$1" --masks "$OUT/masks" ;;
     restored-*) recipe score --config "$C/score/continue_pretraining.yaml" --spectrum_of "$SOURCE" --output_dir "$OUT/$1" \
         --model_name_or_path "$OUT/cp-mt-${1##*-}/model" --test_file "$PARALLEL/test.parquet" ;;
-    probing) transfer probing --models $(models) ;;
+    probing) transfer probing --models $(models) --modes probing ;;
     fine_tuning) transfer fine_tuning --models $(claim) $FINE_TUNING ;;
     representations-bible) representations "$1" --test_file "$DATA/bible/test.parquet" ;;
     representations-sib200) representations "$1" --test_file "$DATA/sib200/parallel.parquet" ;;
@@ -89,22 +90,6 @@ done_once() { # run a job unless it was done
 }
 lanes() { printf '%s\n' "$@" | xargs -P 2 -I{} bash "$0" {} || { echo "stopped: a job failed"; exit 1; }; }
 
-scores() {
-    "$PYTHON" - "$OUT" <<'PY'
-import json, sys
-from pathlib import Path
-print("\n| model | chrF++ one-to-many | chrF++ many-to-one | BLEU one-to-many | BLEU many-to-one | best validation loss |")
-print("|---|---|---|---|---|---|")
-for path in sorted(Path(sys.argv[1]).glob("*/results.json")):
-    found = json.loads(path.read_text())
-    averages = found.get("scores", found).get("averages")
-    if averages:
-        cells = [averages.get(g, {}).get(s) for s in ("chrf++", "bleu") for g in ("one-to-many", "many-to-one")]
-        cells.append(found.get("best_validation_loss"))
-        print(f"| {path.parent.name} | " + " | ".join("" if c is None else f"{c:.2f}" for c in cells) + " |")
-PY
-}
-
 if [ $# -eq 1 ]; then done_once "$1"; exit; fi
 mkdir -p "$OUT"
 lanes text
@@ -112,7 +97,7 @@ lanes denoised
 lanes masks cp-mt-0 cp-denoise-0 cp-mt-1 cp-denoise-1 cp-mt-2 cp-denoise-2 cp-masks cp-one-to-many cp-many-to-one
 lanes restored-0 restored-1 restored-2
 lanes probing fine_tuning representations-bible representations-sib200 representations-tokens
-scores | tee "$OUT/scores.md"
+"$PYTHON" "$(dirname "$0")/collect.py" "$OUT"
 for name in probing fine_tuning; do tail -n 60 "$OUT/logs/$name.log"; done
 for name in bible sib200 tokens; do echo "representations-$name"; head -n 90 "$OUT/representations-$name/tables.md"; done
 echo "$(date +%T) everything is done"

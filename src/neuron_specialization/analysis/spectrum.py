@@ -25,12 +25,14 @@ def singular_values(model: nn.Module, fold_norms: bool = True) -> dict[str, torc
         fold_norms: multiply the gain of a norm into the matrices that read its output directly.
 
     Returns:
-        parameter name → float64 [min(rows, columns)]; matrices that share one parameter appear once.
+        parameter name → float64 [min(rows, columns)]; matrices that share one parameter appear once, but for an output
+        layer that shares that of the embedding and reads a norm, whose gain only it has.
 
     Raises:
         ValueError: if the model has no weight matrix.
     """
-    values = {name: torch.linalg.svdvals(weight * gain) for name, weight, gain in _matrices(model, fold_norms)}
+    matrices = [*_matrices(model, fold_norms), *(_tied_output(model) if fold_norms else ())]
+    values = {name: torch.linalg.svdvals(weight * gain) for name, weight, gain in matrices}
     if not values:
         raise ValueError(
             f"{type(unwrap(model)).__name__} has no linear layer or embedding to take singular values of."
@@ -42,7 +44,8 @@ def with_spectrum_of(model: nn.Module, source: nn.Module) -> Any:
     """Return a copy of `model` with the singular values of `source` under its own singular vectors.
 
     Of every matrix W of a linear layer or embedding, with the gain g of the norm that it reads folded in,
-    W diag(g) = U diag(σ) Vᵀ becomes U diag(σ of the source) Vᵀ, and g is divided out again. Norms and biases stay.
+    W diag(g) = U diag(σ) Vᵀ becomes U diag(σ of the source) Vᵀ, and g is divided out again. Norms and biases stay, so
+    that a tied output layer keeps the gain of the norm that it reads.
 
     Args:
         model: a seq2seq model without adapters.
@@ -79,6 +82,15 @@ def _matrices(model: nn.Module, fold_norms: bool = True) -> Iterator[tuple[str, 
         if isinstance(modules.get(name), nn.Linear | nn.Embedding):
             gain = gains.get(modules[name], parameter.new_ones(1))
             yield name, parameter.detach().double(), gain.double()
+
+
+def _tied_output(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Yield the output layer as `_matrices` does, if its weight is that of the embedding and it reads a norm."""
+    base = unwrap(model)
+    output, gains = base.get_output_embeddings(), _gains(base)
+    if output in gains and output.weight is base.get_input_embeddings().weight:
+        name = next(name for name, module in base.named_modules() if module is output)
+        yield f"{name}.weight", output.weight.detach().double(), gains[output].double()
 
 
 def spectrum_statistics(sigma: torch.Tensor) -> dict[str, float]:

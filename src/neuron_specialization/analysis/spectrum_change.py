@@ -18,14 +18,14 @@ def matrix_types(model: nn.Module) -> dict[str, str]:
     """Return parameter name → type of every matrix that `singular_values` looks at.
 
     Types are "encoder q" (k, v, o: attention; up, gate, down: FFN), the same of "decoder" and, for attention to the
-    encoder, of "cross"; "embedding" of tokens, "output" where it is not tied to that, and "other".
+    encoder, of "cross"; "embedding" of tokens, "output", and "other".
     """
     base = unwrap(model)
     roles: dict[nn.Module, str] = {}
     for block in find_ffn_blocks(base):
         roles |= {block.up: "up", block.down: "down"}
         roles |= {block.gate: "gate"} if block.gate is not None else {}
-    ends = [m.weight for m in (base.get_input_embeddings(), base.get_output_embeddings()) if m is not None]
+    embedding, output = base.get_input_embeddings().weight, base.get_output_embeddings()
     sides = {name: {id(p) for p in getattr(base, f"get_{name}")().parameters()} for name in ("encoder", "decoder")}
     found = {}
     for name, module in base.named_modules():
@@ -37,8 +37,8 @@ def matrix_types(model: nn.Module) -> dict[str, str]:
             side = "encoder" if id(module.weight) in sides["encoder"] else "decoder"
             found[f"{name}.weight"] = f"{'cross' if _CROSS.search(name) else side} {role}"
         else:
-            ours = [n for n, weight in zip(("embedding", "output"), ends, strict=False) if weight is module.weight]
-            found[f"{name}.weight"] = ours[0] if ours else "other"
+            of_tokens = "embedding" if module.weight is embedding else "other"
+            found[f"{name}.weight"] = "output" if module is output else of_tokens
     return found
 
 

@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig
 
 from ..adapter.language_tokens import check_language_tokens
+from ..neurons.adapter_file import CONFIG_NAME
 from ..neurons.positions import IGNORED
 from .checkpoints import load_checkpoint, untrained_model
 from .processes import this_process
@@ -24,6 +25,11 @@ def check_has_encoder(location: str) -> None:
         ValueError: if there is no configuration, or it describes a model that is not an encoder-decoder.
     """
     if Path(location).is_dir() and not (Path(location) / "config.json").is_file():
+        if (Path(location) / CONFIG_NAME).is_file():
+            raise ValueError(
+                f"{location} is an adapter, under which each language has an encoder of its own. Expected a whole "
+                "checkpoint, such as recipes/export.py makes of one pair."
+            )
         load_checkpoint(location)  # says what the directory is instead
     try:
         config = AutoConfig.from_pretrained(location)
@@ -36,10 +42,9 @@ def check_has_encoder(location: str) -> None:
         )
 
 
-def load_encoder(location: str) -> tuple[Any, Any]:
-    """Return the encoder of a seq2seq checkpoint, in eval mode on this process's device, and its tokenizer."""
-    model, tokenizer = load_checkpoint(location)
-    return model.get_encoder().eval().to(this_process().device), tokenizer
+def load_encoder(location: str) -> Any:
+    """Return the encoder of a seq2seq checkpoint, in eval mode on this process's device."""
+    return load_checkpoint(location)[0].get_encoder().eval().to(this_process().device)
 
 
 def random_encoder(location: str, seed: int) -> Any:

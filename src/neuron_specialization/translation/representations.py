@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from ..neurons.base_model import number_of_positions
 from .checkpoints import load_checkpoint, untrained_model
@@ -27,6 +27,26 @@ def load_each(checkpoints: Sequence[Checkpoint]) -> Iterator[tuple[Checkpoint, A
         if each.is_control:
             model = untrained_model(each.location, seed=0)
         yield each, model.eval().to(this_process().device), tokenizer
+
+
+def check_shapes(checkpoints: Sequence[Checkpoint]) -> None:
+    """Check, from their configurations alone, that checkpoints have the same weights in the same shapes.
+
+    Raises:
+        ValueError: naming the checkpoint that differs from the first.
+    """
+    first: dict[str, Any] = {}
+    for each in checkpoints:
+        config = AutoConfig.from_pretrained(each.location)
+        with torch.device("meta"):
+            shapes = {name: list(p.shape) for name, p in AutoModelForSeq2SeqLM.from_config(config).named_parameters()}
+        first = first or shapes
+        if odd := [name for name in {**first, **shapes} if first.get(name) != shapes.get(name)]:
+            raise ValueError(
+                f"Expected models of one architecture, such as one before and after training, but {odd[0]} is "
+                f"{first.get(odd[0], 'absent')} in {checkpoints[0].location} and {shapes.get(odd[0], 'absent')} in "
+                f"{each.location}."
+            )
 
 
 def check_tokenizers(

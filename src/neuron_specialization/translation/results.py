@@ -28,7 +28,8 @@ _TRAINING_COLUMNS = (
 def table(rows: Sequence[Mapping[str, Any]], decimals: int = 2) -> str:
     """Return rows (column → value) as a Markdown table, losses and p-values with four decimals, others with fewer."""
     columns = dict.fromkeys(column for row in rows for column in row)
-    formats = {column: f".{4 if 'loss' in column or column == 'p' else decimals}f" for column in columns}
+    in_full = {column for column in columns if "loss" in column or column in ("p", "p_adjusted")}
+    formats = {column: f".{4 if column in in_full else decimals}f" for column in columns}
     # a column that also holds words would be printed as it is, with all digits
     mixed = {column for row in rows for column, value in row.items() if isinstance(value, str)}
     shown = [

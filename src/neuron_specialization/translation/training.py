@@ -139,6 +139,7 @@ def _train(trainer: SpecializationTrainer, run: Run, directory: Path, overwrite:
         **trained.metrics,
         "train_runtime": seconds_before + trained.metrics["train_runtime"],
         "updates": trainer.state.global_step,
+        "best_step": trainer.state.best_global_step,
         "target_tokens": trainer.target_tokens(trainer.state.global_step),
         **run.initial_losses,
         "best_validation_loss": trainer.state.best_metric,

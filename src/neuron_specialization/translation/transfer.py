@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from transformers import AutoTokenizer
 
+from ..neurons.base_model import number_of_positions
 from .arguments import as_mapping
 from .encoder_heads import HeadTraining, train_and_predict
 from .encoders import (
@@ -114,7 +115,8 @@ def transfer(
         ]
         if not any(wanted for _, _, wanted in missing):
             continue
-        encoder, tokenizer = load_encoder(location)
+        encoder = random_encoder(location, 0) if name == RANDOM else load_encoder(location)
+        tokenizer = AutoTokenizer.from_pretrained(location)
         for task, mode, wanted in missing:
             heads = _Heads(task, encoder, tokenizer, *options)
             drawn_from = location if name == RANDOM else None
@@ -205,7 +207,7 @@ class _Heads:
         self.task, self.encoder = task, encoder
         tagging = task.kind == "tagging"
         tags = {code: language_tag(tokenizer, code, task.source, language_tokens) for code in task.test}
-        longest = min(max_length, tokenizer.model_max_length)
+        longest = min(max_length, tokenizer.model_max_length, number_of_positions(encoder) or max_length)
         self.rows = {
             code: encode_examples(tokenizer, examples, tagging, tags[code], longest)
             for code, examples in task.test.items()
@@ -232,7 +234,7 @@ class _Heads:
 
 def _untrained_controls(location: str, tasks: Sequence[Task]) -> Iterator[Predictions]:
     """Yield what the most frequent training label and naive Bayes on subwords predict; they take seconds."""
-    _, tokenizer = load_encoder(location)
+    tokenizer = AutoTokenizer.from_pretrained(location)
     for task in tasks:
         frequent = np.bincount([label for labels in task.train.labels for label in labels]).argmax()
         majority = {code: np.full(sum(map(len, test.labels)), frequent, np.int16) for code, test in task.test.items()}

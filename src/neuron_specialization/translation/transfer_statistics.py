@@ -1,17 +1,19 @@
 """Scores of cross-lingual transfer: per language, the gap, intervals, and comparisons of models.
 
 Test sets are translations of each other, so an item's predictions in several languages, and by several heads, are not
-independent. Intervals therefore draw whole items, and comparisons of models pair them.
+independent. Intervals therefore draw whole items, or whole texts where a task says which items are from one, and
+comparisons of models pair them.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 from scipy.stats import false_discovery_control, permutation_test
 
-from .transfer import BAG_OF_SUBWORDS, MAJORITY, Checkpoint, Predictions
+from .transfer import CONTROLS, MAJORITY, RANDOM, Checkpoint, Predictions
 from .understanding import Examples, Task
 
 SAMPLES = 2000
@@ -56,12 +58,14 @@ class ItemCounts:
         correct: mean over seeds, float64 [languages, items]; 0 where a language lacks an item.
         total: units, int64 [languages, items].
         by_seed: accuracy per head in percent, float64 [seeds, languages].
+        texts: number of the running text that each item is from, int64 [items]; each is its own where none is known.
     """
 
     languages: list[str]
     correct: np.ndarray
     total: np.ndarray
     by_seed: np.ndarray
+    texts: np.ndarray
 
     @classmethod
     def of(cls, task: Task, predictions: Sequence[Predictions]) -> "ItemCounts":
@@ -77,7 +81,18 @@ class ItemCounts:
                 right = _flat(examples) == found.labels[language]
                 correct[seed, row] = np.bincount(index, right, minlength=len(numbers))
         by_seed = 100 * correct.sum(2) / total.sum(1)
-        return cls(list(task.test), correct.mean(0), total, by_seed)
+        names = [item.partition(task.text_end)[0] if task.text_end else item for item in numbers]
+        texts = np.unique(names, return_inverse=True)[1]
+        return cls(list(task.test), correct.mean(0), total, by_seed, texts)
+
+    def draw(self, samples: int) -> np.ndarray:
+        """Return how often each item counts in the whole data and in bootstrap samples, [1 + samples, items].
+
+        What is drawn are texts with all their items, the same in every call.
+        """
+        number = self.texts.max() + 1
+        drawn = np.random.default_rng(0).multinomial(number, np.full(number, 1 / number), samples)
+        return np.vstack([np.ones(len(self.texts)), drawn[:, self.texts]])
 
     def statistics(self, weights: np.ndarray, others: Sequence[str]) -> dict[str, np.ndarray]:
         """Return "source", "zero_shot" and "gap" in percent, each [samples].
@@ -98,10 +113,10 @@ class ItemCounts:
             "gap": 100 * (source - own).mean(1),
         }
 
-    def item_scores(self, others: Sequence[str]) -> np.ndarray:
-        """Return values per item, float64 [items], whose sum is the zero-shot mean in percent."""
+    def text_scores(self, others: Sequence[str]) -> np.ndarray:
+        """Return values per text, float64 [texts], whose sum is the zero-shot mean in percent."""
         rows = [self.languages.index(code) for code in others]
-        return 100 * (self.correct[rows] / self.total[rows].sum(1, keepdims=True)).mean(0)
+        return 100 * np.bincount(self.texts, (self.correct[rows] / self.total[rows].sum(1, keepdims=True)).mean(0))
 
 
 def summarize(
@@ -114,12 +129,9 @@ def summarize(
     """
     rows = []
     for task, mode, model, counts in _cells(tasks, predictions):
-        draw = np.random.default_rng(0)
-        items = counts.total.shape[1]
-        weights = np.vstack([np.ones(items), draw.multinomial(items, np.full(items, 1 / items), SAMPLES)])
         others, low = _groups(task, apart)
         row: dict[str, Any] = {"task": task.name, "mode": mode, "model": model}
-        for name, values in counts.statistics(weights, others).items():
+        for name, values in counts.statistics(counts.draw(SAMPLES), others).items():
             row[name] = float(values[0])
             row[f"{name}_interval"] = np.nanpercentile(values[1:], [2.5, 97.5]).round(2).tolist()
         columns = [counts.languages.index(code) for code in others]
@@ -174,8 +186,6 @@ def language_values(rows: Iterable[Mapping[str, Any]], checkpoints: Sequence[Che
 def _groups(task: Task, apart: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return the target languages that the means are over, and those reported apart."""
     others = [code for code in task.test if code != task.source and code not in apart]
-    if not others:
-        raise ValueError(f"Task {task.name}: expected a target language that is not set apart.")
     return others, [code for code in task.test if code in apart]
 
 
@@ -211,37 +221,56 @@ def uninformative(summary: Sequence[Mapping[str, Any]], source_model: str) -> li
     return found
 
 
+def by_condition(predictions: Iterable[Predictions], checkpoints: Sequence[Checkpoint]) -> list[Predictions]:
+    """Return predictions named after their model's condition: the heads of all its checkpoints become its heads."""
+    names = {each.label: each.name for each in checkpoints}
+    return [replace(found, model=names.get(found.model, found.model)) for found in predictions]
+
+
 def compare(
     tasks: Sequence[Task],
     predictions: Sequence[Predictions],
     source_model: str,
     apart: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
-    """Return, per task and mode, the difference of each model's zero-shot mean from the source model's.
+    """Return the difference of zero-shot means, for every two models of a task and mode.
 
-    "languages" says what the mean is over: "zero_shot", or the languages "apart" if there are any.
-
-    "p" is of a two-sided permutation test that swaps the two models' predictions of an item, with all its languages
-    and heads; "p_adjusted" controls the false discovery rate over all rows (Benjamini-Hochberg).
+    "languages" says what the mean is over: "zero_shot", or the languages "apart" if there are any. "interval" (95 %)
+    is of a bootstrap over items, or over texts where the task knows them. "p" is of a two-sided permutation test that
+    swaps the two models' predictions of an item, or of a text, with all its languages and heads; "p_adjusted" controls
+    the false discovery rate (Benjamini-Hochberg) over all rows. The untrained encoder is compared with the source
+    model only, and these rows are adjusted by themselves.
     """
     cells = {(task.name, mode, model): (task, counts) for task, mode, model, counts in _cells(tasks, predictions)}
     rows: list[dict[str, Any]] = []
-    for (name, mode, model), (task, counts) in cells.items():
-        other = cells.get((name, mode, source_model))
-        if other is None or model in (source_model, MAJORITY, BAG_OF_SUBWORDS):
-            continue
-        for group, languages in zip(("zero_shot", "apart"), _groups(task, apart), strict=True):
-            if languages:
-                names = {"task": name, "mode": mode, "languages": group, "model": model, "compared_with": source_model}
-                rows.append({**names, **_swap_test(counts.item_scores(languages), other[1].item_scores(languages))})
-    if rows:
-        for row, adjusted in zip(rows, false_discovery_control([row["p"] for row in rows]), strict=True):
-            row["p_adjusted"] = float(adjusted)
+    for task_name, mode in dict.fromkeys(cell[:2] for cell in cells):
+        known = [model for *cell, model in cells if tuple(cell) == (task_name, mode)]
+        trained = sorted(set(known) - set(CONTROLS), key=lambda name: (name != source_model, known.index(name)))
+        pairs = [*combinations(trained, 2), *((source_model, name) for name in known if name == RANDOM)]
+        for first, second in pairs:
+            (task, before), (_, after) = cells[task_name, mode, first], cells[task_name, mode, second]
+            for group, languages in zip(("zero_shot", "apart"), _groups(task, apart), strict=True):
+                if languages:
+                    names = {"task": task_name, "mode": mode, "languages": group, "model": second}
+                    rows.append({**names, "compared_with": first, **_difference(after, before, languages)})
+    for family in ([row for row in rows if (row["model"] == RANDOM) == control] for control in (False, True)):
+        adjusted = false_discovery_control([row["p"] for row in family]) if family else []
+        for row, value in zip(family, adjusted, strict=True):
+            row["p_adjusted"] = float(value)
     return rows
 
 
-def _swap_test(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
-    """Return "difference" and "p" of the sums of two models' scores per item, float64 [items]."""
+def _difference(x: ItemCounts, y: ItemCounts, languages: Sequence[str]) -> dict[str, Any]:
+    """Return "difference" of the means over languages, its "interval", and "p"."""
+    weights = x.draw(SAMPLES)
+    drawn = x.statistics(weights, languages)["zero_shot"] - y.statistics(weights, languages)["zero_shot"]
+    interval = np.nanpercentile(drawn[1:], [2.5, 97.5]).round(2).tolist()
+    p = _swap_test(x.text_scores(languages), y.text_scores(languages))
+    return {"difference": float(drawn[0]), "interval": interval, "p": p}
+
+
+def _swap_test(x: np.ndarray, y: np.ndarray) -> float:
+    """Return p of the difference between the sums of two models' scores per text, float64 [texts]."""
     tested = permutation_test(
         [x, y],
         lambda x, y, axis: (x - y).sum(axis),
@@ -251,7 +280,7 @@ def _swap_test(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
         batch=500,
         rng=np.random.default_rng(0),
     )
-    return {"difference": float(tested.statistic), "p": float(tested.pvalue)}
+    return float(tested.pvalue)
 
 
 def language_table(task: Task, rows: Sequence[Mapping[str, Any]], mode: str) -> list[dict[str, Any]]:

@@ -41,6 +41,7 @@ class Task:
         labels: names of the labels.
         train: training data.
         test: language → test data, the source language first. Languages may lack items, but add none.
+        text_end: where items come from running texts, what ends the text's name in an item's.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Task:
     labels: list[str]
     train: Examples
     test: dict[str, Examples]
+    text_end: str | None = None
 
     def digest(self) -> str:
         """Return a digest of the whole task."""
@@ -70,6 +72,8 @@ class TaskDescription:
         train_split: rows to train on, where a file has a column "split", or split of a dataset on the Hub.
         test_split: likewise for the test.
         id: column that names items; by default row i of one language is the translation of row i of the others.
+        text_end: where items come from running texts, what ends the text's name in an item's: with ":", the verse
+            "GEN 1:1" is from "GEN 1". Intervals and tests then draw whole texts.
         label_groups: group → words. The label is then the group of the label column's first word: with
             {"Law": "GEN EXO"}, that of the verse "GEN 1:1" is "Law".
     """
@@ -84,6 +88,7 @@ class TaskDescription:
     train_split: str = "train"
     test_split: str = "test"
     id: str | None = None
+    text_end: str | None = None
     label_groups: dict[str, str] = field(default_factory=dict)
 
 
@@ -93,6 +98,7 @@ def load_tasks(
     *,
     directory: str | None = None,
     languages: Sequence[str] = (),
+    apart: Sequence[str] = (),
     max_train_examples: int | None = None,
     max_test_items: int | None = None,
 ) -> list[Task]:
@@ -103,19 +109,25 @@ def load_tasks(
         source: language to train on.
         directory: where paths of files start from.
         languages: test on these languages only; by default on all that a task has.
+        apart: languages that will be reported apart; a task needs another one besides the source language.
         max_train_examples: train on at most this many examples, drawn at random, the same in every call.
         max_test_items: likewise for testing; the same items in every language.
 
     Raises:
-        ValueError: if a description or a file does not fit, a column is missing, a label does not occur in the
-            training data, words and tags differ in number, or two languages' examples are not translations.
+        ValueError: if a description or a file does not fit, no task has one of the languages, a column is missing, a
+            label does not occur in the training data, words and tags differ in number, or two languages' examples are
+            not translations.
     """
     if not described:
         raise ValueError("Expected at least one task under `tasks:` in the configuration file.")
+    descriptions = {name: _description(name, fields) for name, fields in described.items()}
+    known = {code for each in descriptions.values() for code in each.languages}
+    if unknown := [code for code in (*languages, *apart) if code not in known]:
+        raise ValueError(f"No task has the language {unknown[0]!r}; they have {', '.join(sorted(known))}.")
     tasks = []
-    for name, fields in described.items():
-        loader = _Loader(name, _description(name, fields), directory)
-        tasks.append(loader.load(source, languages, max_train_examples, max_test_items))
+    for name, description in descriptions.items():
+        loader = _Loader(name, description, directory)
+        tasks.append(loader.load(source, languages, apart, max_train_examples, max_test_items))
     return tasks
 
 
@@ -148,7 +160,9 @@ class _Loader:
         self.name, self.described, self.directory = name, description, directory
         self.groups = {word: group for group, words in description.label_groups.items() for word in words.split()}
 
-    def load(self, source: str, only: Sequence[str], max_train: int | None, max_test: int | None) -> Task:
+    def load(
+        self, source: str, only: Sequence[str], apart: Sequence[str], max_train: int | None, max_test: int | None
+    ) -> Task:
         described = self.described
         if source not in described.languages:
             raise ValueError(
@@ -156,8 +170,11 @@ class _Loader:
                 f"with; its languages are {', '.join(described.languages)}."
             )
         others = [code for code in described.languages if code != source and (not only or code in only)]
-        if not others:
-            raise ValueError(f"Task {self.name}: expected a language to test on besides {source!r}.")
+        if not set(others) - set(apart):
+            raise ValueError(
+                f"Task {self.name}: expected a language to test on besides {source!r}, and one that is not set apart; "
+                f"got {', '.join(others) or 'none'}."
+            )
         training = self._read(source, described.train, described.train_split)
         # of all training data: a rare label may be in none of the examples drawn from it
         names = sorted({label for text, labels in zip(*training[1:], strict=True) if text for label in labels})
@@ -168,9 +185,8 @@ class _Loader:
         chosen = set(self._sample(*tests[source], max_test)[0])
         kept = {code: self._only(test, chosen) for code, test in tests.items()}
         numbered = {code: self._numbered(code, test, names) for code, test in kept.items()}
-        return Task(
-            self.name, described.kind, source, names, self._numbered(source, self._only(train, None), names), numbered
-        )
+        numbered_train = self._numbered(source, train, names)
+        return Task(self.name, described.kind, source, names, numbered_train, numbered, described.text_end)
 
     def _read(self, language: str, path: str, split: str) -> tuple[list[str], list[list[str] | None], list[list[str]]]:
         """Return items, texts (None: missing in this language) and labels of one language."""
@@ -186,7 +202,7 @@ class _Loader:
         if described.kind == "tagging":
             self._check_tags(where, items, found[0], labels)
             return items, found[0], [list(map(str, tags or ())) for tags in labels]
-        segments = [None if None in row else list(row) for row in zip(*found, strict=True)]
+        segments = [list(row) if all(row) else None for row in zip(*found, strict=True)]
         return items, segments, [[self._label(label, where)] for label in labels]
 
     def _table(self, language: str, path: str, split: str) -> tuple[Dataset, str]:
@@ -199,6 +215,11 @@ class _Loader:
             rows = self._from_hub(place, config, split)
         elif "split" in rows.column_names:
             rows = rows.filter(lambda value: value == split, input_columns="split")
+        elif self.described.train == self.described.test:
+            raise ValueError(
+                f"Task {self.name}: {place} is both training and test data, and has no column 'split' that tells them "
+                "apart."
+            )
         if not len(rows):
             raise ValueError(f"Task {self.name}: {place} has no rows of the split {split!r}.")
         return rows, place
@@ -261,8 +282,8 @@ class _Loader:
         return [items[i] for i in present], [texts[i] for i in present], [labels[i] for i in present]
 
     @staticmethod
-    def _only(rows: tuple[list, list, list], chosen: set[str] | None) -> tuple[list, list, list]:
-        kept = [row for row in zip(*rows, strict=True) if row[1] and (chosen is None or row[0] in chosen)]
+    def _only(rows: tuple[list, list, list], chosen: set[str]) -> tuple[list, list, list]:
+        kept = [row for row in zip(*rows, strict=True) if row[1] and row[0] in chosen]
         return [row[0] for row in kept], [row[1] for row in kept], [row[2] for row in kept]
 
     def _numbered(self, language: str, rows: tuple[list, list, list], names: list[str]) -> Examples:
