@@ -39,10 +39,11 @@ claim() { # source, two conditions of three seeds
     for s in $SEEDS; do echo "cp_mt=$OUT/cp-mt-$s/model"; done
     for s in $SEEDS; do echo "cp_denoise=$OUT/cp-denoise-$s/model"; done
 }
-models() { # and one-to-many, many-to-one, the spectrum put back
+models() { # and the source's spectrum put back into both, one-to-many, many-to-one
     claim
+    for s in $SEEDS; do echo "cp_mt_source_spectrum=$OUT/restored-mt-$s/model"; done
+    for s in $SEEDS; do echo "cp_denoise_source_spectrum=$OUT/restored-denoise-$s/model"; done
     echo "cp_one_to_many=$OUT/cp-one-to-many/model" "cp_many_to_one=$OUT/cp-many-to-one/model"
-    for s in $SEEDS; do echo "cp_mt_source_spectrum=$OUT/restored-$s/model"; done
 }
 transfer() { # directory, options
     recipe transfer_cross_lingually --config "$C/transfer_cross_lingually/small.yaml" \
@@ -67,7 +68,7 @@ job() {
     cp-many-to-one) continued "$1" --language_pairs $M2O ;;
     cp-masks) continued "$1" --masks "$OUT/masks" ;;
     restored-*) recipe score --config "$C/score/continue_pretraining.yaml" --spectrum_of "$SOURCE" --output_dir "$OUT/$1" \
-        --model_name_or_path "$OUT/cp-mt-${1##*-}/model" --test_file "$PARALLEL/test.parquet" ;;
+        --model_name_or_path "$OUT/cp-${1#restored-}/model" --test_file "$PARALLEL/test.parquet" ;;
     probing) transfer probing --models $(models) --modes probing ;;
     fine_tuning) transfer fine_tuning --models $(claim) $FINE_TUNING ;;
     representations-bible) representations "$1" --test_file "$DATA/bible/test.parquet" ;;
@@ -95,7 +96,7 @@ mkdir -p "$OUT"
 lanes text
 lanes denoised
 lanes masks cp-mt-0 cp-denoise-0 cp-mt-1 cp-denoise-1 cp-mt-2 cp-denoise-2 cp-masks cp-one-to-many cp-many-to-one
-lanes restored-0 restored-1 restored-2
+lanes restored-mt-0 restored-mt-1 restored-mt-2 restored-denoise-0 restored-denoise-1 restored-denoise-2
 lanes probing fine_tuning representations-bible representations-sib200 representations-tokens
 "$PYTHON" "$(dirname "$0")/collect.py" "$OUT"
 for name in probing fine_tuning; do tail -n 60 "$OUT/logs/$name.log"; done
