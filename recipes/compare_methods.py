@@ -71,6 +71,11 @@ def main() -> None:
     seeds = seeds_of(stage.methods)
     planned = [(name, seed) for seed in range(max(seeds.values(), default=0)) for name in seeds if seed < seeds[name]]
     if compare.only is not None:
+        if seeds.get(compare.only, 0) <= training.seed:
+            raise ValueError(
+                f"--only {compare.only} --seed {training.seed} is no stage of this comparison; it has "
+                f"{', '.join(f'{name} with {number} seeds' for name, number in seeds.items())}."
+            )
         planned = [(compare.only, training.seed)]
     zero_shot = load_zero_shot(comparison, zero, data) if zero.zero_shot_pairs and not compare.tables_only else None
     for name, seed in planned if not compare.tables_only and not compare.zero_shot_only else []:

@@ -45,6 +45,9 @@ def main() -> None:
             raise ValueError(
                 f"{path} has no rows of {', '.join(sorted(missing))}: interference is not measured there."
             )
+    known = {row["method"] for of in rows.values() for row in of}
+    if absent := [method for method in args.methods if method not in known]:
+        raise ValueError(f"No comparison has rows of {absent[0]!r}; they have {', '.join(sorted(known))}.")
     summary = sizes_table(rows, args.methods)
     print(table(summary))
     figure = plot_interference_of_sizes(rows, args.methods, Path(args.output_dir) / "interference.svg")

@@ -50,8 +50,8 @@ def hierarchical_bootstrap(
     """Return the mean difference with its confidence interval, over new directions and new seeds.
 
     Directions and seeds are crossed, so each draw resamples both with replacement (the pigeonhole bootstrap; Owen,
-    2007), which errs on the side of wide intervals. With one seed only directions are resampled: the interval then
-    does not cover the variation between training runs.
+    2007). With one seed only directions are resampled: the interval then does not cover the variation between training
+    runs. Intervals over few directions or seeds are too narrow, as those of any bootstrap of so few.
 
     Args:
         differences: float [seeds, directions].
@@ -60,7 +60,8 @@ def hierarchical_bootstrap(
         confidence: of the percentile interval.
 
     Returns:
-        "mean", "low", "high", and "p": the two-sided share of draws beyond zero.
+        "mean", "low", "high", and "p": the two-sided share of draws beyond zero, and at least that of a sign test in
+        which all directions agree, since resampling cannot turn the sign of a few that do.
     """
     draw = np.random.default_rng(seed)
     seeds, directions = differences.shape
@@ -68,7 +69,7 @@ def hierarchical_bootstrap(
     means = np.einsum("ds,sp,dp->d", weights[0], differences, weights[1], optimize=True)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     beyond = min((means <= 0).mean(), (means >= 0).mean())
-    p = min(1.0, max(2 * beyond, 1 / draws))
+    p = min(1.0, max(2 * beyond, 1 / draws, 2.0 ** (1 - directions)))
     return {"mean": float(differences.mean()), "low": float(low), "high": float(high), "p": float(p)}
 
 

@@ -1,7 +1,7 @@
 """The methods of the comparison: which model each one trains, made from the same baseline."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 
 from ..adapter.config import NeuronSpecializationConfig
 from ..neurons.activations import ACTIVITY, ATTRIBUTION, ActivationCounts
-from ..neurons.controls import Pooled, RandomOverlap, WrongPair
+from ..neurons.controls import Pooled, RandomOverlap, WrongPair, check_exchange
 from ..neurons.masks import NeuronMasks
 from ..neurons.selection import CumulativeThreshold, RandomMatched
 from ..neurons.specificity import GeneralSpecific, Specificity
@@ -75,6 +75,24 @@ def seeds_of(words: Sequence[str]) -> dict[str, int]:
     return {name: int(number) for name, _, number in split}
 
 
+def check_methods(stages: Iterable[str], args: MethodArguments, pivot: str | None) -> None:
+    """Check that stages name methods, with the settings that these need.
+
+    Raises:
+        ValueError: if there is no such method, knob or number, or a setting is missing or does not fit.
+    """
+    for stage in stages:
+        method, _ = parse_method(stage, args)
+        if method not in METHODS:
+            raise ValueError(f"There is no method {method!r}. Known methods: {', '.join(METHODS)}.")
+        if method == "wrong_pair":
+            check_exchange(as_mapping(args.exchange))
+        if method == "adapter_fam" and not args.families:
+            raise ValueError("The method 'adapter_fam' needs the languages' families: families=[en=Germanic, ...].")
+        if method == "group" and pivot is None:
+            raise ValueError("The method 'group' needs a pivot: it has one mask out of it and one into it.")
+
+
 def parse_method(stage: str, args: MethodArguments) -> tuple[str, MethodArguments]:
     """Return the method that a stage runs, and its knobs.
 
@@ -135,8 +153,7 @@ def masks_of(
         seed: of the random controls.
 
     Raises:
-        ValueError: if the method is unknown or has no such masks, if it needs the other measure, or if 'group' is
-            given no pivot.
+        ValueError: if the method has no such masks, or if it needs the other measure.
     """
     if IDENTIFIED_BY.get(method, counts.measure) not in (counts.measure, WEIGHTS):
         raise ValueError(f"{method} is identified by {IDENTIFIED_BY[method]}, but got {counts.measure}.")
@@ -155,8 +172,6 @@ def masks_of(
         case "wrong_pair":
             return WrongPair(ours, as_mapping(args.exchange)).select()
         case "group":
-            if pivot is None:
-                raise ValueError("The method 'group' needs a pivot: it has one mask out of it and one into it.")
             return Pooled(ours, pivot).select(counts)
         case "union":
             return Pooled(ours).select(counts)
@@ -164,7 +179,7 @@ def masks_of(
             return GeneralSpecific(args.rho, args.kappa).select(counts)
         case "specificity_1" | "specificity_2":
             return Specificity(args.k, gamma=int(method[-1])).select(counts)
-    raise ValueError(f"There is no method {method!r} with masks of neurons. Known methods: {', '.join(METHODS)}.")
+    raise ValueError(f"The method {method!r} has no masks of neurons.")
 
 
 def build_model(

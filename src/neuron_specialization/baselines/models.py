@@ -35,8 +35,10 @@ from .methods import (
     WEIGHTS,
     MethodArguments,
     build_model,
+    check_methods,
     knob_grids,
     parse_method,
+    seeds_of,
 )
 
 
@@ -90,7 +92,7 @@ class Models:
         max_length: truncate training text to this many tokens.
 
     Raises:
-        ValueError: if a grid of knobs is malformed.
+        ValueError: if a grid of knobs is malformed, or a listed method is unknown or lacks a setting.
     """
 
     baseline: Any
@@ -108,6 +110,7 @@ class Models:
         self.directory = Path(str(self.training.output_dir))
         self.language_pairs = list(self.data["train"])
         self.grids = knob_grids(self.stage.knobs)
+        check_methods(seeds_of(self.stage.methods), self.method, self.pivot)
 
     def setting(self, method: str) -> Setting:
         """Return what a stage is trained with: what gave the lowest validation loss after a third of the updates.
@@ -241,10 +244,15 @@ class Models:
         accumulation: int | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> dict[str, Any]:
-        """Train a model on `pairs`, leave it at its best validation loss, and return what that took."""
+        """Train a model on `pairs`, leave it at its best validation loss, and return what that took.
+
+        The warm-up is as large a share of a shorter or longer run as of a joint one.
+        """
         args = copy.deepcopy(self.training)
         args.output_dir, args.seed, args.data_seed = str(directory), seed, seed
         args.max_steps, args.learning_rate = updates, rate
+        if args.warmup_steps >= 1:  # below 1 it is a share already
+            args.warmup_steps = round(args.warmup_steps * updates / self.training.max_steps)
         args.eval_steps = args.save_steps = max(1, updates // self.stage.evaluations)
         args.gradient_accumulation_steps = accumulation or args.gradient_accumulation_steps
         train, validation = ({pair: self.data[split][pair] for pair in pairs} for split in ("train", "validation"))

@@ -17,6 +17,7 @@ from ..translation.results import write_results
 from ..translation.runs import digest, load_trained
 from .methods import EQUAL_SECONDS, MethodArguments
 from .models import Models, Setting, StageArguments, identification_seconds, remove_checkpoints, size_of
+from .settings import check_settings
 
 PART, FAILED, SETTINGS = "part.json", "failed.json", "comparison.json"
 _TRAINING = (
@@ -32,7 +33,7 @@ class Comparison(Models):
     Raises:
         ImportError: if a target language needs a word segmenter that is not installed.
         ValueError: if the output directory holds stages of a comparison with other settings, a test sentence is too
-            long for the model, or a grid of knobs is malformed.
+            long for the model, a grid of knobs is malformed, or a listed method is unknown or lacks a setting.
     """
 
     def __post_init__(self) -> None:
@@ -87,19 +88,8 @@ class Comparison(Models):
             **{name: getattr(self.training, name) for name in _TRAINING},
             **{"pivot": self.pivot, "max_length": self.max_length, **self.convention()},
         }
-        settings = json.loads(json.dumps(settings))
-        path = self.directory / SETTINGS
-        if path.is_file():
-            # an option that is newer than the stages had its default in them
-            defaults = {**vars(StageArguments()), **vars(MethodArguments())}
-            before = {**json.loads(json.dumps(defaults)), **json.loads(path.read_text())["settings"]}
-            changed = [name for name in settings if before.get(name) != settings[name]]
-            if changed:
-                raise ValueError(
-                    f"{self.directory} holds stages of a comparison with other settings ({', '.join(changed)}). "
-                    "Continue with those settings, or choose another output directory."
-                )
-        write_results(self.directory, {"settings": settings}, SETTINGS)
+        # an option that is newer than the stages had its default in them
+        check_settings(self.directory, SETTINGS, settings, {**vars(StageArguments()), **vars(MethodArguments())})
 
     def _part(self, method: str, seed: int, setting: Setting, pairs: list[str], directory: Path) -> None:
         if (directory / PART).is_file():

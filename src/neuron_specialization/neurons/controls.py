@@ -39,24 +39,33 @@ class RandomOverlap:
         return replace(self.like, rows=rows, selector=_describe(self, seed=self.seed))
 
 
+def check_exchange(exchange: Mapping[str, str]) -> None:
+    """Check which languages' masks `WrongPair` exchanges.
+
+    Raises:
+        ValueError: if it exchanges none, a language keeps its own masks, or some are used twice.
+    """
+    if not exchange or set(exchange) != set(exchange.values()) or any(a == b for a, b in exchange.items()):
+        raise ValueError(
+            "exchange must be a permutation of languages that moves each, such as {'de': 'zh', 'zh': 'de'}, so that "
+            f"every mask is still used and none by its own language; got {dict(exchange)}."
+        )
+
+
 @dataclass(frozen=True)
 class WrongPair:
     """`like` with the masks of languages exchanged: under {"de": "zh", "zh": "de"}, "en-de" gets those of "en-zh".
 
     Attributes:
         like: the masks whose rows are exchanged.
-        exchange: language → the language whose masks it gets; a permutation of its keys. Others keep their own.
+        exchange: language → another language, whose masks it gets; a permutation of its keys. Others keep their own.
     """
 
     like: NeuronMasks
     exchange: Mapping[str, str]
 
     def __post_init__(self) -> None:
-        if set(self.exchange) != set(self.exchange.values()):
-            raise ValueError(
-                "exchange must be a permutation of languages, such as {'de': 'zh', 'zh': 'de'}, so that every mask is "
-                f"still used; got {dict(self.exchange)}."
-            )
+        check_exchange(self.exchange)
 
     def select(self, counts: ActivationCounts | None = None) -> NeuronMasks:
         """Return masks with the same rows and exchanged routes; `counts` is not used.

@@ -1,5 +1,6 @@
 """transformers' Seq2SeqTrainer for multilingual specialization: its arguments, batches and loss."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -59,6 +60,8 @@ class SpecializationTrainer(Seq2SeqTrainer):
         noise: train to restore each target from a noised copy of it; by default to translate.
         alignment: weight of `alignment_loss` beside the cross-entropy per token, while training; its negatives are the
             sentences of the batch on one device.
+        target_tags: token ids of the target languages' tags, which the validation loss leaves out as `token_losses`
+            does: under masks, or trained on one direction, a model knows the tag, and others can only guess it.
 
     Raises:
         ValueError: if there is nothing to train on, or the settings do not fit together.
@@ -74,6 +77,7 @@ class SpecializationTrainer(Seq2SeqTrainer):
         language_pairs: list[str],
         noise: Noise | None = None,
         alignment: float = 0.0,
+        target_tags: Sequence[int] = (),
     ) -> None:
         if args.max_steps <= 0:
             raise ValueError("Set max_steps: with temperature sampling there are no epochs.")
@@ -90,6 +94,7 @@ class SpecializationTrainer(Seq2SeqTrainer):
                 "a model without adapters."
             )
         self.noise, self.alignment = noise, alignment
+        self._tags = torch.tensor(list(target_tags), dtype=torch.long)
         self._source_mask: torch.Tensor | None = None  # of the current call, where states are aligned
         self._drawn_from = args.data_seed if args.data_seed is not None else args.seed
         callbacks: list[TrainerCallback] = [MarkComplete()]
@@ -196,6 +201,9 @@ class SpecializationTrainer(Seq2SeqTrainer):
         **gen_kwargs: Any,
     ) -> Any:
         self._loss_only = prediction_loss_only
+        labels = inputs["labels"]
+        known = torch.isin(labels, self._tags.to(labels.device))
+        inputs = {**inputs, "labels": labels.masked_fill(known, IGNORED)}
         try:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
         finally:

@@ -19,6 +19,7 @@ from transformers import (
 from ..adapter.routing import is_routed
 from ..neurons.base_model import number_of_positions, unwrap
 from ..neurons.files import begin_writing, check_not_input, check_replaceable, finish_writing, partial_folder
+from ..neurons.language_pairs import split_pair
 from .denoising import Noise
 from .encoding import encode_parallel
 from .processes import this_process
@@ -47,7 +48,7 @@ def fit(
     The result is saved with its tokenizer as `adapter` (for a model with adapters) or `model` in the output directory.
 
     With validation data, the model is evaluated before the first update (a model with adapters also without them) and
-    every `eval_steps`, and left at its best validation loss.
+    every `eval_steps`, and left at its best validation loss, in nats per target token without the language tag.
 
     `run.json`, beside the checkpoints, records what the run depends on: the arguments, except those in
     `runs.FREE_ARGUMENTS`, the data, the masks and the weights that training starts from (so seed what is drawn at
@@ -109,9 +110,9 @@ def fit(
         this_process().print(f"{run.directory} holds this run, finished after {run.result['updates']} updates.")
         load_trained(model, run.result["saved"])
         return {**run.result, "finished_before": True}
-    trainer = SpecializationTrainer(
-        model, args, tokenizer, data["training data"], data.get("validation data"), pairs, noise, alignment
-    )
+    target_tags = tokenizer.convert_tokens_to_ids(sorted({tokens[split_pair(pair)[1]] for pair in pairs}))
+    parts = data["training data"], data.get("validation data")
+    trainer = SpecializationTrainer(model, args, tokenizer, *parts, pairs, noise, alignment, target_tags)
     for callback in callbacks:
         trainer.add_callback(callback)
     return {**_train(trainer, run, directory, overwrite), "finished_before": False}
