@@ -22,6 +22,7 @@ from neuron_specialization.baselines.methods import (
     PER_DIRECTION,
     MethodArguments,
     build_model,
+    check_methods,
     knob_grids,
     masks_of,
     parse_method,
@@ -171,7 +172,7 @@ def test_masks_differ_between_methods_as_they_should(counts):
     assert all(masks["wrong_pair"].row("Pv-Aa", name).equal(ours.row("Pv-Ba", name)) for name in ours.rows)
     with pytest.raises(ValueError, match="needs a pivot"):
         masks_of("group", counts, args, None, 0)
-    with pytest.raises(ValueError, match="no method 'lass'"):
+    with pytest.raises(ValueError, match="'lass' has no masks of neurons"):
         masks_of("lass", counts, args, None, 0)
     with pytest.raises(ValueError, match="taylor is identified by attribution, but got activity"):
         masks_of("taylor", counts, args, None, 0)
@@ -236,6 +237,15 @@ def test_a_stage_names_the_value_of_a_knob(comparison, counts):
     for wrong in ("k=0.5", "ours_q=0.5", "ours_k=half", "lora_r=2.5"):
         with pytest.raises(ValueError, match="such as ours_k=0.9"):
             parse_method(wrong, args)
+    for stages, message in (
+        (["our"], "no method 'our'"),
+        (["wrong_pair"], "permutation"),
+        (["adapter_fam"], "families"),
+        (["group"], "pivot"),
+        (["ours_q=1"], "such as ours_k"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_methods(["ours", *stages], MethodArguments(), None)
     assert seeds_of(["ours=3", "ours_k=0.9=1"]) == {"ours": 3, "ours_k=0.9": 1}
     with pytest.raises(ValueError, match=r"got ours_k=0\.9\.$"):
         seeds_of(["ours=3", "ours_k=0.9"])
@@ -262,6 +272,16 @@ def test_fine_tuning_for_as_many_seconds_as_ours(comparison):
     assert comparison.run(EQUAL_SECONDS, 0)
     row = json.loads((comparison.directory / EQUAL_SECONDS / "seed-0" / PART).read_text())["rows"][0]
     assert row["updates"] == 3 * (29 + 1) / 10
+
+
+def test_the_warm_up_is_as_large_a_share_of_every_run(comparison):
+    comparison.training.max_steps, comparison.training.warmup_steps = 4, 2
+    comparison.stage.single_updates, comparison.stage.bilingual_updates = 2, 8
+    warm_up = {"fine_tune": 2, "fine_tune_single": 1, "bilingual": 4}
+    for method, steps in warm_up.items():
+        assert comparison.run(method, 0)
+        run = next(comparison.stage_directory(method, 0).rglob("run.json"))
+        assert json.loads(run.read_text())["depends_on"]["warmup_steps"] == steps
 
 
 def test_a_diverged_run_is_a_failure(comparison):

@@ -166,12 +166,17 @@ def test_comparisons_of_several_sizes_are_put_together(tmp_path, monkeypatch, ca
         found = {"rows": rows + rows_of("bilingual", [[2 - gap] * 4]), "stages": stages}
         write_results(tmp_path / size, found)
     words = ["--directories", str(tmp_path / "d16"), str(tmp_path / "d32"), "--output_dir", str(tmp_path / "both")]
+    words += ["--methods", "ours"]
     monkeypatch.setattr(sys, "argv", [recipe, *words])
     runpy.run_path(recipe, run_name="__main__")
     assert "| ours     | d16" in capsys.readouterr().out
     results = json.loads((tmp_path / "both" / "results.json").read_text())
     assert {row["size"] for row in results["rows"]} == {"d16", "d32"} and len(results["rows"]) == 24
     assert (tmp_path / "both" / "interference.svg").is_file()
+    monkeypatch.setattr(sys, "argv", [recipe, *words, "lora"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(recipe, run_name="__main__")
+    assert "No comparison has rows of 'lora'; they have bilingual, fine_tune, ours." in capsys.readouterr().err
     write_results(tmp_path / "d32", {"rows": rows, "stages": stages})
     with pytest.raises(SystemExit):
         runpy.run_path(recipe, run_name="__main__")

@@ -67,8 +67,9 @@ def test_wrong_pair_takes_factorized_masks_and_zero_shot_pairs(tmp_path):
 
 def test_wrong_pair_refuses_what_is_no_exchange():
     like = ns.CumulativeThreshold(0.6).select(random_counts())
-    with pytest.raises(ValueError, match="permutation"):
-        ns.WrongPair(like, {"de": "fr"})
+    for exchange in ({"de": "fr"}, {}, {"de": "de", "fr": "zh", "zh": "fr"}):
+        with pytest.raises(ValueError, match="permutation"):
+            ns.WrongPair(like, exchange)
     with pytest.raises(ValueError, match="masks of en-zh"):
         ns.WrongPair(like, {"de": "zh", "zh": "de"}).select()
 

@@ -313,6 +313,8 @@ def test_the_comparison_runs_by_stages_and_makes_its_tables_from_those_that_are_
         *("--zero_shot_pairs", "Aa-Ba", "--zero_shot_sentences", "4", "--tiers", "high=Aa", "low=Ba"),
         *("--methods", "fine_tune=2", "ours=1", "--num_beams", "1", "--evaluations", "1", "--max_length", "64"),
     )
+    error = run_here(*compare, "--only", "ours", "--seed", "1", fails=True)
+    assert "--only ours --seed 1 is no stage of this comparison; it has fine_tune with 2 seeds" in error
     run_here(*compare, "--only", "fine_tune", "--seed", "1")
     assert [path.parent.name for path in output.rglob("part.json")] == ["seed-1"]
     printed = run_here(*compare, "--report", str(output / "report.html"))

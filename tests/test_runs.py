@@ -195,10 +195,11 @@ def test_losses_before_training_are_of_the_base_and_under_the_masks(train, toy_d
     assert losses["masked_validation_loss"] == pytest.approx(metrics["best_validation_loss"], abs=1e-5)
     assert f"base validation loss {losses['base_validation_loss']:.4f}, masked" in capsys.readouterr().out
     base, tokenizer = load_checkpoint(str(toy_checkpoint))
-    data = encode_parallel(
-        toy_data["validation"], tokenizer, resolve_tokens(tokenizer, toy_data["validation"]), max_length=128
-    )
-    trainer = SpecializationTrainer(base, arguments(tmp_path / "b"), tokenizer, data, data, list(toy_data["train"]))
+    tokens = resolve_tokens(tokenizer, toy_data["validation"])
+    data = encode_parallel(toy_data["validation"], tokenizer, tokens, max_length=128)
+    tags = tokenizer.convert_tokens_to_ids(list(tokens.values()))
+    options = tokenizer, data, data, list(toy_data["train"])
+    trainer = SpecializationTrainer(base, arguments(tmp_path / "b"), *options, target_tags=tags)
     assert losses["base_validation_loss"] == pytest.approx(trainer.evaluate()["eval_loss"], abs=1e-5)
     first = metrics["log"][0]["loss"]
     model, tokenizer = load_checkpoint(str(toy_checkpoint))

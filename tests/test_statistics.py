@@ -56,9 +56,10 @@ def test_the_interval_covers_the_truth_and_widens_with_both_kinds_of_chance():
     for differences in (across_seeds, across_directions):
         interval = hierarchical_bootstrap(differences)
         assert interval["low"] < 0.4 and interval["high"] > 0.6 and interval["mean"] == 0.5
-    clear = hierarchical_bootstrap(np.full((3, 5), -0.2) + draw.normal(0, 0.01, (3, 5)))
+    clear = hierarchical_bootstrap(np.full((3, 12), -0.2) + draw.normal(0, 0.01, (3, 12)))
     assert clear["high"] < 0 and clear["p"] < 0.01
     assert hierarchical_bootstrap(draw.normal(0, 1, (3, 20)))["p"] > 0.01
+    assert hierarchical_bootstrap(np.full((2, 4), -1.0))["p"] == 0.125, "four signs that agree, by a sign test"
 
 
 def test_directions_are_tested_by_sacrebleu_with_a_correction():
@@ -92,11 +93,15 @@ def test_the_main_table_shows_every_method_and_failures_as_failed():
     rows += rows_of("bilingual", [[1, 1, 1, 1]])[:1]
     stages[2]["learning_rate"], stages[2]["identification_seconds"] = 3e-3, 90
     trials = [{"method": "ours", "learning_rate": rate} for rate in (1e-3, 3e-3)]
+    stages[0]["learning_rate"], stages[2]["kept"] = 3e-3, 0.75
+    trials += [{"method": "fine_tune", "learning_rate": 3e-3, "knobs": {"k": k}} for k in (0.5, 0.9)]
     table = {line["method"]: line for line in main_table(rows, stages, trials)}
     assert (
         table["ours"]["learning rate"] == "0.003 (edge of the grid)"
         and table["ours"]["minutes to find subnets"] == 1.5
     )
+    assert table["fine_tune"]["learning rate"] == "0.003", "the only one, tried with several values of a knob"
+    assert table["ours"]["kept, %"] == 75 and "kept, %" not in table["fine_tune"]
     assert table["ours"]["Δ loss"] == pytest.approx(0.0) and table["ours"]["better in"] == "2/4"
     assert table["ours"]["seeds"] == 2 and table["ours"]["± loss"] == 0
     assert table["lora"]["unfinished"] == "seed 0: ValueError: no" and table["lora"]["seeds"] == 0

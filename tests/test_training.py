@@ -15,6 +15,7 @@ from neuron_specialization.translation.checkpoints import load_adapted, load_che
 from neuron_specialization.translation.encoding import encode_parallel
 from neuron_specialization.translation.identification import record_corpus
 from neuron_specialization.translation.runs import last_complete_checkpoint
+from neuron_specialization.translation.token_loss import token_losses
 from neuron_specialization.translation.tokenization import resolve_tokens
 from neuron_specialization.translation.trainer import SpecializationTrainer, SpecializationTrainingArguments
 from neuron_specialization.translation.training import fit
@@ -247,10 +248,20 @@ def test_the_best_model_by_validation_loss_is_kept(toy_data, toy_tokenizer, toy_
     assert losses[-1] > min(losses), "this run should get worse in the end, and be put back"
     tokens = resolve_tokens(toy_tokenizer, toy_data["validation"])
     encoded = encode_parallel(toy_data["validation"], toy_tokenizer, tokens)
-    trainer = SpecializationTrainer(
-        toy_model, arguments(tmp_path / "again"), toy_tokenizer, encoded, encoded, list(toy_data["validation"])
-    )
+    tags = toy_tokenizer.convert_tokens_to_ids(list(tokens.values()))
+    options = toy_tokenizer, encoded, encoded, list(toy_data["validation"])
+    trainer = SpecializationTrainer(toy_model, arguments(tmp_path / "again"), *options, target_tags=tags)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-4)
+
+
+def test_the_validation_loss_leaves_out_the_languages_tag_as_the_losses_of_a_comparison_do(
+    toy_data, toy_tokenizer, toy_model, tmp_path
+):
+    pair = "Pv-Aa"
+    corpus = {pair: toy_data["validation"][pair].select(range(16))}
+    args = arguments(tmp_path, max_steps=1, per_device_eval_batch_size=16, learning_rate=1e-9)
+    found = fit(toy_model, toy_tokenizer, corpus, corpus, args)["base_validation_loss"]
+    assert found == pytest.approx(token_losses(toy_model, toy_tokenizer, corpus)[pair], rel=1e-5)
 
 
 def test_bad_settings_are_refused_before_training(toy_data, toy_tokenizer, toy_model, tmp_path):

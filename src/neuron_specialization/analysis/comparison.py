@@ -127,8 +127,13 @@ def _costs(begun: Rows) -> dict[str, Any]:
         "updates": stage["updates"],
         "extra parameters": stage["extra_parameters"],
         "minutes to find subnets": stage.get("identification_seconds", 0) / 60,
-        "kept, %": stage["kept"] and 100 * stage["kept"],
+        **kept_share(stage),
         "mask bytes": stage["mask_bytes"],
         "models": stage["parts"],
         "seconds": sum(each["seconds"] for each in begun) / len(begun),
     }
+
+
+def kept_share(stage: Mapping[str, Any]) -> dict[str, float]:
+    """Return the column with the share of neurons that a stage's masks keep; none for methods without such masks."""
+    return {"kept, %": 100 * stage["kept"]} if stage.get("kept") is not None else {}

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..neurons.language_pairs import split_pair
-from .comparison import REFERENCE, Rows, difference, interference
+from .comparison import REFERENCE, Rows, difference, interference, kept_share
 from .statistics import paired_differences, spread
 
 
@@ -82,7 +82,7 @@ def sweep_table(rows: Rows, stages: Rows) -> list[dict[str, Any]]:
         named = {s["method"]: s for s in stages if s.get("kind") == kind and s.get("knob") in (knob, None)}
         for method, stage in sorted(named.items(), key=lambda item: item[1]["knobs"][knob]):
             if any(row["method"] == method for row in rows):
-                line = {"method": kind, "knob": knob, "value": f"{stage['knobs'][knob]:g}", **_kept(stage)}
+                line = {"method": kind, "knob": knob, "value": f"{stage['knobs'][knob]:g}", **kept_share(stage)}
                 line |= {"loss": spread(rows, method, "loss")[0], **difference(rows, method)}
                 table.append({**line, "chrF++": spread(rows, method, "chrf++")[0], "stage": method})
     return table
@@ -200,7 +200,3 @@ def _complete(rows: Rows, methods: Sequence[str]) -> list[Mapping[str, Any]]:
     for row in own_rows:
         counts[row["direction"]] = counts.get(row["direction"], 0) + 1
     return [row for row in own_rows if counts[row["direction"]] == len(stages)]
-
-
-def _kept(stage: Mapping[str, Any]) -> dict[str, float]:
-    return {"kept, %": 100 * stage["kept"]} if stage.get("kept") is not None else {}

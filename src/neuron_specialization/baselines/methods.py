@@ -153,8 +153,9 @@ def masks_of(
         seed: of the random controls.
 
     Raises:
-        ValueError: if the method has no such masks, or if it needs the other measure.
+        ValueError: if the method is unknown, has no such masks or lacks a setting, or if it needs the other measure.
     """
+    check_methods([method], args, pivot)
     if IDENTIFIED_BY.get(method, counts.measure) not in (counts.measure, WEIGHTS):
         raise ValueError(f"{method} is identified by {IDENTIFIED_BY[method]}, but got {counts.measure}.")
     ours = CumulativeThreshold(args.k).select(counts)
