@@ -1,12 +1,15 @@
 """Merge adapters that different people made for one base model: their pairs, or the union or intersection of masks.
 
 python recipes/merge_masks.py --adapters user/masks-de other/masks-fr build/masks-fi --output_dir build/merged
+
+Only masks are merged: what was trained under them is left out, so the result needs training.
 """
 
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Literal
 
+from neuron_specialization.neurons.adapter_file import read_config
 from neuron_specialization.neurons.files import check_not_input
 from neuron_specialization.neurons.masks import NeuronMasks
 from neuron_specialization.translation.command_line import parse, run
@@ -34,6 +37,9 @@ def main() -> None:
     masks = reduce(getattr(NeuronMasks, args.how), map(NeuronMasks.from_pretrained, args.adapters))
     masks.save_pretrained(args.output_dir, args.overwrite_output_dir)
     print(f"wrote {args.output_dir}\n{masks}")
+    trained = [adapter for adapter in args.adapters if read_config(adapter).get("trainable") != "none"]
+    if trained:
+        print(f"What was trained under the masks of {', '.join(trained)} is not merged: the result needs training.")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """The model card: written on every save, runnable as printed, and never over what its user wrote."""
 
+import ast
 import json
 import re
+import tomllib
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -11,6 +13,7 @@ from huggingface_hub import ModelCard
 from peft import get_peft_model
 
 import neuron_specialization as ns
+from neuron_specialization.export.hub import facts_from_results
 from neuron_specialization.neurons.adapter_file import pack_rows
 from neuron_specialization.neurons.card import CardFacts, describe_adapter, is_edited, render_card
 from neuron_specialization.neurons.kept_picture import draw_kept, kept_shares
@@ -18,7 +21,8 @@ from neuron_specialization.neurons.masks import NeuronMasks
 
 from .conftest import make_m2m100, make_masks
 
-CARDS = sorted((Path(__file__).parent.parent / "model_cards").glob("*/README.md"))
+ROOT = Path(__file__).parent.parent
+CARDS = sorted((ROOT / "model_cards").glob("*/README.md"))
 SCORES = {
     "en-de": {
         "bleu": 33.626,
@@ -147,6 +151,57 @@ def test_scores_are_in_the_text_and_in_the_front_matter():
     }
 
 
+@pytest.mark.parametrize(
+    ("file", "told", "kind"),
+    [
+        ("/home/me/test.parquet", "test.parquet", "unknown"),
+        ("data/test.{lang}", "test.{lang}", "unknown"),
+        ("wmt/wmt16:de-en", "wmt/wmt16:de-en", "wmt/wmt16"),
+    ],
+)
+def test_scores_are_told_of_the_data_they_are_on(tmp_path, file, told, kind):
+    path = tmp_path / "scores.json"
+    arguments = [{"num_beams": 5}, {"train_file": None, "test_file": file}]
+    path.write_text(json.dumps({"recipe": "score", "directions": SCORES, "arguments": arguments}))
+    facts = facts_from_results(CardFacts("me/masks", datasets=["me/training"]), scores=path)
+    config = {**make_masks(make_m2m100(), pairs=("en-de",)).metadata(), "trainable": "full"}
+    text = render_card(config, {}, facts)
+    assert {(r.dataset_name, r.dataset_type) for r in ModelCard(text).data.eval_results} == {(told, kind)}
+    assert f"## Evaluation\n\nOn `{told}`:\n\n| direction |" in text and ModelCard(text).data.datasets == [
+        "me/training"
+    ]
+
+
+SCORED = {"recipe": "score", "directions": SCORES, "arguments": [{"test_file": "test.tsv"}]}
+COUNTED = {"recipe": "identify", "tokens": {"encoder": [9]}, "arguments": [{"validation_file": "dev.tsv"}]}
+RUN = {"depends_on": {"seed": 0}, "result": {"updates": 7, "environment": {"torch": "2.13.0"}}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "expected"),
+    [
+        ("scores", [SCORED], "the complete results.json of recipes/score.py"),
+        ("scores", {**SCORED, "recipe": "identify"}, "written by identify, expected recipes/score.py"),
+        ("scores", {**SCORED, "directions": {"en-de": {"bleu": 33.6}}}, "score.py: KeyError.'chrf"),
+        ("scores", {"recipe": "score", "arguments": SCORED["arguments"]}, "score.py: KeyError.'directions'"),
+        ("scores", {**SCORED, "arguments": [{"num_beams": 5}]}, "score.py: KeyError.'test_file'"),
+        ("identification", [COUNTED], "the complete results.json of recipes/identify.py"),
+        ("identification", {**COUNTED, "tokens": None}, "the complete results.json of recipes/identify.py"),
+        ("identification", {**COUNTED, "arguments": "none"}, "the complete results.json of recipes/identify.py"),
+        ("training", {**RUN, "depends_on": []}, "the run.json of a finished training run"),
+        ("training", {**RUN, "result": {"updates": 7, "environment": []}}, "the run.json of a finished training run"),
+    ],
+)
+def test_incomplete_results_are_refused_by_name(tmp_path, kind, content, expected):
+    path = tmp_path / "file.json"
+    complete = {"scores": SCORED, "identification": COUNTED, "training": RUN}
+    path.write_text(json.dumps(complete[kind]))
+    facts_from_results(CardFacts(), **{kind: path})
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"file.json .*{expected}"):
+        facts_from_results(CardFacts(), **{kind: path})
+
+
 def test_a_published_card_names_no_directory_of_its_author(tmp_path):
     make_m2m100().save_pretrained(tmp_path / "secret_project")
     model = type(make_m2m100()).from_pretrained(tmp_path / "secret_project")
@@ -166,7 +221,7 @@ def test_a_card_alone_tells_what_recipes_measured_and_names_no_directory(tmp_pat
     arguments = [{"validation_file": str(tmp_path / "dev.jsonl"), "max_sentences": 50}]
     identified = {"recipe": "identify", "arguments": arguments, "tokens": {"encoder": [1200, 1100], "decoder": [900]}}
     (tmp_path / "identified.json").write_text(json.dumps(identified))
-    (tmp_path / "scores.json").write_text(json.dumps({"recipe": "score", "directions": SCORES}))
+    (tmp_path / "scores.json").write_text(json.dumps(SCORED))
     given = ["--identification", "identified.json", "--scores", "scores.json", "--training", "run.json"]
     given += ["--license", "cc0-1.0"]
     (tmp_path / "run.json").write_text(json.dumps({"depends_on": {"learning_rate": 0.001}, "result": None}))
@@ -176,7 +231,7 @@ def test_a_card_alone_tells_what_recipes_measured_and_names_no_directory(tmp_pat
     run_here("publish.py", "--adapter", "adapter", "--card_only", "cards/mine", *given)
     text = (tmp_path / "cards" / "mine" / "README.md").read_text()
     assert "| counted on | dev.jsonl |" in text and "| encoder positions per pair | 1,100 to 1,200 |" in text
-    assert "| en-de | 1000 | 33.63 | 57.23 |" in text and "model_type m2m_100" in text
+    assert "| en-de | 1000 | 33.63 | 57.23 |" in text and "On `test.tsv`:" in text and "model_type m2m_100" in text
     assert "secret_project" not in text and str(tmp_path) not in text
     assert sorted(path.name for path in (tmp_path / "cards" / "mine").iterdir()) == ["README.md", "kept_neurons.svg"]
     for where in ([], ["--repo", "me/mine", "--card_only", "cards"]):
@@ -188,6 +243,27 @@ def test_committed_cards_are_as_they_were_written(path):
     text = path.read_text()
     assert not is_edited(path) and "More Information Needed" not in text
     assert "BLEU: `nrefs" in text and "| counted on |" in text and (path.parent / "kept_neurons.svg").is_file()
+
+
+@pytest.mark.parametrize("sentence", ['She said "no".', "C:\\new\\", "L'été\nfini", "日本語 {{ base }} <b>"])
+def test_any_sentence_is_that_sentence_in_the_usage_block(sentence):
+    config = {**make_masks(make_m2m100()).metadata(), "trainable": "delta"}
+    block = re.search(
+        r"## Usage\n\n```python\n(.*?)\n```", render_card(config, {}, CardFacts(sentence=sentence)), re.S
+    )
+    assert block is not None
+    strings = [node.value for node in ast.walk(ast.parse(block[1])) if isinstance(node, ast.Constant)]
+    assert sentence in strings
+
+
+def test_the_package_is_installed_from_where_it_is():
+    repository = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+    config = {**make_masks(make_m2m100()).metadata(), "trainable": "delta"}
+    assert f"pip install git+{repository}\n" in render_card(config, {}, CardFacts()).split("##")[0]
+    readme = (ROOT / "README.md").read_text()
+    assert f"git clone {repository} " in readme and f"`pip install git+{repository}`" in readme
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("recipes/*.md"), *CARDS]
+    assert not [page for page in pages if re.search("pip install ['\"]?neuron-specialization", page.read_text())]
 
 
 def test_the_usage_block_runs_as_printed(tmp_path, toy, toy_tokenizer, capsys):

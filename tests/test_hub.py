@@ -79,6 +79,25 @@ def test_a_private_repository_needs_a_token(hub, monkeypatch):
     assert NeuronMasks.from_pretrained("me/secret", token=TOKEN).language_pairs == masks.language_pairs
 
 
+def test_what_is_to_be_private_is_not_put_into_a_public_repository(hub, tmp_path, monkeypatch, capsys):
+    masks = make_masks(make_m2m100())
+    for name in ("me/secret", "me/public"):
+        masks.push_to_hub(name, private=name == "me/secret")
+    masks.save_pretrained(tmp_path)
+    commits = {name: list(of) for name, of in hub.revisions.items()}
+    with pytest.raises(ValueError, match="me/public exists and is public.*Nothing was uploaded"):
+        masks.push_to_hub("me/public", private=True)
+    publish = "publish", monkeypatch, "--adapter", tmp_path, "--private", "true", "--repo"
+    with pytest.raises(SystemExit):
+        recipe(*publish, "me/public")
+    assert "me/public exists and is public" in capsys.readouterr().err
+    assert {name: list(of) for name, of in hub.revisions.items()} == commits
+    masks.push_to_hub("me/secret", private=True)
+    recipe(*publish, "me/secret")
+    recipe(*publish, "me/new")
+    assert hub.private == {"me/secret", "me/new"} and len(hub.revisions["me/secret"]) == len(commits["me/secret"]) + 2
+
+
 def test_an_adapter_that_was_read_once_is_read_again_without_a_network(hub, monkeypatch):
     masks, model = make_masks(make_m2m100()), adapted()
     masks.push_to_hub("me/masks")
@@ -128,6 +147,20 @@ def test_pairs_of_several_people_are_merged_into_one_adapter(hub, tmp_path, monk
     for masks in (mine, theirs):
         for pair in masks.language_pairs:
             assert all(torch.equal(merged.row(pair, name), masks.row(pair, name)) for name in masks.rows)
+
+
+def test_merging_says_whose_training_is_left_out(tmp_path, monkeypatch, capsys):
+    adapted().save_pretrained(tmp_path / "trained")
+    make_masks(make_m2m100(), pairs=("en-cs",)).save_pretrained(tmp_path / "masks")
+    make_masks(make_m2m100(), pairs=("en-fi",)).save_pretrained(tmp_path / "more")
+    merge = "merge_masks", monkeypatch, "--output_dir", tmp_path / "merged", "--adapters", tmp_path / "masks"
+    recipe(*merge, tmp_path / "more")
+    assert "is not merged" not in capsys.readouterr().out
+    recipe(*merge, tmp_path / "trained")
+    assert (
+        f"What was trained under the masks of {tmp_path / 'trained'} is not merged: the result needs training."
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(("how", "together"), [("union", torch.logical_or), ("intersection", torch.logical_and)])

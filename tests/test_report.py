@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -54,7 +55,31 @@ def test_what_cannot_be_reported_is_refused(tmp_path):
         write_report(tmp_path / "report.html", "Empty")
     with pytest.raises(ValueError, match="holds no results.json"):
         write_report(tmp_path / "report.html", "Empty", results=[tmp_path])
+    for content, expected in (
+        ([{"loss": 1}], "expected a JSON object"),
+        ({"environment": ["torch 2.13"]}, "expected environment to be an object"),
+        ({"facts": "Equal budget."}, "expected facts to be a list"),
+    ):
+        (tmp_path / "results.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=f"results.json: {expected}"):
+            write_report(tmp_path / "report.html", "Wrong", results=[tmp_path])
+    (tmp_path / "results.json").write_text("{")
+    with pytest.raises(ValueError, match="results.json is damaged"):
+        write_report(tmp_path / "report.html", "Wrong", results=[tmp_path])
     assert not (tmp_path / "report.html").exists()
+
+
+def test_every_id_is_one_word_that_is_there_once(tmp_path):
+    names = ("x", "x-title", "seed 0 (k=0.9)", "seed 0 k 0 9", "Größe", 'a"b')
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text("{}")
+    directories = [tmp_path / name for name in (*names, *names)]
+    html = write_report(tmp_path / "report.html", "Odd", make_masks(make_m2m100()), directories).read_text()
+    ids = re.findall(r' id="([^"]*)"', html)
+    assert len(set(ids)) == len(ids) > 24 and all(re.fullmatch(r"[\w-]+", each) for each in ids)
+    referred = re.findall(r' (?:aria-labelledby|for|href)="#?([^"]*)"', html)
+    assert len(referred) > 24 and set(referred) <= set(ids)
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +119,53 @@ def test_the_heatmap_follows_the_slider_by_keyboard(page):
     assert "decoder" in page.find_element("id", "layer-name").text
     assert cells(page) != first
     assert "decoder" in page.find_element("id", "heatmap").get_attribute("aria-label")
+    assert page.find_element("id", "layer-name").text.startswith(slider.get_attribute("aria-valuetext") + ",")
+    slider.send_keys(Keys.TAB, Keys.TAB)
+    assert page.switch_to.active_element.tag_name == "summary", "not the heatmap, where no key does anything"
+
+
+def test_the_overlap_of_every_two_pairs_is_in_a_table_that_follows(page):
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.select import Select
+
+    masks = make_masks(make_m2m100())
+    page.find_element("css selector", "#drawn summary").click()
+    page.find_element("id", "layer").send_keys(Keys.END)
+    Select(page.find_element("id", "order")).select_by_value("family")
+    order, block = ["en-de", "en-fr", "de-en", "fr-en"], list(masks.rows)[-1]
+    rows = [line.text.split() for line in page.find_elements("css selector", "#matrix tr")]
+    assert rows[0] == ["pair", *order] and [row[0] for row in rows[1:]] == order
+    shown = [[float(value) for value in row[1:]] for row in rows[1:]]
+    assert shown == [pytest.approx(row, abs=6e-4) for row in masks.iou_matrix(block, order).tolist()]
+    assert page.find_element("css selector", "#matrix caption").text.endswith(block)
+
+
+def test_names_of_blocks_are_text_in_the_table(browser, tmp_path):
+    masks = make_masks(make_m2m100())
+    first, *others = masks.rows
+    masks = replace(
+        masks,
+        rows={ATTACK: masks.rows[first], **{name: masks.rows[name] for name in others}},
+        stacks={ATTACK: masks.stacks[first], **{name: masks.stacks[name] for name in others}},
+    )
+    browser.get(write_report(tmp_path / "report.html", "Names", masks).as_uri())
+    assert browser.find_element("css selector", "#matrix caption").get_property("textContent").endswith(ATTACK)
+    assert browser.find_element("id", "layer").get_attribute("aria-valuetext") == ATTACK
+    assert not browser.find_elements("tag name", "img")
+
+
+def test_without_javascript_the_page_says_what_it_lacks(page):
+    page.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+    try:
+        page.refresh()
+        assert (
+            "Without JavaScript this page shows the mean overlap of each block"
+            in page.find_element("id", "overlap").text
+        )
+        assert page.find_element("css selector", "#overlap > details summary").is_displayed()
+        assert not page.find_element("id", "layer").is_displayed(), "nothing that does not work"
+    finally:
+        page.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
 
 
 def test_pairs_are_ordered_by_family(page):
@@ -111,6 +183,7 @@ def test_a_phone_scrolls_down_only(page):
     sizes = {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
     page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", sizes)
     page.refresh()
+    page.execute_script("document.querySelectorAll('details').forEach(each => each.open = true)")
     try:
         curve = page.find_element("css selector", "#depth svg")
         assert curve.size["width"] <= 360, "the whole curve is seen"
@@ -166,6 +239,9 @@ def test_pruning_curves_say_what_they_show(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps({"recipe": "prune"}))
     for end in ("", "-forgetting", "-noise-costs"):
         (tmp_path / f"en-de_en-fr-after-0{end}.svg").write_text(SVG)
+    for name in ("forgetting", "noise-costs", "quality"):
+        (tmp_path / f"{name}.svg").write_text(SVG)
     captions = re.findall("<figcaption>(.*?)<", write_report(tmp_path / "r.html", "R", results=[tmp_path]).read_text())
-    values = ("Quality", "Forgetting", "What noise costs")
-    assert captions == [f"{value} against the share of neurons pruned: en-de_en-fr-after-0" for value in values]
+    what, values = "against the share of neurons pruned", ("Quality", "Forgetting", "What noise costs")
+    of_a_model = [f"{value} {what}: en-de_en-fr-after-0" for value in values]
+    assert captions == [*of_a_model, *(f"{value} {what}" for value in ("Forgetting", "What noise costs", "Quality"))]

@@ -1,6 +1,6 @@
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
-const SVG = "http://www.w3.org/2000/svg";
+const SVG = "http://www.w3.org/2000/svg", HTML = "http://www.w3.org/1999/xhtml";
 const VIRIDIS = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]];
 
 function color(value) {
@@ -10,8 +10,8 @@ function color(value) {
   return `rgb(${mix.join(",")})`;
 }
 
-function add(parent, name, attributes, text) {
-  const element = document.createElementNS(SVG, name);
+function add(parent, name, attributes, text, space = SVG) {
+  const element = document.createElementNS(space, name);
   for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
   if (text !== undefined) element.textContent = text;
   parent.appendChild(element);
@@ -19,8 +19,8 @@ function add(parent, name, attributes, text) {
 }
 
 function heatmap() {
-  const layer = Number(document.getElementById("layer").value);
-  const block = data.blocks[layer];
+  const slider = document.getElementById("layer");
+  const block = data.blocks[Number(slider.value)];
   const order = document.getElementById("order").value === "family" ? data.by_family : data.pairs.map((_, i) => i);
   const place = document.getElementById("heatmap");
   const left = 8 + 7 * Math.max(...data.pairs.map((p) => p.length)), n = order.length;
@@ -41,8 +41,25 @@ function heatmap() {
     });
   });
   legend();
+  matrix(block, order);
+  slider.setAttribute("aria-valuetext", block.name);
   document.getElementById("layer-name").textContent = `${block.name}, mean ${block.mean.toFixed(3)}`;
   place.setAttribute("aria-label", `Overlap of ${n} language pairs in ${block.name}: mean ${block.mean.toFixed(3)}`);
+}
+
+function matrix(block, order) {
+  const table = document.getElementById("matrix"), [body] = table.tBodies;
+  table.caption.textContent = `Intersection over union in ${block.name}`;
+  table.tHead.replaceChildren();
+  body.replaceChildren();
+  const head = table.tHead.insertRow();
+  add(head, "th", { scope: "col" }, "pair", HTML);
+  for (const i of order) {
+    add(head, "th", { scope: "col" }, data.pairs[i], HTML);
+    const row = body.insertRow();
+    add(row, "th", { scope: "row" }, data.pairs[i], HTML);
+    for (const j of order) add(row, "td", { class: "number" }, block.iou[i][j].toFixed(3), HTML);
+  }
 }
 
 function legend() {
@@ -85,5 +102,6 @@ function depth() {
 document.getElementById("layer").addEventListener("input", heatmap);
 document.getElementById("order").addEventListener("change", heatmap);
 window.addEventListener("resize", () => { heatmap(); depth(); });
+document.getElementById("drawn").hidden = false;
 heatmap();
 depth();

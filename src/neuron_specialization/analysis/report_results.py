@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,39 +34,52 @@ _CAPTIONS = {
     "tokens": "Top tokens of the neurons with most credit, before and after the last step",
     "transfer": "Accuracy of each model minus that of the source model, by task and language",
 }
-_PRUNING = {"-forgetting": "Forgetting", "-noise-costs": "What noise costs", "": "Quality"}  # ends of files' names
+_PRUNING = {"forgetting": "Forgetting", "noise-costs": "What noise costs", "quality": "Quality"}
 
 
 def results_sections(directories: Iterable[str | Path]) -> list[dict[str, Any]]:
     """Return a section for each directory: "id", "title", "recipe", "facts", "figures", "tables" and "environment".
 
     Raises:
-        ValueError: if a directory holds no `results.json`.
+        ValueError: if a directory holds no `results.json`, or one that no recipe writes.
     """
     sections: list[dict[str, Any]] = []
     for directory in map(Path, directories):
         section = _section(directory)
-        if any(section["id"] == other["id"] for other in sections):
+        while any(section["id"] == other["id"] for other in sections):
             section["id"] += f"-{len(sections)}"
         sections.append(section)
     return sections
 
 
 def _section(directory: Path) -> dict[str, Any]:
-    path = directory / "results.json"
-    if not path.is_file():
-        raise ValueError(f"{directory} holds no results.json. Name directories that recipes wrote their results into.")
-    results = json.loads(path.read_text(encoding="utf-8"))
+    results = _read(directory)
     name = directory.resolve().name
     return {
-        "id": f"results-{name}",
+        "id": re.sub(r"\W+", "-", f"results-{name}").strip("-"),
         "title": name.replace("-", " ").replace("_", " "),
         "recipe": results.get("recipe"),
-        "facts": [fact for fact in results.get("facts") or [] if isinstance(fact, str)],
+        "facts": [fact for fact in results.get("facts", []) if isinstance(fact, str)],
         "figures": [_figure(file, results.get("recipe")) for file in _figure_files(directory)],
         "tables": _without_repetition(_tables(results)),
         "environment": ", ".join(f"{key} {value}" for key, value in results.get("environment", {}).items() if value),
     }
+
+
+def _read(directory: Path) -> dict[str, Any]:
+    path = directory / "results.json"
+    if not path.is_file():
+        raise ValueError(f"{directory} holds no results.json. Name directories that recipes wrote their results into.")
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: it is no JSON ({error}).") from error
+    if not isinstance(results, dict):
+        raise ValueError(f"{path}: expected a JSON object, as recipes write it, got {results!r:.80}.")
+    for name, kind, expected in (("environment", dict, "an object"), ("facts", list, "a list")):
+        if not isinstance(results.get(name, kind()), kind):
+            raise ValueError(f"{path}: expected {name} to be {expected}, got {results[name]!r:.80}.")
+    return results
 
 
 def _figure_files(directory: Path) -> list[Path]:
@@ -81,8 +95,9 @@ def _figure(file: Path, recipe: str | None) -> dict[str, str]:
 
 def _caption(stem: str, recipe: str | None) -> str:
     if recipe == "prune":
-        end, value = next((end, value) for end, value in _PRUNING.items() if stem.endswith(end))
-        return f"{value} against the share of neurons pruned: {stem.removesuffix(end)}"
+        found = re.fullmatch(rf"(?:(.+)-)?({'|'.join(_PRUNING)})", stem)
+        name, value = found.groups() if found else (stem, "quality")
+        return f"{_PRUNING[value]} against the share of neurons pruned" + (f": {name}" if name else "")
     return _CAPTIONS.get(stem) or stem.replace("_", " ")
 
 

@@ -1,7 +1,8 @@
 """Publish an adapter directory on the Hub, with a card that says how it was made and how well it translates."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from ..neurons.adapter_file import CONFIG_NAME, WEIGHTS_NAME
+from ..neurons.adapter_file import CONFIG_NAME, WEIGHTS_NAME, make_repository
 from ..neurons.card import CARD_NAME, CardFacts, describe_adapter
 from ..neurons.kept_picture import PICTURE_NAME
 from ..neurons.masks import NeuronMasks
@@ -18,6 +19,7 @@ _TRAINING = (
     *("max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "per_device_train_batch_size"),
     *("temperature", "label_smoothing_factor", "weight_decay", "seed", "bf16", "fp16"),
 )
+_SCORE = ("bleu", "chrf++", "bleu_signature", "chrf++_signature", "sentences")
 
 
 def publish(
@@ -34,7 +36,8 @@ def publish(
         token: see `huggingface_hub.HfApi`.
 
     Raises:
-        ValueError: if the directory holds no adapter, a damaged one, or one whose weights are not safetensors.
+        ValueError: if the directory holds no adapter, a damaged one, or one whose weights are not safetensors; if
+            `private` is asked of a repository that exists and is public. Nothing is uploaded then.
     """
     if facts.repo_id is None or facts.repo_id.count("/") != 1:
         raise ValueError(f"Expected a Hub repository such as user/name, got {facts.repo_id!r}.")
@@ -46,7 +49,7 @@ def publish(
         raise ValueError(f"{directory} has no {WEIGHTS_NAME}: save the adapter with safe_serialization=True.")
     describe_adapter(directory, facts)
     api = HfApi(token=token)
-    repo_id = api.create_repo(facts.repo_id, private=private, exist_ok=True).repo_id
+    repo_id = make_repository(api, facts.repo_id, private)
     files = [CONFIG_NAME, WEIGHTS_NAME, CARD_NAME, PICTURE_NAME]
     return str(api.upload_folder(repo_id=repo_id, folder_path=directory, allow_patterns=files))
 
@@ -66,53 +69,74 @@ def facts_from_results(
         identification: `results.json` of `recipes/identify.py`.
 
     Raises:
-        ValueError: if a file is not what that recipe writes, or tells of a run that did not finish.
+        ValueError: if a file is not what that recipe writes, is incomplete, or tells of a run that did not finish.
     """
     if scores is not None:
-        facts = replace(facts, scores=_read(scores, "score")["directions"])
+        facts = replace(facts, **_scored(scores))
     if training is not None:
         facts = replace(facts, training=_trained(training))
     if identification is not None:
-        facts = replace(facts, identification=_counted(_read(identification, "identify")))
+        facts = replace(facts, identification=_counted(identification))
     return facts
 
 
-def _trained(path: str | PathLike[str]) -> dict[str, Any]:
+@contextmanager
+def _reading(path: str | PathLike[str], what: str) -> Iterator[Any]:
+    """Yield what a JSON file holds; whatever its reader then misses is an error that names the file."""
     try:
-        run = json.loads(Path(path).read_text())
-        settings, result = run["depends_on"], run["result"]
-        told = {"updates": result["updates"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not the run.json of a finished training run: {error!r}.") from error
-    told |= {name: settings.get(name) for name in _TRAINING if settings.get(name) is not False}
-    batches = next((value for name, value in settings.items() if name.startswith("batches per update")), None)
-    told |= {"batches per update": batches, "target tokens": result.get("target_tokens")}
-    told |= {"trained on": str(settings.get("training data", "")).partition(",")[0]}
-    versions = result.get("environment", {})
-    told |= {name: versions.get(name) for name in ("device", "torch", "transformers", "peft")}
-    return {name: value for name, value in told.items() if value not in (None, "")}
+        yield json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not {what}: {error!r}.") from error
 
 
-def _counted(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what activations were counted on: the data's name, without its directory, and how much of it."""
-    settings = {key: value for part in results["arguments"] for key, value in part.items()}
-    tokens = {
-        f"{stack} positions per pair": f"{min(of):,} to {max(of):,}" for stack, of in results["tokens"].items() if of
-    }
-    limit = settings.get("max_sentences")
-    sentences = {"sentences per pair, at most": limit} if limit else {}
-    padding = {"padding counted too": True} if settings.get("count_padding") else {}
-    data = str(settings["validation_file"])
-    is_file = "." in Path(data).name or Path(data).is_absolute()  # else the name of a dataset on the Hub
-    return {"counted on": Path(data).name if is_file else data, **sentences, **tokens, **padding}
-
-
-def _read(path: str | PathLike[str], recipe: str) -> dict[str, Any]:
-    try:
-        results = json.loads(Path(path).read_text())
+@contextmanager
+def _results(path: str | PathLike[str], recipe: str) -> Iterator[dict[str, Any]]:
+    """Yield the results that a recipe wrote."""
+    with _reading(path, f"the complete results.json of recipes/{recipe}.py") as results:
         author = results.get("recipe")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} cannot be read as results of recipes/{recipe}.py: {error}.") from error
+        if author == recipe:
+            yield results
     if author != recipe:
         raise ValueError(f"{path} was written by {author or 'something else'}, expected recipes/{recipe}.py.")
-    return results
+
+
+def _scored(path: str | PathLike[str]) -> dict[str, Any]:
+    """Return the scores of every direction, and the name of the data that they are on."""
+    with _results(path, "score") as results:
+        scores = {direction: {key: of[key] for key in _SCORE} for direction, of in results["directions"].items()}
+        return {"scores": scores, "test_data": _data_name(_settings(results)["test_file"])}
+
+
+def _trained(path: str | PathLike[str]) -> dict[str, Any]:
+    with _reading(path, "the run.json of a finished training run") as run:
+        settings, result = run["depends_on"], run["result"]
+        told = {"updates": result["updates"]}
+        told |= {name: settings.get(name) for name in _TRAINING if settings.get(name) is not False}
+        batches = next((value for name, value in settings.items() if name.startswith("batches per update")), None)
+        told |= {"batches per update": batches, "target tokens": result.get("target_tokens")}
+        told |= {"trained on": str(settings.get("training data", "")).partition(",")[0]}
+        versions = result.get("environment", {})
+        told |= {name: versions.get(name) for name in ("device", "torch", "transformers", "peft")}
+        return {name: value for name, value in told.items() if value not in (None, "")}
+
+
+def _counted(path: str | PathLike[str]) -> dict[str, Any]:
+    """Return what activations were counted on: the data's name, without its directory, and how much of it."""
+    with _results(path, "identify") as results:
+        settings = _settings(results)
+        positions = {stack: f"{min(of):,} to {max(of):,}" for stack, of in results["tokens"].items() if of}
+        tokens = {f"{stack} positions per pair": told for stack, told in positions.items()}
+        limit = settings.get("max_sentences")
+        sentences = {"sentences per pair, at most": limit} if limit else {}
+        padding = {"padding counted too": True} if settings.get("count_padding") else {}
+        return {"counted on": _data_name(settings["validation_file"]), **sentences, **tokens, **padding}
+
+
+def _settings(results: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for part in results["arguments"] for key, value in part.items()}
+
+
+def _data_name(data: str) -> str:
+    """Return a file's name without its directory, or a dataset's on the Hub as it is."""
+    path = Path(data)
+    return path.name if "." in path.name or path.is_absolute() or path.exists() else data

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download
 from safetensors.torch import load_file
 
 from .ffn import STACKS
@@ -179,6 +179,26 @@ def fetch(location: str | PathLike[str], filename: str, **hub: Any) -> Path:
             f"No adapter at {str(location)!r}: it is neither a local directory nor a Hub repository that holds "
             f"{filename} and can be reached ({type(error).__name__}: {error})."
         ) from error
+
+
+def make_repository(api: HfApi, repo_id: str, private: bool | None) -> str:
+    """Create a Hub repository if it is missing, and return its id.
+
+    Args:
+        api: client of the Hub.
+        repo_id: Hub id that was asked for.
+        private: whether a new repository is private; None for the default of its owner.
+
+    Raises:
+        ValueError: if it is to be private and exists as a public one, which the Hub would leave public.
+    """
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if private and not api.repo_info(repo_id).private:
+        raise ValueError(
+            f"{repo_id} exists and is public: expected a private or a new repository. Nothing was uploaded; make it "
+            "private in its settings on the Hub, or choose another name."
+        )
+    return repo_id
 
 
 def read_config(location: str | PathLike[str], **hub: Any) -> dict[str, Any]:

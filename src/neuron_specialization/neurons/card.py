@@ -45,6 +45,7 @@ class CardFacts:
         identification: what activations were counted on: fact → value.
         training: setting → value.
         scores: direction → "bleu", "chrf++", their "..._signature" and "sentences", as `recipes/score.py` writes them.
+        test_data: what `scores` are on: the name of a file, or a dataset's Hub id, also with ":" and a configuration.
     """
 
     repo_id: str | None = None
@@ -55,6 +56,7 @@ class CardFacts:
     identification: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
     scores: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    test_data: str | None = None
 
 
 def write_card(
@@ -129,7 +131,7 @@ def render_card(config: Mapping[str, Any], packed: Mapping[str, torch.Tensor], f
         more=len(pairs) - SHOWN_PAIRS,
         trained="" if trainable == "none" else ", and what was trained under these masks",
         repo_id=facts.repo_id,
-        sentence=facts.sentence,
+        sentence=json.dumps(facts.sentence, ensure_ascii=False),
         untrained=trainable == "none",
         trainable=trainable,
         what_trains=_WHAT_TRAINS.get(trainable),
@@ -142,6 +144,7 @@ def render_card(config: Mapping[str, Any], packed: Mapping[str, torch.Tensor], f
         selector=describe_selector(config.get("selector")),
         can_compose=routes.source_tag == "source",
         **_evaluation(facts.scores),
+        test_data=facts.test_data,
         versions={"PEFT": _version("peft"), **{n: _version(n) for n in ("neuron-specialization", "transformers")}},
     )
     card.text = _MARK.sub("", card.text).rstrip() + "\n"
@@ -162,12 +165,13 @@ def _metadata(routes: Routes, base: str | None, facts: CardFacts, base_model: st
     pairs = [pair for pair in routes.language_pairs if pair != DEFAULT_PAIR]
     codes = dict.fromkeys(code.split("_")[0] for pair in pairs for code in split_pair(pair))
     metrics = {"bleu": "BLEU", "chrf++": "chrF++"}
+    on_hub = _HUB_ID.fullmatch((facts.test_data or "").partition(":")[0])  # what names a file has no slash
     results = [
         EvalResult(
             task_type="translation",
             task_name=f"Translation {direction}",
-            dataset_type=facts.datasets[0] if facts.datasets else "unknown",
-            dataset_name=facts.datasets[0] if facts.datasets else "test data",
+            dataset_type=on_hub[0] if on_hub else "unknown",
+            dataset_name=facts.test_data or "test data",
             dataset_config=direction,
             metric_type="chrf" if key == "chrf++" else key,
             metric_name=metrics[key],

@@ -216,11 +216,14 @@ class NeuronMasks:
             repo_id: Hub id, such as "me/nllb-masks".
             token: see `huggingface_hub.HfApi`.
             private: whether a new repository is private; None for the default of its owner.
+
+        Raises:
+            ValueError: if `private` is asked of a repository that exists and is public; nothing is uploaded then.
         """
         api = HfApi(token=token)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            repo_id = adapter_file.make_repository(api, repo_id, private)
             describe_adapter(folder, CardFacts(repo_id=repo_id))
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=[WRITTEN]))
 
