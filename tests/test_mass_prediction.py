@@ -17,7 +17,7 @@ from neuron_specialization.analysis.mass_prediction import (
 )
 from neuron_specialization.analysis.mass_recording import record_mass
 from neuron_specialization.analysis.mass_report import change_table
-from neuron_specialization.translation.attention import cross_attention
+from neuron_specialization.translation.attention import cross_attention, example_sentence
 from neuron_specialization.translation.recording import corpus_batches, tagged_text, vocabulary_digest
 from neuron_specialization.translation.tokenization import train_tokenizer
 
@@ -136,6 +136,14 @@ def test_tags_of_words_reach_their_tokens(toy_model, toy_tokenizer, tmp_path):
     Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "plain.parquet")
     with pytest.raises(ValueError, match="lacks tokens, upos"):
         tagged_text(str(tmp_path / "plain.parquet"), "Pv-Aa")
+
+
+def test_the_example_is_a_short_sentence_or_the_nearest_to_one():
+    lengths = lambda *counts: Dataset.from_dict(  # noqa: E731
+        {side: [" ".join([side] * count) for count in counts] for side in ("source", "target")}
+    )
+    assert example_sentence(lengths(3, 9, 8, 5)) == ("source " * 7 + "source", "target " * 7 + "target")
+    assert example_sentence(lengths(2, 12, 10))[0].count("source") == 10
 
 
 def test_cross_attention_is_that_of_the_sentence_pair(toy_model, toy_tokenizer, toy_data):
