@@ -16,9 +16,15 @@ from datasets import disable_progress_bars
 
 from neuron_specialization.analysis.mass_activation import MassActivation
 from neuron_specialization.analysis.mass_plots import plot_pruning
-from neuron_specialization.analysis.mass_recording import record_mass
-from neuron_specialization.analysis.pruning import for_pairs
-from neuron_specialization.analysis.pruning_choices import check_choices, choose, pruning_table
+from neuron_specialization.analysis.mass_recording import record_mass, trackable_tokens
+from neuron_specialization.analysis.pruning import NO_MASS, for_pairs, mass_shares
+from neuron_specialization.analysis.pruning_choices import (
+    check_choices,
+    choose,
+    needs_tokens,
+    parse_exports,
+    pruning_table,
+)
 from neuron_specialization.baselines.pruned import (
     NOTHING,
     PruneArguments,
@@ -26,46 +32,44 @@ from neuron_specialization.baselines.pruned import (
     Pruning,
     check_stages,
     collect_pruned,
+    exported_stages,
     pruned_stages,
 )
 from neuron_specialization.baselines.sequential import SequentialTransfer
 from neuron_specialization.baselines.transfer_data import TRANSFER_ARGUMENTS, UNUSED_ARGUMENTS, load_finished
-from neuron_specialization.baselines.transfer_plan import (
-    SEQUENTIAL,
-    Stage,
-    collect,
-)
+from neuron_specialization.baselines.transfer_plan import Stage, collect
 from neuron_specialization.export.compaction import compact, save_compact
-from neuron_specialization.translation.arguments import as_mapping
+from neuron_specialization.neurons.masks import NeuronMasks
 from neuron_specialization.translation.command_line import parse, run
 from neuron_specialization.translation.results import table, write_results
 
 
 def main() -> None:
     prune, *arguments = parse(PruneArguments, *TRANSFER_ARGUMENTS, unused=UNUSED_ARGUMENTS)
+    exports = parse_exports(prune.export)
     disable_progress_bars()
     transfer, output = load_finished(prune.transfer_dir, *arguments)
-    check(prune, transfer)
+    exported = exported_stages(exports, prune.scopes[0], transfer)
+    check(prune, exported, transfer)
     pruning = Pruning(transfer, output, prune.retraining_updates)
+    by_token = needs_tokens([*prune.criteria, *(pruned.criterion for pruned in exported)])
     masses: dict[Stage, MassActivation] = {}
 
-    def masks_of(pruned: PrunedStage) -> Any:
+    def chosen(pruned: PrunedStage) -> tuple[NeuronMasks, dict[str, float]]:
         if pruned.start not in masses:
-            masses.clear()  # each takes about 100 MB
-            masses[pruned.start] = recorded(transfer, pruned.start)
+            masses.clear()  # with credit by token, each takes up to 1 GB
+            masses[pruned.start] = recorded(transfer, pruned.start, by_token)
         masks = choose(masses[pruned.start], pruned.criterion, pruned.rate, pruned.scope, pruned.draw)
-        return for_pairs(masks, transfer.language_pairs)
+        return for_pairs(masks, transfer.language_pairs), mass_shares(masks, masses[pruned.start])
 
     for pruned in pruned_stages(prune, transfer) if not prune.tables_only else []:
         if not pruning.is_done(pruned):
             print(f"== {pruned.path}", flush=True)
-            pruning.run(pruned, None if pruned.criterion == NOTHING else masks_of(pruned))
-    for choice, rate in as_mapping(prune.export).items():
-        for order in transfer.orders:
-            pruned = PrunedStage(Stage(SEQUENTIAL, 0, order), "after", choice, float(rate), prune.scopes[0])
-            smaller = compact(pruning.export(pruned, masks_of(pruned)), transfer.language_pairs[0])
-            save_compact(smaller, output / "exported" / pruned.path, transfer.tokenizer)
-            print(f"wrote {output / 'exported' / pruned.path}")
+            pruning.run(pruned, *((None, NO_MASS) if pruned.criterion == NOTHING else chosen(pruned)))
+    for pruned in exported:
+        smaller = compact(pruning.export(pruned, chosen(pruned)[0]), transfer.language_pairs[0])
+        save_compact(smaller, output / "exported" / pruned.path, transfer.tokenizer)
+        print(f"wrote {output / 'exported' / pruned.path}")
     rows, found = collect_pruned(output), collect(transfer.directory)
     tables = {score: pruning_table(found["rows"], rows, score) for score in ("bleu", "chrf++")}
     results = {"rows": rows, "tables": tables, "signatures": found["signatures"], "arguments": vars(prune)}
@@ -74,12 +78,12 @@ def main() -> None:
     print(f"wrote {write_results(output, results)}")
 
 
-def check(prune: PruneArguments, transfer: SequentialTransfer) -> None:
+def check(prune: PruneArguments, exported: list[PrunedStage], transfer: SequentialTransfer) -> None:
     """Refuse what cannot be done before anything is recorded."""
-    check_choices(prune.criteria, prune.rates, prune.scopes, transfer.language_pairs, transfer.model)
-    exported = as_mapping(prune.export)
-    check_choices(exported, map(float, exported.values()), [], transfer.language_pairs, transfer.model)
-    check_stages(prune, transfer)
+    choices = [*prune.criteria, *(pruned.criterion for pruned in exported)]
+    rates = [*prune.rates, *(pruned.rate for pruned in exported)]
+    check_choices(choices, rates, prune.scopes, transfer.language_pairs, transfer.model)
+    check_stages(prune, transfer, exported)
 
 
 def draw(lines: list[dict[str, Any]], output: Path) -> None:
@@ -93,10 +97,13 @@ def draw(lines: list[dict[str, Any]], output: Path) -> None:
                 plot_pruning(chosen, output / f"{stem}-{value.replace(' ', '-')}.svg", value, f"{value} (BLEU)")
 
 
-def recorded(transfer: SequentialTransfer, stage: Stage) -> MassActivation:
-    """Record a model's neurons on the validation data."""
-    model, ids = transfer.load(stage), range(len(transfer.tokenizer))
-    return record_mass(model, transfer.batches(model), token_ids=ids, progress=False)
+def recorded(transfer: SequentialTransfer, stage: Stage, by_token: bool) -> MassActivation:
+    """Record a model's neurons on the validation data, with credit by token where a criterion needs it."""
+    model, vocabulary, tokens = transfer.load(stage), len(transfer.tokenizer), []
+    if by_token:
+        tokens = trackable_tokens(model, transfer.batches(model), vocabulary)
+        print(f"credit by token: {len(tokens)} of {vocabulary} tokens are tracked", flush=True)
+    return record_mass(model, transfer.batches(model), token_ids=tokens, progress=False)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ are skipped and one that was cut off goes on where it was; `--tables_only true` 
 """
 
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,8 @@ from neuron_specialization.analysis.forgetting import robustness_table, score_ma
 from neuron_specialization.analysis.mass_plots import plot_matrix
 from neuron_specialization.baselines.sequential import SequentialTransfer
 from neuron_specialization.baselines.transfer_data import TRANSFER_ARGUMENTS, UNUSED_ARGUMENTS, load_transfer
-from neuron_specialization.baselines.transfer_plan import collect
+from neuron_specialization.baselines.transfer_plan import MASKS, collect
+from neuron_specialization.neurons.masks import NeuronMasks
 from neuron_specialization.translation.command_line import parse, run
 from neuron_specialization.translation.results import table, write_results
 
@@ -56,6 +58,10 @@ def report(transfer: SequentialTransfer, settings: dict[str, Any]) -> None:
             {"after": step, **dict(zip(pairs, row, strict=True))} for step, row in zip(steps, matrix, strict=True)
         ]
         parts.append(f"BLEU after each step, seed 0\n\n{table(lines)}")
+    masked = sorted({stage["seed"] for stage in found["stages"] if stage["method"] == MASKS})
+    overlap = [row for seed in masked for row in mask_overlap(transfer.masks(seed), seed)]
+    if overlap:
+        parts.append(f"IoU of the neurons that the masks keep\n\n{table(overlap)}")
     if found["robustness"]:
         parts.append(f"Robustness\n\n{table(robustness_table(found['robustness']))}")
     whole = {order: matrix for order, matrix in matrices.items() if not np.isnan(matrix).any()}
@@ -64,7 +70,14 @@ def report(transfer: SequentialTransfer, settings: dict[str, Any]) -> None:
     text = "\n\n".join(parts) + "\n"
     print("\n" + text)
     (transfer.directory / "tables.md").write_text(text)
-    print(f"wrote {write_results(transfer.directory, {**found, 'transfer': tables, 'settings': settings})}")
+    results = {**found, "transfer": tables, "mask overlap": overlap, "settings": settings}
+    print(f"wrote {write_results(transfer.directory, results)}")
+
+
+def mask_overlap(masks: NeuronMasks, seed: int) -> list[dict[str, Any]]:
+    """Return the IoU of what every two pairs keep of each FFN block."""
+    every_two = combinations(masks.language_pairs, 2)
+    return [{"seed": seed, "pair": one, "other": other, **masks.iou(one, other)} for one, other in every_two]
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+import neuron_specialization as ns
+from neuron_specialization.analysis import mass_recording
 from neuron_specialization.analysis.mass_activation import MassActivation
 from neuron_specialization.analysis.mass_comparison import compare_mass
-from neuron_specialization.analysis.mass_recording import record_mass
+from neuron_specialization.analysis.mass_recording import record_mass, trackable_tokens
 
 from . import architectures
 from .conftest import make_batch, make_m2m100, make_t5
@@ -101,6 +103,29 @@ def test_recordings_of_parts_add_up_and_survive_a_file(tmp_path):
         whole + record_mass(model, batches, progress=False)
     with pytest.raises(ValueError, match="pass token_ids"):
         record_mass(model, batches, progress=False).length("a", layer)
+
+
+def test_the_most_frequent_tokens_are_tracked_where_not_all_fit(monkeypatch):
+    model = make_m2m100()
+    batches = {"a": [make_batch(seed=i) for i in range(3)], "b": [make_batch(seed=9)]}
+    assert trackable_tokens(model, batches, 60) == list(range(60))
+    cells = 2 * sum(2 * block.d_ff for block in ns.find_ffn_blocks(model)) // 2
+    monkeypatch.setattr(mass_recording, "MOST_CELLS", cells * 13 - 1)
+    tokens = trackable_tokens(model, batches, 60)
+    seen = [
+        batch[side][batch[side] != ignored]
+        for several in batches.values()
+        for batch in several
+        for side, ignored in (("input_ids", 1), ("labels", -100))
+    ]
+    counts = torch.cat(seen).bincount(minlength=60)
+    left = [token for token in range(60) if token not in tokens]
+    assert len(tokens) == 11 and tokens == sorted(tokens) and counts[tokens].min() >= counts[left].max()
+    mass = record_mass(model, batches, token_ids=tokens, progress=False)
+    layer = next(iter(mass.credit))
+    torch.testing.assert_close(mass.token_distribution("a", layer).sum(1), mass.alive("a", layer).double())
+    with pytest.raises(ValueError, match="more than the"):
+        record_mass(model, batches, token_ids=[*tokens, left[0]], progress=False)
 
 
 def test_change_between_two_models():

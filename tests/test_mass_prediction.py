@@ -10,13 +10,14 @@ import neuron_specialization as ns
 from neuron_specialization.analysis.mass_prediction import (
     early_and_later,
     growth_and_change,
+    growth_table,
     mass_against_attribution,
     mass_features,
     predictors,
 )
 from neuron_specialization.analysis.mass_recording import record_mass
 from neuron_specialization.analysis.mass_report import change_table
-from neuron_specialization.translation.attention import cross_attention
+from neuron_specialization.translation.attention import cross_attention, example_sentence
 from neuron_specialization.translation.recording import corpus_batches, tagged_text, vocabulary_digest
 from neuron_specialization.translation.tokenization import train_tokenizer
 
@@ -68,17 +69,33 @@ ROWS = [
 
 def test_early_models_are_set_against_the_last_and_each_step_against_the_one_before():
     early = early_and_later(ROWS, ["en-de/en-fr", "en-fr/en-de"])
-    assert [(r["order"], r["direction"], r["later"]) for r in early] == [
-        *(("", "en-de", 5), ("", "en-fr", 25), ("en-de", "en-de", 5), ("en-de", "en-fr", 25))
-    ]
+    assert [(r["order"], r["direction"], r["positive"], r["later"]) for r in early] == [
+        *(("en-de/en-fr", "en-de", 2, 5), ("en-de/en-fr", "en-fr", 1, 25))
+    ], "each outcome once, the models before it averaged"
     steps = growth_and_change(ROWS, ["en-de/en-fr"])
     assert [(r["growth"], r["change"], r["trained"]) for r in steps] == [
         *((2, 20, True), (-1, 1, False), (-3, -15, False), (3, 24, True))
     ]
     (found,) = predictors(steps, "change", ["growth"])
-    assert found["rho"] == pytest.approx(1) and found["n"] == 4
+    assert found["rho"] == pytest.approx(1) and (found["n"], found["outcomes"]) == (4, 4)
     missing, constant = predictors(early, "later", ["length", "negative"])
-    assert missing["n"] == 0 and math.isnan(missing["rho"]) and constant["n"] == 4
+    assert missing["n"] == 0 and math.isnan(missing["rho"]) and constant["n"] == 2
+
+
+def test_growth_that_shifts_from_step_to_step_is_compared_within_steps():
+    steps = [
+        {"order": "/".join("abc"[: step + 1]), "seed": 0, "growth": 10 * step + pair, "change": 5 * pair - 4 * step}
+        for step in range(3)
+        for pair in range(3)
+    ]
+    pooled, within = growth_table(steps)
+    assert (pooled["compared"], within["compared"]) == ("pooled", "within steps")
+    assert pooled["rho"] < 0.1 and within["rho"] == pytest.approx(1), "in each step, what grows more gains more"
+    assert within["p"] == pytest.approx(2 / 6**3, abs=0.003), "all steps so, or all reversed, of 6 orders each"
+    assert pooled["p"] > 0.3
+    six = [{"a": i, "later": i % 2} for i in range(6)]
+    (found,) = predictors(six, "later", ["a"])
+    assert (found["n"], found["outcomes"]) == (6, 2) and found["p"] == pytest.approx(0.7, abs=0.02)
 
 
 def test_recordings_of_different_tokenizers_are_not_compared(toy_tokenizer, toy):
@@ -119,6 +136,14 @@ def test_tags_of_words_reach_their_tokens(toy_model, toy_tokenizer, tmp_path):
     Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "plain.parquet")
     with pytest.raises(ValueError, match="lacks tokens, upos"):
         tagged_text(str(tmp_path / "plain.parquet"), "Pv-Aa")
+
+
+def test_the_example_is_a_short_sentence_or_the_nearest_to_one():
+    lengths = lambda *counts: Dataset.from_dict(  # noqa: E731
+        {side: [" ".join([side] * count) for count in counts] for side in ("source", "target")}
+    )
+    assert example_sentence(lengths(3, 9, 8, 5)) == ("source " * 7 + "source", "target " * 7 + "target")
+    assert example_sentence(lengths(2, 12, 10))[0].count("source") == 10
 
 
 def test_cross_attention_is_that_of_the_sentence_pair(toy_model, toy_tokenizer, toy_data):

@@ -1,14 +1,18 @@
-"""Which neurons each criterion prunes, and that pruned neurons output 0 for every pair."""
+"""Which neurons each criterion prunes, that pruned neurons output 0 for every pair, and the curves of the costs."""
 
 import copy
+import dataclasses
+import re
 
 import pytest
 import torch
 from peft import get_peft_model
 
 import neuron_specialization as ns
+from neuron_specialization.analysis.mass_plots import plot_pruning
 from neuron_specialization.analysis.mass_recording import record_mass
-from neuron_specialization.analysis.pruning import CRITERIA, mass_matched, prune, pruning_scores
+from neuron_specialization.analysis.pruning import CRITERIA, NO_MASS, mass_matched, mass_shares, prune, pruning_scores
+from neuron_specialization.analysis.pruning_choices import needs_tokens, parse_exports
 
 from .conftest import make_batch, make_m2m100
 
@@ -91,19 +95,49 @@ def test_a_global_rate_is_met_over_all_blocks(mass):
 
 
 def test_substitutes_have_the_mass_of_what_they_stand_for(mass):
-    masks = prune(pruning_scores(mass, "most_positive"), 0.2, mass.origin)
+    masks = prune(pruning_scores(mass, "specialized"), 0.2, mass.origin)
     matched = mass_matched(masks, mass, seed=1, nearest=2)
-    random = prune(pruning_scores(mass, "random", seed=1), 0.2, mass.origin)
-    gone = instead = drawn = 0.0
     for name, rows in masks.rows.items():
-        total = mass.positive[name].sum(0)
         assert not (~matched.rows[name] & ~rows).any() and (~matched.rows[name]).sum() == (~rows).sum()
-        gone += total[~rows[0]].sum()
-        instead += total[~matched.rows[name][0]].sum()
-        drawn += total[~random.rows[name][0]].sum()
-    assert drawn < instead < gone, "the most positive ones are gone, so substitutes stay below, and above chance"
+    gone, instead = (mass_shares(each, mass)["positive mass"] for each in (masks, matched))
+    drawn = mass_shares(prune(pruning_scores(mass, "random", seed=1), 0.2, mass.origin), mass)["positive mass"]
+    assert abs(instead - gone) < 0.2 * gone < abs(drawn - gone)
     other = mass_matched(masks, mass, seed=2, nearest=2)
     assert any(not other.rows[name].equal(rows) for name, rows in matched.rows.items())
+    most = prune(pruning_scores(mass, "most_positive"), 0.2, mass.origin)
+    lighter = mass_shares(mass_matched(most, mass, seed=1, nearest=2), mass)["positive mass"]
+    assert drawn < lighter < 0.9 * mass_shares(most, mass)["positive mass"], "nothing as heavy is left"
+
+
+def test_the_mass_of_pruned_neurons_is_a_share_of_all(mass):
+    masks = prune(pruning_scores(mass, "random"), 0.3, mass.origin)
+    found, kept = mass_shares(masks, mass), {name: ~rows for name, rows in masks.rows.items()}
+    for sign, of in (("positive mass", mass.positive), ("negative mass", mass.negative)):
+        pruned = sum(float(of[name][:, ~rows[0]].sum()) for name, rows in masks.rows.items())
+        assert found[sign] == pytest.approx(pruned / sum(float(values.sum()) for values in of.values()))
+    rest = mass_shares(dataclasses.replace(masks, rows=kept), mass)
+    assert rest["positive mass"] == pytest.approx(1 - found["positive mass"])
+    assert mass_shares(prune(pruning_scores(mass, "dead"), 0.0, mass.origin), mass) == NO_MASS
+
+
+def test_a_line_for_each_scope_up_to_the_last_point(tmp_path):
+    points = [("none", "layer", 0, 9), ("dead", "layer", 0.1, 8), ("dead", "layer", 0.3, 6)]
+    points += [("dead", "global", 0.2, 7), ("unspecialized:en-de", "layer", 0.58, 2)]
+    names = ("criterion", "scope", "pruned", "bleu")
+    rows = [dict(zip(names, point, strict=True)) for point in points]
+    texts = re.findall("<!-- (.*?) -->", plot_pruning(rows, tmp_path / "all.svg").read_text())
+    assert {"dead, layer", "dead, global", "unspecialized:en-de", "60"} <= set(texts)
+    few = re.findall("<!-- (.*?) -->", plot_pruning(rows[:3], tmp_path / "few.svg").read_text())
+    assert "dead" in few and "20" in few and "40" not in few
+
+
+def test_choices_are_read():
+    assert parse_exports(["dead=0.1", "unspecialized:en-de=0.2"]) == {"dead": 0.1, "unspecialized:en-de": 0.2}
+    for word in ("dead=x", "dead", "dead="):
+        with pytest.raises(ValueError, match=f"Expected criterion=rate to export, .* got '{word}'"):
+            parse_exports([word])
+    assert needs_tokens(["dead", "mass_matched:longest"]) and needs_tokens(["shortest"])
+    assert not needs_tokens(["dead", "unspecialized:en-de", "mass_matched:most_positive"])
 
 
 def test_bad_input_is_refused(mass, model):

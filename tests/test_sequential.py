@@ -1,17 +1,21 @@
 """Sequential transfer: what is trained from what, what stays frozen, and what the matrix of scores says."""
 
 import dataclasses
+import json
 import re
+import shutil
+import sys
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from peft import load_peft_weights
 
 import neuron_specialization as ns
 from neuron_specialization.analysis.forgetting import robustness_table, score_matrix, transfer_of, transfer_table
 from neuron_specialization.analysis.mass_recording import record_mass
-from neuron_specialization.analysis.pruning import for_pairs
+from neuron_specialization.analysis.pruning import NO_MASS, for_pairs, mass_shares
 from neuron_specialization.analysis.pruning_choices import check_choices, choose, pruning_table
 from neuron_specialization.baselines.freezing import frozen_parameters
 from neuron_specialization.baselines.pruned import (
@@ -19,6 +23,7 @@ from neuron_specialization.baselines.pruned import (
     Pruning,
     check_stages,
     collect_pruned,
+    exported_stages,
     pruned_stages,
 )
 from neuron_specialization.baselines.sequential import SequentialTransfer
@@ -36,6 +41,7 @@ from neuron_specialization.baselines.transfer_plan import (
 from neuron_specialization.export.compaction import compact
 from neuron_specialization.translation.checkpoints import new_model
 from neuron_specialization.translation.noise import NoiseArguments
+from neuron_specialization.translation.tokenization import encode, resolve_tokens
 
 from .conftest import make_m2m100, make_t5
 from .test_training import arguments, weights
@@ -137,6 +143,11 @@ def test_a_stage_that_is_done_is_skipped_and_other_settings_are_refused(transfer
     assert part.stat().st_mtime_ns == written
     with pytest.raises(ValueError, match=r"other settings \(word_dropout\)"):
         again(transfer, plan=dataclasses.replace(transfer.plan, word_dropout=0.3))
+    pair = PAIRS[0]
+    other = transfer.data["train"][pair].map(lambda row: {"target": row["target"] + "!"})
+    train = {**transfer.data["train"], pair: other}
+    with pytest.raises(ValueError, match=r"other settings \(text\)"):
+        again(transfer, data={**transfer.data, "train": train})
 
 
 @pytest.mark.parametrize(
@@ -155,6 +166,27 @@ def test_bad_plans_are_refused_before_anything_is_written(changes, message, tran
     training = arguments(tmp_path / "other")
     with pytest.raises(ValueError, match=re.escape(message)):
         again(transfer, plan=dataclasses.replace(transfer.plan, **changes), training=training)
+    assert not (tmp_path / "other").exists()
+
+
+def test_what_cannot_be_scored_is_refused_before_training(transfer, tmp_path, monkeypatch):
+    training, positions = arguments(tmp_path / "other"), "tokens, but the model has positions for"
+    test = {pair: Dataset.from_dict({"source": ["ba " * 70], "target": ["ba"]}) for pair in PAIRS}
+    with pytest.raises(ValueError, match=positions):
+        again(transfer, data={**transfer.data, "test": test}, training=training)
+    tokens = resolve_tokens(transfer.tokenizer, PAIRS, None)
+    clean = (encode(transfer.tokenizer, p, transfer.data["test"][p]["source"], None, tokens, "source") for p in PAIRS)
+    transfer.model.config.max_position_embeddings = max(len(ids) for each in clean for ids in each["input_ids"])
+    quiet, loud = (NoiseArguments(swap=0.0, drop=0.0, repeat=rate, case=0.0) for rate in (0.0, 0.9))
+    again(transfer, noise=quiet, training=arguments(tmp_path / "fits"))
+    with pytest.raises(ValueError, match=positions):
+        again(transfer, noise=loud, training=training)
+    for module in ("MeCab", "sacrebleu.tokenizers.tokenizer_ja_mecab"):
+        monkeypatch.setitem(sys.modules, module, None)
+    pairs = {split: {"Pv-ja": of[PAIRS[0]]} for split, of in transfer.data.items()}
+    plan = dataclasses.replace(transfer.plan, orders=["Pv-ja"])
+    with pytest.raises(ImportError, match="into 'ja' needs a word segmenter"):
+        again(transfer, data=pairs, plan=plan, training=training)
     assert not (tmp_path / "other").exists()
 
 
@@ -234,7 +266,7 @@ def test_models_are_pruned_after_a_step_before_it_and_trained_again(finished, tm
         if pruned.criterion != "none":
             chosen = choose(mass, pruned.criterion, 0.25, draw=pruned.draw)
             kept[pruned] = for_pairs(chosen, finished.language_pairs)
-        pruning.run(pruned, kept.get(pruned))
+        pruning.run(pruned, kept.get(pruned), mass_shares(kept[pruned], mass) if pruned in kept else NO_MASS)
         assert pruning.is_done(pruned)
     rows = collect_pruned(tmp_path)
     assert len(rows) == 2 * len(stages) and all(np.isfinite(row["loss"]) for row in rows)
@@ -245,7 +277,11 @@ def test_models_are_pruned_after_a_step_before_it_and_trained_again(finished, tm
     assert {(line["criterion"], line["draws"]) for line in after} == {
         *(("none", 1), ("least_activated", 1), ("random", 2))
     }
-    assert all({"bleu", "change", "forgetting", "noisy bleu", "noise costs"} <= line.keys() for line in after)
+    columns = {"bleu", "change", "forgetting", "noisy bleu", "noise costs", "positive mass", "negative mass"}
+    assert all(columns <= line.keys() for line in after)
+    assert all(0 < line["positive mass"] < 1 for line in after if line["criterion"] != "none")
+    (drawn,) = (line for line in after if line["draws"] == 2)
+    assert drawn["lowest"] <= drawn["bleu"] <= drawn["highest"]
     whole = {row["direction"]: row["loss"] for row in rows if row["criterion"] == "none"}
     transferred = collect(finished.directory)["rows"]
     assert whole == {
@@ -261,6 +297,33 @@ def test_models_are_pruned_after_a_step_before_it_and_trained_again(finished, tm
         assert "encoder" in block or not weight[rows[0]].equal(old[rows[0]])
     smaller = compact(pruning.export(stages[1], kept[stages[1]]), PAIRS[0])
     assert {block.d_ff for block in ns.find_ffn_blocks(smaller)} == {24}
+
+
+def test_pruned_stages_of_other_settings_or_models_are_refused(finished, tmp_path):
+    moved = shutil.copytree(finished.directory, tmp_path / "transfer")
+    copied = again(finished, training=arguments(moved, max_steps=3, per_device_eval_batch_size=16))
+    Pruning(copied, tmp_path / "pruned")
+    Pruning(copied, tmp_path / "pruned", 2)
+    Pruning(copied, tmp_path / "pruned")
+    with pytest.raises(ValueError, match=r"other settings \(retraining_updates\)"):
+        Pruning(copied, tmp_path / "pruned", 3)
+    with pytest.raises(ValueError, match=r"other settings \(num_beams\)"):
+        beams = dataclasses.replace(copied.plan, num_beams=2)
+        Pruning(again(copied, plan=beams, training=arguments(tmp_path / "new", max_steps=3)), tmp_path / "pruned")
+    part = moved / Stage(SEQUENTIAL, 0, tuple(PAIRS[:1])).path / "part.json"
+    results = json.loads(part.read_text())
+    results["rows"][0]["loss"] += 1e-9
+    part.write_text(json.dumps(results))
+    with pytest.raises(ValueError, match=rf"other settings \(losses of seed 0, {PAIRS[0]}\)"):
+        Pruning(copied, tmp_path / "pruned")
+
+
+def test_what_knows_no_scope_is_pruned_once(finished):
+    plan = {"transfer_dir": "", "criteria": ["dead", "unspecialized:Pv-Aa"], "rates": [0.1]}
+    planned = list(pruned_stages(PruneArguments(**plan, scopes=["global", "layer"]), finished))
+    assert [(each.criterion, each.scope) for each in planned] == [
+        *(("none", "layer"), ("dead", "global"), ("dead", "layer"), ("unspecialized:Pv-Aa", "global"))
+    ]
 
 
 def test_pruning_is_refused_before_anything_is_recorded(transfer):
@@ -283,3 +346,6 @@ def test_pruning_is_refused_before_anything_is_recorded(transfer):
     ):
         with pytest.raises(ValueError, match=message):
             check_stages(PruneArguments(transfer_dir="", **changes), transfer)
+    exported = exported_stages({"dead": 0.1}, "layer", transfer)
+    with pytest.raises(ValueError, match="run transfer_sequentially.py to its end"):
+        check_stages(PruneArguments(transfer_dir="", when=[]), transfer, exported)

@@ -1,6 +1,7 @@
 """The recipes about sequential transfer, one after another on toy languages, and what they refuse."""
 
 import json
+import re
 
 import pytest
 from datasets import Dataset
@@ -10,7 +11,7 @@ from neuron_specialization.translation.checkpoints import load_checkpoint
 TRANSFER = """
 language_pairs: [Pv-Aa, Pv-Ba]
 orders: [Pv-Aa/Pv-Ba]
-compare: [joint]
+compare: [joint, masks]
 freeze: [encoder]
 pretraining_updates: 2
 max_steps: 2
@@ -46,7 +47,10 @@ def test_transfer_pruning_and_mass_follow_each_other(run_here, options, tmp_path
     where = ["--transfer_dir", str(tmp_path / "transfer")]
     printed = run_here("transfer_sequentially.py", *options, "--output_dir", str(tmp_path / "transfer"))
     results = json.loads((tmp_path / "transfer" / "results.json").read_text())
-    assert len(results["rows"]) == 2 * 4 and results["transfer"]["bleu"] and "BLEU after each step" in printed
+    assert len(results["rows"]) == 2 * 6 and results["transfer"]["bleu"] and "BLEU after each step" in printed
+    (overlap,) = results["mask overlap"]
+    assert (overlap["pair"], overlap["other"]) == ("Pv-Aa", "Pv-Ba") and "IoU of the neurons" in printed
+    assert all(0 < overlap[f"model.{stack}.layers.0.fc1"] <= 1 for stack in ("encoder", "decoder"))
     assert (tmp_path / "transfer" / "matrix.png").is_file() and (tmp_path / "transfer" / "tables.md").is_file()
 
     pruned = ["--criteria", "most_negative", "unspecialized:Pv-Aa", "mass_matched:most_positive", "--rates", "0.25"]
@@ -58,13 +62,20 @@ def test_transfer_pruning_and_mass_follow_each_other(run_here, options, tmp_path
     (config,) = (tmp_path / "pruned" / "exported").rglob("config.json")
     assert load_checkpoint(str(config.parent))[0].config.encoder_ffn_dim == 16
 
+    mass = [*options, *where, "--output_dir", str(tmp_path / "mass"), "--tagged_file"]
+    error = run_here("mass_activation.py", *mass, str(tmp_path / "transfer.yaml"), fails=True)
+    assert "lacks text, tokens, upos" in error and not (tmp_path / "mass").exists()
+
     words = [["ba", "ku"], ["ku"]]
     rows = [{"text": " ".join(each), "tokens": each, "upos": ["NOUN", "VERB"][: len(each)]} for each in words]
     Dataset.from_list(rows).to_parquet(tmp_path / "tagged.parquet")
-    tagged = ["--tagged_file", str(tmp_path / "tagged.parquet"), "--output_dir", str(tmp_path / "mass")]
-    run_here("mass_activation.py", *options, *where, *tagged)
+    printed = run_here("mass_activation.py", *mass, str(tmp_path / "tagged.parquet"))
+    assert re.search(r"credit by token: (\d+) of \1 tokens are tracked", printed)
     results = json.loads((tmp_path / "mass" / "results.json").read_text())
     assert {row["feature"] for row in results["predictors"]} == {"positive", "negative", "balance", "alive", "length"}
+    assert [row["compared"] for row in results["growth"]] == ["pooled", "within steps"]
+    assert {row["model"] for row in results["tags"]} == {"pre-trained", "+ Pv-Aa", "+ Pv-Ba", "joint"}
+    assert all(row["NOUN"] + row["VERB"] == pytest.approx(1) for row in results["tags"])
     assert len(results["changes"]) == 2 * 2 and results["attribution"] and len(results["steps"]) == 2 * 2
     figures = {path.stem for path in (tmp_path / "mass" / "figures").glob("*.png")}
     assert figures == {"mass", "alive", "change", "tokens", "attention", "tags"}
@@ -77,6 +88,7 @@ def test_transfer_pruning_and_mass_follow_each_other(run_here, options, tmp_path
         ("transfer_sequentially.py", ["--orders", "Pv-Aa"], "orders holds the language pairs"),
         ("transfer_sequentially.py", ["--swap", "1.5"], "swap is a share in [0, 1)"),
         ("prune.py", ["--transfer_dir", "nowhere"], "run transfer_sequentially.py first"),
+        ("prune.py", ["--transfer_dir", "nowhere", "--export", "dead=x"], "Expected criterion=rate to export"),
         ("mass_activation.py", ["--transfer_dir", "nowhere", "--site", "head"], "site must be one of pre_activation"),
     ],
 )

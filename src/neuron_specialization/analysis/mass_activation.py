@@ -6,8 +6,9 @@ with h_n(t) the value of unit n:
 - positive mass  Σ_t max(h_n(t), 0), and negative mass  Σ_t max(-h_n(t), 0), apart;
 - credit         Σ_t h_n(t) over the positions where n is the arg-max of its layer (TX-Ray's mass): a position with no
   value above zero is credited to no unit. A unit is alive if it is the arg-max at least once;
-- token credit   the credit by token, from which a unit's token distribution and its length (the number of distinct
-  tokens) are read;
+- token credit   the credit by token, from which a unit's length (the number of distinct tokens with credit) and its
+  token distribution are read: p(w | n) = credit of n by w / credit of n, which sums to 1 over the tokens w that were
+  tracked and, as one entry, all others; 0 everywhere for a dead unit;
 - tag credit     the credit by a tag of each source token, such as its part of speech.
 
 All are sums, so batches, recordings and processes add up; memory does not grow with the text.

@@ -120,19 +120,19 @@ def plot_top_tokens(units: Mapping[str, tuple[Tokens, Tokens]], path: str | Path
     return save(figure, path)
 
 
-def plot_tag_shares(shares: Mapping[str, Sequence[float]], tags: Sequence[str], path: str | Path) -> Path:
+def plot_tag_shares(rows: Rows, path: str | Path) -> Path:
     """Draw what share of the credit falls to each part of speech, a bar per tag and model.
 
     Args:
-        shares: model → share of each tag.
-        tags: their names.
+        rows: of `mass_report.tag_table`.
         path: of the SVG.
     """
     figure, axes = single(3.2)
-    width = 0.8 / len(shares)
-    for i, (name, values) in enumerate(shares.items()):
-        places = np.arange(len(tags)) + (i - (len(shares) - 1) / 2) * width
-        axes.bar(places, values, width, color=COLORS[i % len(COLORS)], label=name)
+    tags = [name for name in rows[0] if name != "model"]
+    width = 0.8 / len(rows)
+    for i, row in enumerate(rows):
+        places = np.arange(len(tags)) + (i - (len(rows) - 1) / 2) * width
+        axes.bar(places, [row[tag] for tag in tags], width, color=COLORS[i % len(COLORS)], label=row["model"])
     axes.set_xticks(range(len(tags)), tags, rotation=60, fontsize=8)
     axes.set_ylabel("share of the credit")
     axes.legend(frameon=False, fontsize=8)
@@ -172,7 +172,7 @@ def plot_matrix(matrices: Mapping[str, np.ndarray], path: str | Path, label: str
 
 
 def plot_pruning(rows: Rows, path: str | Path, value: str = "bleu", label: str = "BLEU, mean over pairs") -> Path:
-    """Draw a score against the share of neurons pruned, a line per criterion; the whole model is the dotted line.
+    """Draw a score against the share of neurons pruned, a line per criterion and scope; the whole model is dotted.
 
     Args:
         rows: lines of `pruning_choices.pruning_table` of one model.
@@ -181,19 +181,24 @@ def plot_pruning(rows: Rows, path: str | Path, value: str = "bleu", label: str =
         label: of the axis.
     """
     figure, axes = single(4.2)
-    criteria = [c for c in dict.fromkeys(row["criterion"] for row in rows) if c != "none"]
+    lines: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for row in rows:
+        if row["criterion"] != "none":
+            lines.setdefault((row["criterion"], row["scope"]), []).append((100 * row["pruned"], row[value]))
+    criteria = [criterion for criterion, _ in lines]
     whole = [row[value] for row in rows if row["criterion"] == "none"]
-    for i, criterion in enumerate(criteria):
-        line = sorted((row["pruned"], row[value]) for row in rows if row["criterion"] == criterion)
+    for i, ((criterion, scope), points) in enumerate(lines.items()):
         style = ("-", "--", ":")[i // len(COLORS) % 3]
-        shares, values = ([100 * share for share, _ in line], [score for _, score in line])
-        marker = MARKERS[i % len(MARKERS)]
-        axes.plot(shares, values, style, marker=marker, color=COLORS[i % len(COLORS)], label=criterion, ms=4, lw=1.2)
+        look = {"marker": MARKERS[i % len(MARKERS)], "color": COLORS[i % len(COLORS)], "ms": 4, "lw": 1.2}
+        name = f"{criterion}, {scope}" if criteria.count(criterion) > 1 else criterion
+        axes.plot(*zip(*sorted(points), strict=True), style, label=name, **look)
     if whole:
         axes.axhline(whole[0], color="0.4", linestyle=":", linewidth=1)
     axes.set_xscale("symlog", linthresh=1, linscale=0.3)
-    axes.set_xlim(0, 45)
-    axes.set_xticks([0, 1, 2, 5, 10, 20, 40], ["0", "1", "2", "5", "10", "20", "40"])
+    most = 1.12 * max((share for points in lines.values() for share, _ in points), default=1.0)
+    axes.set_xlim(0, most)
+    ticks = [tick for tick in (0, 1, 2, 5, 10, 20, 40, 60, 100) if tick <= most]
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel("neurons pruned (%)")
     axes.set_ylabel(label)

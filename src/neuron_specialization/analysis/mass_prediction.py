@@ -12,17 +12,32 @@ FEATURES = ("positive", "negative", "balance", "alive", "length")  # see `mass_f
 Rows = Sequence[Mapping[str, Any]]
 
 
-def rank_correlation(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
-    """Return Spearman's rank correlation and its two-sided p; NaN where one side has a single value.
+def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
+    """Return Spearman's rank correlation; NaN where there are fewer than three values or one side has a single value.
 
     Needs the extra `report` (scipy).
     """
     from scipy.stats import spearmanr
 
-    if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
-        return float("nan"), float("nan")
-    found = spearmanr(a, b)
-    return float(found.statistic), float(found.pvalue)
+    return float(spearmanr(a, b).statistic) if len(a) >= 3 and np.ptp(a) and np.ptp(b) else float("nan")
+
+
+def permutation_p(
+    a: Sequence[float], b: Sequence[float], groups: Sequence[Any], permutations: int = 9999, seed: int = 0
+) -> float:
+    """Return the two-sided p of `rank_correlation` when the values of `b` change places inside their groups only."""
+    from scipy.stats import rankdata
+
+    found = rank_correlation(a, b)
+    if np.isnan(found):
+        return found
+    first, second = (rankdata(side) - (len(a) + 1) / 2 for side in (a, b))
+    draw, drawn = np.random.default_rng(seed), np.tile(second, (permutations, 1))
+    for group in dict.fromkeys(groups):
+        places = [i for i, of in enumerate(groups) if of == group]
+        drawn[:, places] = draw.permuted(drawn[:, places], axis=1)
+    by_chance = drawn @ first / (np.linalg.norm(first) * np.linalg.norm(second))
+    return float((1 + (np.abs(by_chance) >= abs(found) - 1e-9).sum()) / (1 + permutations))
 
 
 def mass_against_attribution(mass: MassActivation, attribution: ActivationCounts) -> list[dict[str, Any]]:
@@ -58,7 +73,7 @@ def mass_against_attribution(mass: MassActivation, attribution: ActivationCounts
                 "credit": mass.credit[layer][row],
             }
             importance = attribution.counts[layer][row].tolist()
-            correlations = {view: rank_correlation(values.tolist(), importance)[0] for view, values in views.items()}
+            correlations = {view: rank_correlation(values.tolist(), importance) for view, values in views.items()}
             rows.append({"name": name, "layer": layer, **correlations})
     return rows
 
@@ -93,7 +108,7 @@ def add_features(rows: Rows, about: Mapping[str, Any], mass: MassActivation) -> 
 
 
 def early_and_later(rows: Rows, orders: Sequence[str], score: str = "bleu") -> list[dict[str, Any]]:
-    """Return what sequential models were like early and how well they translated in the end.
+    """Return what sequential models were like early and how well the last of them translated.
 
     Args:
         rows: one per model and direction, as in `forgetting.score_matrix`, with features (see `mass_features`).
@@ -101,13 +116,18 @@ def early_and_later(rows: Rows, orders: Sequence[str], score: str = "bleu") -> l
         score: name of the score.
 
     Returns:
-        One row for each order, step before the last (the model before the first included) and direction, once per
-        model that was trained: its features, and "later", the score after the last step.
+        One row for each order, seed and direction, so that each outcome stands once: the features, averaged over the
+        models before the last step (the pre-trained one, which all orders of a seed share, included), and "later",
+        the score after the last step.
     """
     found = []
     for steps in _runs(rows, orders):
-        for step in steps[:-1]:
-            found += [{**row, "later": steps[-1][pair][score]} for pair, row in step.items()]
+        for pair, last in steps[-1].items():
+            early = [step[pair] for step in steps[:-1]]
+            known = [name for name in FEATURES if all(name in row for row in early)]
+            features = {name: float(np.mean([row[name] for row in early])) for name in known}
+            about = {name: last[name] for name in ("order", "seed", "direction")}
+            found.append({**about, **features, "later": last[score]})
     return found
 
 
@@ -155,21 +175,56 @@ def _runs(rows: Rows, orders: Sequence[str]) -> list[list[dict[str, Mapping[str,
     return [run for run in runs if run]
 
 
-def predictors(rows: Rows, target: str, features: Sequence[str] = FEATURES) -> list[dict[str, Any]]:
-    """Rank-correlate features of early models with what they became, over whatever rows there are.
+def predictors(
+    rows: Rows, target: str, features: Sequence[str] = FEATURES, within: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """Rank-correlate features of models with what became of them, over whatever rows there are.
 
     Args:
-        rows: one per early model and direction, with features and the target.
-        target: such as "later bleu".
+        rows: one per outcome, with features and the target.
+        target: such as "later".
         features: names of numbers in the rows; rows that lack one are left out for it.
+        within: columns; from feature and target the mean over the rows that agree in these is subtracted first.
 
     Returns:
-        One row per feature: "rho", "p" (two-sided, not corrected for the number of features) and "n". With few runs
+        One row per feature: "rho", "p" (two-sided, by permutation among the rows that agree in `within`; not corrected
+        for the number of features), "n", and "outcomes", the number of distinct values of the target. With few runs
         that share their beginnings the rows are not independent, so that p is too small rather than too large.
     """
     table = []
     for feature in features:
-        found = [(row[feature], row[target]) for row in rows if feature in row and target in row]
-        rho, p = rank_correlation([a for a, _ in found], [b for _, b in found]) if found else (np.nan, np.nan)
-        table.append({"feature": feature, "target": target, "rho": rho, "p": p, "n": len(found)})
+        chosen = [row for row in rows if feature in row and target in row]
+        groups = [tuple(row[name] for name in within) for row in chosen]
+        sides = [_centered([row[name] for row in chosen], groups) for name in (feature, target)]
+        found = {"rho": rank_correlation(*sides), "p": permutation_p(*sides, groups)}
+        outcomes = len({row[target] for row in chosen})
+        table.append({"feature": feature, "target": target, **found, "n": len(chosen), "outcomes": outcomes})
     return table
+
+
+def growth_table(steps: Rows) -> list[dict[str, Any]]:
+    """Rank-correlate the growth of positive over negative mass with the change of the score, in two ways.
+
+    Args:
+        steps: what `growth_and_change` returns.
+
+    Returns:
+        The row of `predictors` over all steps and directions ("pooled"), and the one "within steps": what tells the
+        directions of a step from each other. Growth shifts from step to step for all directions alike, which hides
+        that in a pooled correlation. There values are centered, and not ranked in each step, because the order of two
+        directions whose scores both hardly change is chance, and would weigh as much as that of the one trained.
+    """
+    ways: dict[str, tuple[str, ...]] = {"pooled": (), "within steps": ("order", "seed")}
+    return [
+        {"compared": name, **line}
+        for name, columns in ways.items()
+        for line in predictors(steps, "change", ["growth"], columns)
+    ]
+
+
+def _centered(values: Sequence[float], groups: Sequence[Any]) -> list[float]:
+    """Return values minus the mean of their group."""
+    members: dict[Any, list[float]] = {}
+    for value, group in zip(values, groups, strict=True):
+        members.setdefault(group, []).append(value)
+    return [value - float(np.mean(members[group])) for value, group in zip(values, groups, strict=True)]

@@ -78,6 +78,33 @@ def record_mass(
     return recorder.result(site, vocabulary)
 
 
+def trackable_tokens(
+    model: nn.Module, batches: Mapping[str, Iterable[Mapping[str, Any]]], vocabulary: int, site: str = "neurons"
+) -> list[int]:
+    """Return the tokens that `record_mass` has room for: the whole vocabulary, or else the most frequent of the text.
+
+    Args:
+        model: as `record_mass` takes it.
+        batches: likewise; they are read once where the vocabulary does not fit.
+        vocabulary: number of entries.
+        site: likewise.
+
+    Returns:
+        Ids in ascending order; of equally frequent ones the lower come first.
+    """
+    base: Any = unwrap(model)
+    room = MOST_CELLS // (len(batches) * sum(place.units for place in find_places(base, site))) - 1
+    if room >= vocabulary:
+        return list(range(vocabulary))
+    counts = torch.zeros(vocabulary, dtype=torch.int64)
+    for batch in (batch for several in batches.values() for batch in several):
+        tokens, positions = _tokens(batch, base.config)
+        for stack in STACKS:
+            counts += torch.bincount(tokens[stack][positions[stack]].cpu(), minlength=vocabulary)
+    most = counts.argsort(descending=True, stable=True)[: max(0, room)]
+    return sorted(most[counts[most] > 0].tolist())
+
+
 class _Recorder:
     """Adds each layer's sums up, on its device."""
 
@@ -107,15 +134,11 @@ class _Recorder:
     def start_batch(self, row: int, batch: Mapping[str, Any]) -> None:
         """Look up where the coming batch counts, and the token of each position: [batch, length] per stack."""
         self.row = row
-        source, _ = source_positions(batch, self.model.config)
-        target, _ = target_positions(batch, self.model.config)
-        tokens = {ENCODER: batch["input_ids"], DECODER: batch.get("labels", batch.get("decoder_input_ids"))}
-        source = torch.ones_like(tokens[ENCODER]) if source is None else source
-        self.positions = {ENCODER: source.bool(), DECODER: target.bool()}
+        tokens, self.positions = _tokens(batch, self.model.config)
         for stack in STACKS:
             self.total[stack][row] += int(self.positions[stack].sum())
         if self.tracked:
-            known = torch.tensor(self.tracked, device=source.device)
+            known = torch.tensor(self.tracked, device=tokens[ENCODER].device)
             self.columns = {stack: _columns(known, ids) for stack, ids in tokens.items()}
         if self.tags:
             if "token_tags" not in batch:
@@ -168,6 +191,15 @@ class _Recorder:
             weights_sample=sample_weights(blocks),
             vocabulary=vocabulary,
         )
+
+
+def _tokens(batch: Mapping[str, Any], config: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Return what token each position stands for, and whether it counts: stack → int64, bool [batch, length]."""
+    source, _ = source_positions(batch, config)
+    target, _ = target_positions(batch, config)
+    tokens = {ENCODER: batch["input_ids"], DECODER: batch.get("labels", batch.get("decoder_input_ids"))}
+    source = torch.ones_like(tokens[ENCODER]) if source is None else source
+    return tokens, {ENCODER: source.bool(), DECODER: target.bool()}
 
 
 def _columns(known: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 
 from .mass_activation import MassActivation
 from .mass_comparison import MassChange, compare_mass
-from .mass_plots import plot_alive, plot_change, plot_mass, plot_tag_shares, plot_top_tokens
+from .mass_plots import plot_alive, plot_change, plot_mass, plot_top_tokens
 
 
 def change_table(masses: Mapping[str, MassActivation], name: str) -> list[dict[str, Any]]:
@@ -79,17 +79,15 @@ def draw_steps(
     ]
 
 
-def draw_tags(masses: Mapping[str, MassActivation], name: str, path: str | Path) -> Path:
-    """Draw how the credit of each model's last layer with tags is shared among the tags.
+def tag_table(masses: Mapping[str, MassActivation], name: str) -> list[dict[str, Any]]:
+    """Return one row for each model: how the credit of its last layer with tags is shared among the tags.
 
     Args:
         masses: model → recording with credit by tag.
         name: set of text.
-        path: of the SVG.
     """
-    tags = next(iter(masses.values())).tags
-    shares = {}
+    rows = []
     for model, mass in masses.items():
         credit: torch.Tensor = mass.tag_credit[list(mass.tag_credit)[-1]][mass.names.index(name)].sum(0)
-        shares[model] = (credit / credit.sum()).tolist()
-    return plot_tag_shares(shares, tags, path)
+        rows.append({"model": model, **dict(zip(mass.tags, (credit / credit.sum()).tolist(), strict=True))})
+    return rows

@@ -26,6 +26,8 @@ CRITERIA = (
     "longest",
     "random",
 )
+BY_TOKEN = ("shortest", "longest")  # criteria that need credit by token
+NO_MASS = {"positive mass": 0.0, "negative mass": 0.0}  # `mass_shares` where nothing is pruned
 Scores = dict[str, torch.Tensor]
 
 
@@ -75,7 +77,7 @@ def _score(mass: MassActivation, criterion: str, layer: str, generator: torch.Ge
         return active if criterion == "most_activated" else -active
     if criterion in ("most_positive", "most_negative"):
         return (mass.positive if criterion == "most_positive" else mass.negative)[layer].sum(0)
-    if criterion in ("shortest", "longest"):
+    if criterion in BY_TOKEN:
         return _score_length(mass, layer, 1 if criterion == "longest" else -1)
     if criterion == "random":
         return torch.rand(len(active), generator=generator, dtype=torch.float64)
@@ -133,10 +135,28 @@ def for_pairs(masks: NeuronMasks, language_pairs: Iterable[str]) -> NeuronMasks:
     return replace(masks, routes=routes)
 
 
+def mass_shares(masks: NeuronMasks, mass: MassActivation) -> dict[str, float]:
+    """Return which share of all positive and of all negative mass the neurons have that masks of a single pair prune.
+
+    Args:
+        masks: such as `prune` returns.
+        mass: the recording that they were chosen by; the sums are over its layers and sets of text.
+    """
+    shares = {}
+    for sign, of in (("positive mass", mass.positive), ("negative mass", mass.negative)):
+        pruned = sum(of[name].sum(0)[~kept[0]].sum().item() for name, kept in masks.rows.items())
+        shares[sign] = pruned / max(sum(of[name].sum().item() for name in masks.rows), 1e-300)
+    return shares
+
+
 def mass_matched(masks: NeuronMasks, mass: MassActivation, seed: int = 0, nearest: int = 10) -> NeuronMasks:
     """Return masks that prune, for each neuron pruned in `masks`, a random other one of about the same positive mass.
 
-    A control: does it matter which neurons are pruned, or only how much mass?
+    A control: does it matter which neurons are pruned, or only how much mass? It answers where neurons of such mass
+    are left: at low rates and for criteria that do not go by it ("dead", "specialized", "general", "shortest",
+    "most_negative", "random"). "most_positive" has no match: whatever is heavier is pruned too, so that every
+    substitute is lighter. Those of "most_activated" and "longest" are lighter as well, and those of "least_activated"
+    heavier, because activity goes with mass. `mass_shares` says what was reached.
 
     Args:
         masks: what `prune` returned.

@@ -14,7 +14,7 @@ from ..neurons.masks import NeuronMasks
 from ..neurons.selection import CumulativeThreshold
 from .forgetting import score_matrix, transfer_of
 from .mass_activation import MassActivation
-from .pruning import CRITERIA, mass_matched, prune, pruning_scores
+from .pruning import BY_TOKEN, CRITERIA, mass_matched, prune, pruning_scores
 
 UNSPECIALIZED, MASS_MATCHED = "unspecialized", "mass_matched"
 Scope = Literal["layer", "global"]
@@ -68,6 +68,28 @@ def _goes_below_zero(activation: Any) -> bool:
     return bool((activation(torch.linspace(-4, 4, 81)) < 0).any())
 
 
+def needs_tokens(choices: Iterable[str]) -> bool:
+    """Return whether any of the choices needs credit by token."""
+    return any(choice.rpartition(":")[2] in BY_TOKEN for choice in choices)
+
+
+def parse_exports(words: Iterable[str]) -> dict[str, float]:
+    """Return choice → rate of words such as "dead=0.1".
+
+    Raises:
+        ValueError: if a word is none of these.
+    """
+    found = {}
+    for word in words:
+        choice, _, rate = word.rpartition("=")
+        try:
+            found[choice] = float(rate)
+        except ValueError:
+            raise ValueError(f"Expected criterion=rate to export, such as dead=0.1, got {word!r}.") from None
+    return found
+    return found
+
+
 def choose(mass: MassActivation, choice: str, rate: float, scope: Scope = "layer", draw: int = 0) -> NeuronMasks:
     """Return masks of a single pair, "default", that keep all but the neurons chosen.
 
@@ -104,12 +126,14 @@ def pruning_table(transfer: Rows, pruned: Rows, score: str = "bleu") -> list[dic
     Args:
         transfer: rows of the sequential transfer (see `score_matrix`).
         pruned: one per pruned model and direction: as those, and "when", "criterion", "rate", "scope", "draw",
-            "pruned" (share of the neurons) and noisy scores ("noisy bleu"). Criterion "none" is the whole model.
+            "pruned" (share of the neurons), what `pruning.mass_shares` returns, and noisy scores ("noisy bleu").
+            Criterion "none" is the whole model.
         score: name of the score.
 
     Returns:
-        "pruned", the score averaged over the pairs trained so far, the difference from the whole model, forgetting
-        (from the second step on; see `forgetting`) and what noise costs; each with its draws.
+        "pruned", the shares of mass, the score averaged over the pairs trained so far, the difference from the whole
+        model, forgetting (from the second step on; see `forgetting`) and what noise costs; where there are several
+        draws, their number and the "lowest" and "highest" score.
     """
     keys = ("method", "order", "seed", "when", "criterion", "scope", "rate")
     groups: dict[tuple, dict[int, list[Mapping[str, Any]]]] = {}
@@ -120,7 +144,9 @@ def pruning_table(transfer: Rows, pruned: Rows, score: str = "bleu") -> list[dic
         about = dict(zip(keys, key, strict=True))
         lines = [_measured(transfer, rows, score) for rows in draws.values()]
         means = {name: float(np.mean([line[name] for line in lines])) for name in lines[0]}
-        table.append({**about, "draws": len(draws), **means})
+        scores = [line[score] for line in lines]
+        spread = {"lowest": min(scores), "highest": max(scores)} if len(lines) > 1 else {}
+        table.append({**about, "draws": len(draws), **means, **spread})
     whole = {_of_model(line): line[score] for line in table if line["criterion"] == "none"}
     for line in table:
         if _of_model(line) in whole:
@@ -136,9 +162,8 @@ def _measured(transfer: Rows, rows: Rows, score: str) -> dict[str, float]:
     order, method, seed = (rows[0][key] for key in ("order", "method", "seed"))
     pairs = order.split("/")
     seen = [row for row in rows if row["direction"] in pairs]
-    values = {
-        name: float(np.mean([row[name] for row in seen])) for name in ("pruned", score, f"noisy {score}", "loss")
-    }
+    measures = ("pruned", "positive mass", "negative mass", score, f"noisy {score}", "loss")
+    values = {name: float(np.mean([row[name] for row in seen])) for name in measures}
     values["noise costs"] = values[score] - values[f"noisy {score}"]
     others = [row for row in transfer if (row["method"], row["order"], row["seed"]) != (method, order, seed)]
     matrix = score_matrix([*others, *rows], order, score, method, seed)

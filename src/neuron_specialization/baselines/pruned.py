@@ -1,11 +1,12 @@
 """Models of sequential transfer with neurons pruned: after a step or before it, scored for every pair, in stages.
 
-A stage that is done is skipped. Its directory holds `part.json`, and the model where pruning was followed by training.
+A stage that is done is skipped; the directory is refused once the transfer or its models are others than it began
+with. A stage's directory holds `part.json`, and the model where pruning was followed by training.
 """
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,14 @@ from ..neurons.masks import NeuronMasks
 from ..translation.evaluation import SCORES
 from ..translation.results import write_results
 from .sequential import SequentialTransfer
-from .transfer_plan import PART, SEQUENTIAL, Stage
+from .settings import check_settings
+from .transfer_plan import PART, PRETRAINING, SEQUENTIAL, Stage, collect
 
+SETTINGS = "pruning.json"
 AFTER, BEFORE, RETRAINED = WHEN = ("after", "before", "retrained")
 NOTHING = "none"  # pruned: the model as it is, by which the others are judged
 DRAWN = ("random", "mass_matched")  # criteria that depend on a seed
+UNSCOPED = "unspecialized"  # a share of each layer's activations, whatever the scope
 
 
 @dataclass
@@ -101,13 +105,21 @@ def pruned_stages(arguments: PruneArguments, transfer: SequentialTransfer) -> It
             yield PrunedStage(stage, when, NOTHING)
             for criterion in arguments.criteria:
                 draws = arguments.draws if criterion.startswith(DRAWN) else 1
-                for scope in arguments.scopes:
+                for scope in arguments.scopes[:1] if criterion.startswith(UNSCOPED) else arguments.scopes:
                     for rate in arguments.rates:
                         yield from (PrunedStage(stage, when, criterion, rate, scope, draw) for draw in range(draws))
 
 
-def check_stages(arguments: PruneArguments, transfer: SequentialTransfer) -> None:
-    """Raise ValueError if an argument is unknown, or a model that pruning starts from is not there."""
+def exported_stages(exports: Mapping[str, float], scope: str, transfer: SequentialTransfer) -> list[PrunedStage]:
+    """Return the models to export: the last step of each order, seed 0, pruned by each choice at its rate."""
+    last = [Stage(SEQUENTIAL, 0, order) for order in transfer.orders]
+    return [PrunedStage(stage, AFTER, choice, rate, scope) for choice, rate in exports.items() for stage in last]
+
+
+def check_stages(
+    arguments: PruneArguments, transfer: SequentialTransfer, exported: Iterable[PrunedStage] = ()
+) -> None:
+    """Raise ValueError if an argument is unknown, or a model that pruning or an export starts from is not there."""
     steps = len(transfer.language_pairs)
     unknown = sorted(set(arguments.when) - set(WHEN))
     if unknown:
@@ -116,7 +128,7 @@ def check_stages(arguments: PruneArguments, transfer: SequentialTransfer) -> Non
         raise ValueError(f"steps are numbers from 1 to {steps}, got {arguments.steps}.")
     if RETRAINED in arguments.when and arguments.retraining_updates < 1:
         raise ValueError("Set retraining_updates for models that are trained again after pruning.")
-    for pruned in pruned_stages(arguments, transfer):
+    for pruned in (*pruned_stages(arguments, transfer), *exported):
         for stage in (pruned.stage, pruned.start):
             if not transfer.is_done(stage):
                 raise ValueError(f"{transfer.directory} lacks {stage.path}: run transfer_sequentially.py to its end.")
@@ -129,23 +141,37 @@ class Pruning:
     Attributes:
         transfer: the models, data and settings that they start from; the stages to prune are done.
         directory: where the pruned stages go.
-        retraining_updates: of "retrained".
+        retraining_updates: of "retrained"; 0 where there is none.
+
+    Raises:
+        ValueError: if the directory holds stages of other settings, or of models that have changed since.
     """
 
     transfer: SequentialTransfer
     directory: Path
     retraining_updates: int = 0
 
+    def __post_init__(self) -> None:
+        # losses in full precision tell one model of a stage from another
+        models: dict[str, dict[str, float]] = {}
+        for row in collect(self.transfer.directory)["rows"]:
+            if row["method"] in (PRETRAINING, SEQUENTIAL):
+                name = f"losses of seed {row['seed']}, {row['order'] or PRETRAINING}"
+                models.setdefault(name, {})[row["direction"]] = row["loss"]
+        later = {**models, **({"retraining_updates": self.retraining_updates} if self.retraining_updates else {})}
+        check_settings(self.directory, SETTINGS, {**self.transfer.settings(), **later}, later)
+
     def is_done(self, pruned: PrunedStage) -> bool:
         """Whether the results of a stage stand."""
         return (self.directory / pruned.path / PART).is_file()
 
-    def run(self, pruned: PrunedStage, masks: NeuronMasks | None) -> None:
+    def run(self, pruned: PrunedStage, masks: NeuronMasks | None, shares: Mapping[str, float]) -> None:
         """Prune, train where the stage says so, and score every pair on clean and on noisy text.
 
         Args:
             pruned: what to do.
             masks: rows for every pair of the transfer; None to prune nothing.
+            shares: what the rows say of the pruned neurons besides their share, such as that of the mass.
         """
         directory = self.directory / pruned.path
         model = self.transfer.load(pruned.start)
@@ -157,7 +183,9 @@ class Pruning:
             updates = self.retraining_updates if pruned.when == RETRAINED else self.transfer.training.max_steps
             self.transfer.freeze_step(model, len(pruned.stage.trained))
             spent = self.transfer.fit(model, directory, pruned.stage.trained[-1:], updates, pruned.stage.seed)
-        part = self.transfer.evaluate(model, self.transfer.language_pairs, {**pruned.about(), "pruned": 1 - kept})
+        part = self.transfer.evaluate(
+            model, self.transfer.language_pairs, {**pruned.about(), "pruned": 1 - kept, **shares}
+        )
         noisy = self.transfer.scores(model, self.transfer.noisy_test())["directions"]
         for row in part["rows"]:
             row.update({f"noisy {name}": noisy[row["direction"]][name] for name in SCORES}, **spent)

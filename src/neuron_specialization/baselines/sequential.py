@@ -19,12 +19,14 @@ from transformers import set_seed
 from ..adapter.config import NeuronSpecializationConfig
 from ..neurons.activations import ActivationCounts
 from ..neurons.base_model import unwrap
+from ..neurons.language_pairs import split_pair
 from ..neurons.masks import NeuronMasks
 from ..neurons.selection import CumulativeThreshold
-from ..translation.evaluation import SCORES, evaluate
+from ..translation.encoding import text_digest
+from ..translation.evaluation import SCORES, check_lengths, check_scorers, evaluate
 from ..translation.identification import record_corpus
 from ..translation.noise import NoiseArguments, noisy_characters, substitute_words
-from ..translation.recording import corpus_batches
+from ..translation.recording import corpus_batches, vocabulary_digest
 from ..translation.results import write_results
 from ..translation.runs import digest, load_trained
 from ..translation.token_loss import token_losses
@@ -71,8 +73,9 @@ class SequentialTransfer:
         pretrained: whether `model` is a checkpoint to start from, rather than drawn anew for each seed.
 
     Raises:
-        ValueError: before any training, if orders, freezing or rates do not fit the pairs and the model, or the output
-            directory holds stages with other settings.
+        ImportError: if a target language needs a word segmenter that is not installed.
+        ValueError: before any training, if orders, freezing or rates do not fit the pairs and the model, a test
+            sentence is too long for it, clean or noisy, or the output directory holds stages with other settings.
     """
 
     model: Any
@@ -101,7 +104,10 @@ class SequentialTransfer:
         for names in self.freeze:
             frozen_parameters(self.model, names)
         CumulativeThreshold(self.plan.k)
-        check_settings(self.directory, SETTINGS, self._settings())
+        check_scorers(split_pair(pair)[1] for pair in self.language_pairs)
+        for test in (self.data["test"], self.noisy_test()):
+            check_lengths(self.model, self.tokenizer, test, **self.convention())
+        check_settings(self.directory, SETTINGS, self.settings())
 
     def stages(self) -> list[Stage]:
         """Return every stage, each one after those that it starts from."""
@@ -286,7 +292,8 @@ class SequentialTransfer:
     def _with_sources(self, pair: str, sources: Sequence[str]) -> Dataset:
         return Dataset.from_dict({"source": list(sources), "target": list(self.data["test"][pair]["target"])})
 
-    def _settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
+        """Return what every stage depends on: name → value that JSON can hold."""
         free = ("orders", "compare", "seeds")  # more of these may be run later
         shape = {name: value for name, value in self.model.config.to_dict().items() if "version" not in name}
         return {
@@ -294,6 +301,8 @@ class SequentialTransfer:
             "language_pairs": self.language_pairs,
             "sentences": {split: [len(rows) for rows in of.values()] for split, of in self.data.items()},
             "copied sentences": [len(rows) for rows in self.copying["train"].values()],
+            "text": {split: text_digest(of) for split, of in self.data.items()},
+            "vocabulary": vocabulary_digest(self.tokenizer),
             **{name: value for name, value in (vars(self.plan) | vars(self.noise)).items() if name not in free},
             **{name: getattr(self.training, name) for name in _TRAINING},
             **{"max_length": self.max_length, **self.convention()},

@@ -5,11 +5,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 
 from ..adapter.routing import is_routed
 from ..neurons.base_model import unwrap
 from .batching import TranslationCollator
 from .tokenization import encode, resolve_tokens
+
+
+def example_sentence(rows: Dataset) -> tuple[str, str]:
+    """Return source and target of the first sentence pair with 5 to 8 source words, or of that nearest to as many."""
+    lengths = [len(source.split()) for source in rows["source"]]
+    found = rows[min(range(len(rows)), key=lambda i: max(5 - lengths[i], lengths[i] - 8, 0))]
+    return found["source"], found["target"]
 
 
 def cross_attention(

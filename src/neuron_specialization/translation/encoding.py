@@ -114,9 +114,22 @@ def _digest(data: Mapping[str, Dataset], tokenizer: Any, settings: Mapping[str, 
         # a sample stands for the tokenizer's many settings of tags, special tokens and truncation
         sources, targets = ([*sample[side], " ".join(sample[side] * 8)] for side in ("source", "target"))
         digest.update(json.dumps(encode(tokenizer, pair, sources, targets, **settings)).encode())
-        for batch in arrow_batches(rows, ["source", "target"]):
-            digest.update(batch.cast(_TEXT).serialize())
+        _add_text(digest, rows)
     return digest.hexdigest()
+
+
+def text_digest(data: Mapping[str, Dataset]) -> str:
+    """Return a digest of the sentence pairs of every direction, wherever they were loaded from."""
+    digest = xxh3_128()
+    for pair, rows in data.items():
+        digest.update(f"{pair} {len(rows)}".encode())
+        _add_text(digest, rows)
+    return digest.hexdigest()
+
+
+def _add_text(digest: Any, rows: Dataset) -> None:
+    for batch in arrow_batches(rows, ["source", "target"]):
+        digest.update(batch.cast(_TEXT).serialize())
 
 
 def vocabulary_of(tokenizer: Any) -> bytes:
