@@ -195,8 +195,8 @@ def predictors(
     for feature in features:
         chosen = [row for row in rows if feature in row and target in row]
         groups = [tuple(row[name] for name in within) for row in chosen]
-        sides = [_centered([row[name] for row in chosen], groups) for name in (feature, target)]
-        found = {"rho": rank_correlation(*sides), "p": permutation_p(*sides, groups)}
+        x, y = (_centered([row[name] for row in chosen], groups) for name in (feature, target))
+        found = {"rho": rank_correlation(x, y), "p": permutation_p(x, y, groups)}
         outcomes = len({row[target] for row in chosen})
         table.append({"feature": feature, "target": target, **found, "n": len(chosen), "outcomes": outcomes})
     return table
