@@ -181,8 +181,8 @@ def test_what_cannot_be_scored_is_refused_before_training(transfer, tmp_path, mo
     again(transfer, noise=quiet, training=arguments(tmp_path / "fits"))
     with pytest.raises(ValueError, match=positions):
         again(transfer, noise=loud, training=training)
-    for module in ("MeCab", "sacrebleu.tokenizers.tokenizer_ja_mecab"):
-        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setitem(sys.modules, "MeCab", None)
+    monkeypatch.delitem(sys.modules, "sacrebleu.tokenizers.tokenizer_ja_mecab", raising=False)
     pairs = {split: {"Pv-ja": of[PAIRS[0]]} for split, of in transfer.data.items()}
     plan = dataclasses.replace(transfer.plan, orders=["Pv-ja"])
     with pytest.raises(ImportError, match="into 'ja' needs a word segmenter"):

@@ -63,7 +63,7 @@ def test_transfer_pruning_and_mass_follow_each_other(run_here, options, tmp_path
     assert load_checkpoint(str(config.parent))[0].config.encoder_ffn_dim == 16
 
     mass = [*options, *where, "--output_dir", str(tmp_path / "mass"), "--tagged_file"]
-    error = run_here("mass_activation.py", *mass, str(tmp_path / "transfer.yaml"), fails=True)
+    error = run_here("mass_activation.py", *mass, options[-1], fails=True)
     assert "lacks text, tokens, upos" in error and not (tmp_path / "mass").exists()
 
     words = [["ba", "ku"], ["ku"]]
