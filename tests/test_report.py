@@ -180,15 +180,15 @@ def test_pairs_are_ordered_by_family(page):
 
 
 def test_a_phone_scrolls_down_only(page):
-    sizes = {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
+    sizes = {"width": 320, "height": 740, "deviceScaleFactor": 2, "mobile": True}
     page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", sizes)
     page.refresh()
     page.execute_script("document.querySelectorAll('details').forEach(each => each.open = true)")
     try:
         curve = page.find_element("css selector", "#depth svg")
-        assert curve.size["width"] <= 360, "the whole curve is seen"
+        assert curve.size["width"] <= 320, "the whole curve is seen"
         width = page.execute_script("return document.documentElement.scrollWidth")
-        assert width <= 360
+        assert width <= 320
     finally:
         page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
