@@ -87,7 +87,6 @@ def parse_exports(words: Iterable[str]) -> dict[str, float]:
         except ValueError:
             raise ValueError(f"Expected criterion=rate to export, such as dead=0.1, got {word!r}.") from None
     return found
-    return found
 
 
 def choose(mass: MassActivation, choice: str, rate: float, scope: Scope = "layer", draw: int = 0) -> NeuronMasks:

@@ -20,9 +20,9 @@ _CAPTIONS = {
     "differences": "Test loss of each method minus that of joint fine-tuning; left is better",
     "gradients": "Cosines of the directions' gradients, over depth",
     "interference": "Loss minus that of joint fine-tuning, against the interference measured there",
+    "languages": "Similarity (CKA) and retrieval between translations, layer by layer; dotted: misaligned sentences",
     "mass": "Mass of each neuron after the last step, positive above zero and negative below",
     "matrix": "Scores on each pair after each step; the pair just trained is framed",
-    "languages": "Similarity (CKA) and retrieval between translations, layer by layer; dotted: misaligned sentences",
     "overlap": "Overlap (IoU) of the pairs' neurons, mean over layers",
     "overlap-decoder": "Overlap (IoU) of neurons per layer of the decoder, languages ordered by family",
     "overlap-depth": "Overlap over depth, and its rank correlation with the distance of languages",
@@ -30,9 +30,9 @@ _CAPTIONS = {
     "source_cka": "Similarity (CKA) to the source model, layer by layer; dotted: misaligned sentences",
     "spectra": "Singular values of each type of weight matrix, ratio to the source model",
     "tags": "Share of the neurons' credit by part of speech",
-    "zero-shot": "chrF++ of each method in directions that were not trained, minus that of joint fine-tuning",
     "tokens": "Top tokens of the neurons with most credit, before and after the last step",
     "transfer": "Accuracy of each model minus that of the source model, by task and language",
+    "zero-shot": "chrF++ of each method in directions that were not trained, minus that of joint fine-tuning",
 }
 _PRUNING = {"forgetting": "Forgetting", "noise-costs": "What noise costs", "quality": "Quality"}
 

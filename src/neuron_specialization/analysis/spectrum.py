@@ -5,7 +5,7 @@ without changing what the model computes. Gains are therefore first folded into 
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -31,12 +31,12 @@ def singular_values(model: nn.Module, fold_norms: bool = True) -> dict[str, torc
     Raises:
         ValueError: if the model has no weight matrix.
     """
-    matrices = [*_matrices(model, fold_norms), *(_tied_output(model) if fold_norms else ())]
+    base = unwrap(model)
+    gains = _gains(base) if fold_norms else {}
+    matrices = *_matrices(base, gains), *_tied_output(base, gains)
     values = {name: torch.linalg.svdvals(weight * gain) for name, weight, gain in matrices}
     if not values:
-        raise ValueError(
-            f"{type(unwrap(model)).__name__} has no linear layer or embedding to take singular values of."
-        )
+        raise ValueError(f"{type(base).__name__} has no linear layer or embedding to take singular values of.")
     return values
 
 
@@ -58,8 +58,8 @@ def with_spectrum_of(model: nn.Module, source: nn.Module) -> Any:
         raise ValueError("Expected a model without adapters: merge or unload them first.")
     copied = copy.deepcopy(model)
     spectra = singular_values(source)
-    shapes = {name: weight.shape for name, weight, _ in _matrices(source, fold_norms=False)}
-    matrices = list(_matrices(copied))
+    shapes = {name: weight.shape for name, weight, _ in _matrices(unwrap(source), {})}
+    matrices = list(_matrices(copied, _gains(copied)))
     if {name: weight.shape for name, weight, _ in matrices} != shapes:
         raise ValueError(
             "Expected two models whose matrices have the same names and shapes, such as one before and after training."
@@ -73,10 +73,11 @@ def with_spectrum_of(model: nn.Module, source: nn.Module) -> Any:
     return copied
 
 
-def _matrices(model: nn.Module, fold_norms: bool = True) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+_Gains = Mapping[nn.Module, torch.Tensor]  # what `_gains` returns
+
+
+def _matrices(base: Any, gains: _Gains) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """Yield parameter name, matrix, and the gain of the norm that it reads ([columns], or one) in float64."""
-    base = unwrap(model)
-    gains = _gains(base) if fold_norms else {}
     modules = {f"{name}.weight": module for name, module in base.named_modules()}
     for name, parameter in base.named_parameters():
         if isinstance(modules.get(name), nn.Linear | nn.Embedding):
@@ -84,10 +85,9 @@ def _matrices(model: nn.Module, fold_norms: bool = True) -> Iterator[tuple[str, 
             yield name, parameter.detach().double(), gain.double()
 
 
-def _tied_output(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+def _tied_output(base: Any, gains: _Gains) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """Yield the output layer as `_matrices` does, if its weight is that of the embedding and it reads a norm."""
-    base = unwrap(model)
-    output, gains = base.get_output_embeddings(), _gains(base)
+    output: Any = base.get_output_embeddings() if gains else None
     if output in gains and output.weight is base.get_input_embeddings().weight:
         name = next(name for name, module in base.named_modules() if module is output)
         yield f"{name}.weight", output.weight.detach().double(), gains[output].double()

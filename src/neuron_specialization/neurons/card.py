@@ -165,7 +165,7 @@ def _metadata(routes: Routes, base: str | None, facts: CardFacts, base_model: st
     pairs = [pair for pair in routes.language_pairs if pair != DEFAULT_PAIR]
     codes = dict.fromkeys(code.split("_")[0] for pair in pairs for code in split_pair(pair))
     metrics = {"bleu": "BLEU", "chrf++": "chrF++"}
-    on_hub = _HUB_ID.fullmatch((facts.test_data or "").partition(":")[0])  # what names a file has no slash
+    on_hub = _HUB_ID.fullmatch((facts.test_data or "").partition(":")[0])  # a file's name has no slash
     results = [
         EvalResult(
             task_type="translation",
