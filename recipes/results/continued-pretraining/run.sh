@@ -53,7 +53,7 @@ representations() { # directory, options
     recipe compare_representations --config "$C/compare_representations/small.yaml" --models $(models) \
         --output_dir "$OUT/$1" "${@:2}" $FEW_SENTENCES
 }
-FINE_TUNING="--modes fine_tuning --fine_tuning_epochs 3 --max_train_examples 1000 --max_test_items 300"
+FINE_TUNING="--modes fine_tuning --fine_tuning_learning_rate 1e-3 --max_test_items 300"
 
 job() {
     case $1 in
