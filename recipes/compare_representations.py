@@ -1,15 +1,13 @@
 r"""Compare what models make of the same sentences, layer by layer, and the singular values of their weights.
-
-mBART-50 before and after it was fine-tuned on translation:
+Of mBART-50 before and after it was fine-tuned on translation:
 
 python recipes/compare_representations.py --config recipes/configs/compare_representations/mbart50.yaml \
     --models source=facebook/mbart-large-50 after=facebook/mbart-large-50-many-to-many-mmt \
     --test_file data/bible/test.parquet --output_dir build/representations-mbart50
 
 The first model is the source of the others. A name that is given several times is one condition with several seeds:
---models source=build/denoised/model cp=build/cp-0/model cp=build/cp-1/model cp=build/cp-2/model. Measured are the
-similarity (CKA) to the source, CKA and retrieval between translations inside each model, and the singular values of
-every weight matrix. The control is `random`, an untrained model of the source's shape. Needs the extra `report`.
+--models source=build/denoised/model cp=build/cp-0/model cp=build/cp-1/model. Measured are CKA to the source, CKA and
+retrieval between translations inside each model, and singular values; the control `random` is an untrained model.
 """
 
 import dataclasses
@@ -27,6 +25,7 @@ from neuron_specialization.translation.arguments import as_mapping
 from neuron_specialization.translation.command_line import parse, run
 from neuron_specialization.translation.data import load_multiparallel
 from neuron_specialization.translation.processes import check_single_process
+from neuron_specialization.translation.representations import token_states
 from neuron_specialization.translation.results import table, write_results
 from neuron_specialization.translation.transfer import RANDOM, Checkpoint, named_checkpoints
 
@@ -68,8 +67,8 @@ def main() -> None:
     values += report.language_values(found["language_similarity"], args.seen)
     values += report.spectrum_values(found["spectra"])
     source = args.models[0].partition("=")[0]
-    aligned = [row for row in values if not row["measure"].endswith(report.MISALIGNED)]
-    summary, tests = summarize(values), compare(aligned, source)
+    summary = summarize(values)
+    tests = compare([row for row in values if not row["measure"].endswith(report.MISALIGNED)], source)
     tables = {**report.report_tables(summary, source), "Paired tests over seeds (of spectra: of log ratios)": tests}
     text = "\n\n".join(f"{title}\n\n{table(rows, 3)}" for title, rows in tables.items() if rows)
     print(text)
@@ -106,9 +105,7 @@ def measure(args: RepresentationArguments, sentences: dict[str, list[str]]) -> d
                 similar = [
                     {"language": code, "layer": layer, "cka": cka}
                     for code, rows in encoded.items()
-                    for layer, cka in enumerate(
-                        layer_similarity(states_of.token_states(encoders, rows, args.batch_size))
-                    )
+                    for layer, cka in enumerate(layer_similarity(token_states(encoders, rows, args.batch_size)))
                 ]
             else:
                 similar = source_similarity(source[1], pooled)

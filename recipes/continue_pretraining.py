@@ -14,8 +14,9 @@ accelerate launch --quiet recipes/continue_pretraining.py --config recipes/confi
 A public checkpoint, with its own language tokens:
 
 accelerate launch --quiet recipes/continue_pretraining.py --model_name_or_path facebook/mbart-large-50 \
-    --language_pairs en-de de-en --language_tokens en=en_XX de=de_DE --pivot en --train_file data/train.parquet \
-    --validation_file data/validation.parquet --test_file data/test.parquet --output_dir build/cp-mbart50
+    --language_pairs en-de de-en --language_tokens en=en_XX de=de_DE --pivot en --max_steps 10000 \
+    --train_file data/train.parquet --validation_file data/validation.parquet --test_file data/test.parquet \
+    --output_dir build/cp-mbart50
 
 --language_pairs decides on one-to-many (en-de en-fr), many-to-one (de-en fr-en) or many-to-many. --alignment 0.1 also
 aligns the encoder's states of translations, token by token (the formula is in translation/alignment.py). Each run ends

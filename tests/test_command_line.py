@@ -55,9 +55,9 @@ def test_a_file_may_map_names_to_lists(config):
 
 
 def test_the_trainer_reads_its_dictionaries_from_a_file(config, tmp_path):
-    file = config(f"output_dir: {tmp_path}\nlr_scheduler_kwargs: {{num_cycles: 2}}\nmax_steps: -1\nuse_cpu: true\n")
+    file = config(f"output_dir: {tmp_path}\nlr_scheduler_kwargs: {{num_cycles: 2}}\nmax_steps: 9\nseed: -1\n")
     (training,) = parse(SpecializationTrainingArguments, argv=["--config", file])
-    assert training.lr_scheduler_kwargs == {"num_cycles": 2} and training.max_steps == -1 and training.use_cpu
+    assert training.lr_scheduler_kwargs == {"num_cycles": 2} and training.max_steps == 9 and training.seed == -1
 
 
 @pytest.mark.parametrize(
@@ -192,3 +192,45 @@ def test_results_of_others_are_not_replaced(monkeypatch, tmp_path, name):
     ):
         parse(Output, argv=["--output_dir", str(tmp_path)])
     parse(Output, argv=["--output_dir", str(tmp_path), "--overwrite_output_dir", "true"])
+
+
+CONFIGS = Path(__file__).parent.parent / "recipes" / "configs"
+MODEL, TRAIN, VALIDATION, TEST = (
+    (f"--{name}", f"nowhere/{{pair}}.{name}.parquet")
+    for name in ("model_name_or_path", "train_file", "validation_file", "test_file")
+)
+MISSING = {  # options that a configuration leaves to the command line, naming what does not exist
+    "analyze": ("--overlap", "--masks", "a=nowhere"),
+    "benchmark_data": (*TRAIN, *VALIDATION, *TEST),
+    "compare_methods": (*MODEL, *TRAIN, *VALIDATION, *TEST),
+    "compare_representations": ("--models", "a=nowhere", "--test_file", "nowhere.parquet"),
+    "continue_pretraining": (*MODEL, *TRAIN, *VALIDATION, *TEST),
+    "explain": (*MODEL, *VALIDATION, "--gradients", "true"),
+    "identify": (*MODEL, *VALIDATION),
+    "prepare_text": ("--data_dir", "nowhere"),
+    "pretrain": (*TRAIN, *VALIDATION),
+    "reidentify": (*MODEL, *VALIDATION, *TRAIN),
+    "score": (*MODEL, *TEST),
+    "specialize": (*MODEL, *TRAIN, *VALIDATION, "--masks", "nowhere"),
+    "transfer_cross_lingually": ("--models", "a=nowhere", "--data_dir", "nowhere"),
+    "transfer_sequentially": (*TRAIN, *VALIDATION, *TEST),
+}
+SECOND = {  # those that complete another one
+    "continue_pretraining/large": "small",
+    "pretrain/denoising-large": "denoising",
+    **{f"transfer_cross_lingually/{name}": "small" for name in ("mbart50", "nllb", "twelve")},
+}
+
+
+@pytest.mark.parametrize(
+    "file",
+    [path for name in MISSING for path in sorted((CONFIGS / name).glob("*.yaml"))],
+    ids=lambda path: f"{path.parent.name}/{path.stem}",
+)
+def test_every_configuration_fits_its_recipe(run_here, tmp_path, file):
+    """Its options are known and of the right types: what stops the run is that the text or the model is missing."""
+    recipe = file.parent.name
+    first = SECOND.get(f"{recipe}/{file.stem}")
+    configs = ("--config", str(file.with_stem(first))) if first else ()
+    words = (*configs, "--config", str(file), *MISSING[recipe], "--output_dir", str(tmp_path / "out"))
+    assert "nowhere" in run_here(f"{recipe}.py", *words, fails=True).rpartition("\nError: ")[2]

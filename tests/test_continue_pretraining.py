@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import neuron_specialization as ns
 from neuron_specialization.analysis.spectrum import singular_values
@@ -111,6 +112,7 @@ def test_aligning_brings_the_states_of_translations_together(toy_data, start, tm
         (["--objective", "denoising", "--language_pairs", "Pv-Pv"], "pretrain.py takes monolingual text"),
         (["--objective", "denoising", "--mask_share", "2"], "Expected a mask_share between 0 and 1"),
         (["--masks", "nowhere"], "nowhere"),
+        (["--max_steps", "-1"], "Set max_steps"),
     ],
 )
 def test_bad_input_is_one_sentence(run_here, options, tmp_path, wrong, message):
@@ -123,3 +125,10 @@ def test_a_checkpoint_without_a_mask_token_is_refused(run_here, options, toy_che
     options[1] = str(toy_checkpoint)
     more = ["--objective", "denoising", "--output_dir", str(tmp_path / "out")]
     assert "Denoising needs a mask token" in run_here("continue_pretraining.py", *options, *more, fails=True)
+
+
+def test_a_checkpoint_without_encoder_is_refused(run_here, options, start, tmp_path):
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9)).save_pretrained(tmp_path / "decoder")
+    options[1] = str(tmp_path / "decoder")
+    error = run_here("continue_pretraining.py", *options, "--output_dir", str(tmp_path / "out"), fails=True)
+    assert "expected a directory or Hub id of an encoder-decoder model" in error.splitlines()[-1]

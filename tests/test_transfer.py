@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, Value
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
 from neuron_specialization.analysis import seeds
@@ -109,7 +109,8 @@ def test_samples_are_the_same_items_in_every_language(files):
     (task,) = load_tasks({"t": TOPICS}, "Pv", directory=str(files), max_train_examples=9, max_test_items=5)
     assert len(task.train.items) == 9 and len(task.test["Pv"].items) == 5
     assert task.test["Pv"].items == task.test["Ba"].items
-    (few,) = load_tasks({"t": TOPICS}, "Pv", directory=str(files), max_train_examples=1)
+    with pytest.warns(UserWarning, match="none of the 1 examples drawn has the label"):
+        (few,) = load_tasks({"t": TOPICS}, "Pv", directory=str(files), max_train_examples=1)
     assert few.labels == task.labels and len(few.labels) > 1, "a label that is drawn from, but not drawn"
     (only,) = load_tasks({"t": TOPICS}, "Pv", directory=str(files), languages=["Ba"])
     assert list(only.test) == ["Pv", "Ba"]
@@ -142,6 +143,27 @@ def test_pairs_of_sentences_have_two_columns_and_rows_that_correspond(tmp_path, 
     ids = encode_examples(toy_tokenizer, task.train, False, "Pv")[0]["input_ids"]
     tokens = toy_tokenizer.convert_ids_to_tokens(ids)
     assert tokens[0] == "Pv" and tokens.count("</s>") == 2 and tokens[-1] == "</s>"
+
+
+def test_xnli_and_paws_x_are_read_in_the_form_they_have_on_the_hub(tmp_path):
+    config = yaml.safe_load((ROOT / "recipes/configs/transfer_cross_lingually/pairs.yaml").read_text())
+    features = Features({"label": ClassLabel(names=["no", "yes"]), **dict.fromkeys(("a", "b"), Value("string"))})
+    for name, described in config["tasks"].items():
+        directory, card = tmp_path / name, "---\nconfigs:\n"
+        for code in ("en", "de"):
+            for split in SPLITS:
+                rows = Dataset.from_list([{"label": i % 2, "a": "ba bu", "b": "ku"} for i in range(4)], features)
+                rows = rows.rename_columns(dict(zip("ab", described["text"], strict=True)))
+                rows.to_parquet(directory / code / f"{split}.parquet")
+            card += f"- config_name: {code}\n  data_files: [{{split: train, path: {code}/train.parquet}}, "
+            card += f"{{split: test, path: {code}/test.parquet}}]\n"
+        (directory / "README.md").write_text(card + "---\n")
+        described |= {"train": str(directory), "test": str(directory)}
+    for task in load_tasks(config["tasks"], languages=["de"]):
+        assert task.test["de"].texts[0] == ["ba bu", "ku"] and task.labels == ["0", "1"] and len(task.test) == 2
+    config["tasks"]["xnli"]["config"] = "nowhere"
+    with pytest.raises(ValueError, match="Task xnli: cannot load .* name of a dataset on the Hub"):
+        load_tasks(config["tasks"], languages=["de"])
 
 
 @pytest.mark.parametrize(

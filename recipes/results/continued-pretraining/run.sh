@@ -16,8 +16,6 @@ SEEDS="0 1 2"
 C=recipes/configs
 TEXT=$OUT/text/monolingual PARALLEL=$OUT/text/parallel
 FILES="--train_file $PARALLEL/train.parquet --validation_file $PARALLEL/validation.parquet --test_file $PARALLEL/test.parquet"
-O2M="en-de en-fr en-es en-cs en-ru en-fi en-pt"
-M2O="de-en fr-en es-en cs-en ru-en fi-en pt-en"
 SOURCE=$OUT/denoised/model
 
 # next to nothing
@@ -39,11 +37,10 @@ claim() { # source, two conditions of three seeds
     for s in $SEEDS; do echo "cp_mt=$OUT/cp-mt-$s/model"; done
     for s in $SEEDS; do echo "cp_denoise=$OUT/cp-denoise-$s/model"; done
 }
-models() { # and the source's spectrum put back into both, one-to-many, many-to-one
+models() { # and the source's spectrum put back into both
     claim
     for s in $SEEDS; do echo "cp_mt_source_spectrum=$OUT/restored-mt-$s/model"; done
     for s in $SEEDS; do echo "cp_denoise_source_spectrum=$OUT/restored-denoise-$s/model"; done
-    echo "cp_one_to_many=$OUT/cp-one-to-many/model" "cp_many_to_one=$OUT/cp-many-to-one/model"
 }
 transfer() { # directory, options
     recipe transfer_cross_lingually --config "$C/transfer_cross_lingually/small.yaml" \
@@ -64,8 +61,6 @@ job() {
         --validation_file "$PARALLEL/validation.parquet" --output_dir "$OUT/masks" ;;
     cp-mt-*) continued "$1" --seed "${1##*-}" ;;
     cp-denoise-*) continued "$1" --seed "${1##*-}" --objective denoising ;;
-    cp-one-to-many) continued "$1" --language_pairs $O2M ;;
-    cp-many-to-one) continued "$1" --language_pairs $M2O ;;
     cp-masks) continued "$1" --masks "$OUT/masks" ;;
     restored-*) recipe score --config "$C/score/continue_pretraining.yaml" --spectrum_of "$SOURCE" --output_dir "$OUT/$1" \
         --model_name_or_path "$OUT/cp-${1#restored-}/model" --test_file "$PARALLEL/test.parquet" ;;
@@ -95,7 +90,7 @@ if [ $# -eq 1 ]; then done_once "$1"; exit; fi
 mkdir -p "$OUT"
 lanes text
 lanes denoised
-lanes masks cp-mt-0 cp-denoise-0 cp-mt-1 cp-denoise-1 cp-mt-2 cp-denoise-2 cp-masks cp-one-to-many cp-many-to-one
+lanes masks cp-mt-0 cp-denoise-0 cp-mt-1 cp-denoise-1 cp-mt-2 cp-denoise-2 cp-masks
 lanes restored-mt-0 restored-mt-1 restored-mt-2 restored-denoise-0 restored-denoise-1 restored-denoise-2
 lanes probing fine_tuning representations-bible representations-sib200 representations-tokens
 "$PYTHON" "$(dirname "$0")/collect.py" "$OUT"

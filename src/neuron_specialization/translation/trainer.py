@@ -46,6 +46,11 @@ class SpecializationTrainingArguments(Seq2SeqTrainingArguments):
         default=False, metadata={"help": "Discard the run that output_dir holds, and start again."}
     )
 
+    def __post_init__(self) -> None:
+        if self.max_steps <= 0:
+            raise ValueError("Set max_steps: with temperature sampling there are no epochs.")
+        super().__post_init__()
+
 
 class SpecializationTrainer(Seq2SeqTrainer):
     """Seq2SeqTrainer with direction-homogeneous batches and a loss that accumulation and processes do not change.
@@ -79,8 +84,6 @@ class SpecializationTrainer(Seq2SeqTrainer):
         alignment: float = 0.0,
         target_tags: Sequence[int] = (),
     ) -> None:
-        if args.max_steps <= 0:
-            raise ValueError("Set max_steps: with temperature sampling there are no epochs.")
         if not len(train_dataset):
             raise ValueError("The training data is empty.")
         args.dataloader_pin_memory &= torch.accelerator.is_available()  # or torch warns at each evaluation

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from ..neurons.base_model import number_of_positions
 from .arguments import as_mapping
@@ -93,7 +93,7 @@ def transfer(
             (name, task.name, mode),
             {
                 "model": location,
-                "weights": weights_of(location),
+                "weights": weights_of(location) or AutoConfig.from_pretrained(location)._commit_hash,  # of the Hub
                 "task": task.digest(),
                 "training": dataclasses.asdict(how),
                 "language_tokens": dict(language_tokens or {}),

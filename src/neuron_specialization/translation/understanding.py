@@ -4,8 +4,10 @@ import dataclasses
 import hashlib
 import json
 import random
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, load_dataset
@@ -63,7 +65,8 @@ class TaskDescription:
 
     Attributes:
         kind: "classification" or "tagging".
-        train: training data: a .parquet, .jsonl or .tsv file, or a dataset on the Hub.
+        train: training data: a .parquet, .jsonl or .tsv file, a dataset on the Hub, or the directory with its
+            README.md that one was downloaded to.
         test: test data.
         text: column of the text; for classification of pairs the two columns; for tagging the column of word lists.
         label: column of the label, or, for tagging, of the list of labels.
@@ -179,6 +182,12 @@ class _Loader:
         # of all training data: a rare label may be in none of the examples drawn from it
         names = sorted({label for text, labels in zip(*training[1:], strict=True) if text for label in labels})
         train = self._sample(*training, max_train)
+        if missing := set(names) - {label for labels in train[2] for label in labels}:
+            warnings.warn(
+                f"Task {self.name}: none of the {len(train[0])} examples drawn has the label "
+                f"{', '.join(sorted(missing))}.",
+                stacklevel=2,
+            )
         tests = {code: self._read(code, described.test, described.test_split) for code in (source, *others)}
         for code, test in tests.items():
             self._check_aligned(source, tests[source], code, test)
@@ -210,7 +219,8 @@ class _Loader:
         if self.directory is not None and place.removesuffix(".gz").endswith(tuple(FORMATS.split(", "))):
             place = f"{self.directory}/{place}"
         config = self.described.config and self.described.config.replace("{language}", language)
-        rows = read_rows(place, True)
+        downloaded = (Path(place) / "README.md").is_file()
+        rows = None if downloaded else read_rows(place, True)
         if rows is None:
             rows = self._from_hub(place, config, split)
         elif "split" in rows.column_names:
