@@ -111,7 +111,9 @@ def report(comparison: Comparison, baseline: str, tiers: dict[str, list[str]], s
     rows = usable_rows(found["rows"], found["stages"])
     measured, facts = headroom(rows), budget_facts(found["stages"], found["trials"], training_of(baseline))
     tables = comparison_tables(found, significance, comparison.pivot, tiers)
-    shown = [f"{title}\n\n{table(lines, 4 if 'group, loss' in title else 2)}" for title, lines in tables.items()]
+    shown = [
+        f"{title}\n\n{table(lines, 4 if 'loss' in title.split('(')[0] else 2)}" for title, lines in tables.items()
+    ]
     text = "\n\n".join(["\n".join(facts), premise(measured), *shown]) + "\n"
     print("\n" + text)
     (comparison.directory / "tables.md").write_text(text)

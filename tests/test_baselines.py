@@ -187,6 +187,8 @@ def test_a_stage_that_is_done_is_skipped_and_a_failed_one_is_reported_and_tried_
     assert not comparison.run("group", 0)
     stages = {stage["method"]: stage for stage in collect(comparison.directory)["stages"]}
     assert stages["group"]["status"] == "failed" and "needs a pivot" in stages["group"]["error"]
+    losses = stages["ours"]["validation_losses"]
+    assert losses[-1][0] == stages["ours"]["updates"] and all(loss > 0 for _, loss in losses)
     comparison.pivot = "Pv"
     assert comparison.run("group", 0)
     assert {stage["status"] for stage in collect(comparison.directory)["stages"]} == {"done"}

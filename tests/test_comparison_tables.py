@@ -10,6 +10,7 @@ import pytest
 from neuron_specialization.analysis.budget import budget_facts
 from neuron_specialization.analysis.comparison_report import comparison_tables, draw
 from neuron_specialization.analysis.comparison_tables import (
+    curves_table,
     group_table,
     interference_table,
     sizes_table,
@@ -44,6 +45,18 @@ def test_the_share_of_interference_that_is_gone():
     assert table["en-de"]["ours, %"] == 50 and table["en-de"]["interference, loss"] == 1
     assert "ours, %" not in table["en-fr"] and table["en-fr"]["interference, loss"] == -0.5, "it gains by sharing"
     assert table["all with interference"]["ours, %"] == pytest.approx(100 * (0.5 + 0.2) / 2)
+
+
+def test_losses_while_training_are_compared_at_equal_updates():
+    stages = [stage("fine_tune", seed, validation_losses=[[5, 3 + seed], [10, 2 + seed]]) for seed in (0, 1)]
+    stages += [stage("ours", seed, validation_losses=[[5, 4 + seed], [10, 2.5 + seed]]) for seed in (0, 1, 2)]
+    stages += [stage("fine_tune_equal_seconds", validation_losses=[[6, 3], [12, 2]]), stage("masks_only")]
+    stages += [stage("bilingual", parts=4, validation_losses=[[5, 1], [10, 1]])]
+    assert curves_table(stages) == [
+        {"method": "fine_tune", "seeds": 2, "after 5": 3.5, "after 10": 2.5},
+        {"method": "ours", "seeds": 2, "after 5": 1, "after 10": 0.5},
+    ]
+    assert not curves_table(stages[2:])
 
 
 def test_unfinished_seeds_do_not_enter_averages_of_finished_ones():

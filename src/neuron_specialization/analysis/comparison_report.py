@@ -6,6 +6,7 @@ from typing import Any
 
 from .comparison import REFERENCE, Rows, headroom, main_table
 from .comparison_tables import (
+    curves_table,
     group_table,
     interference_table,
     sweep_table,
@@ -47,6 +48,7 @@ def comparison_tables(
         tables[f"By group, {title} ({REFERENCE}; of others the difference)"] = group_table(rows, score, pivot, tiers)
     if {REFERENCE, "bilingual"} <= methods:
         tables["Interference, and the share of it that is gone"] = interference_table(rows)
+    tables[f"Validation loss while training ({REFERENCE}; of others the difference)"] = curves_table(stages)
     tables[_SWEPT] = sweep_table(rows, stages)
     scored, reasons = found["zero_shot"]["rows"], found["zero_shot"]["not_applicable"]
     tables["Zero-shot directions"] = zero_shot_table(scored, reasons, pivot)

@@ -88,6 +88,27 @@ def sweep_table(rows: Rows, stages: Rows) -> list[dict[str, Any]]:
     return table
 
 
+def curves_table(stages: Rows) -> list[dict[str, Any]]:
+    """Return one row per joint method: its validation loss after so many updates, minus that of joint fine-tuning.
+
+    Of joint fine-tuning it is the loss itself. Means over the seeds that both have.
+    """
+    curves: dict[str, dict[int, list[list[float]]]] = {}
+    for stage in stages:
+        if stage["status"] == "done" and stage["parts"] == 1 and stage.get("validation_losses"):
+            curves.setdefault(stage["method"], {})[stage["seed"]] = stage["validation_losses"]
+    reference = curves.pop(REFERENCE, {})
+    table = []
+    for method, own in {REFERENCE: reference, **curves}.items():
+        seeds = [seed for seed in own if [u for u, _ in own[seed]] == [u for u, _ in reference.get(seed, [])]]
+        line: dict[str, Any] = {"method": method, "seeds": len(seeds)}
+        for i, (updates, _) in enumerate(own[seeds[0]] if seeds else []):
+            losses = [own[seed][i][1] - (0 if method == REFERENCE else reference[seed][i][1]) for seed in seeds]
+            line[f"after {updates}"] = sum(losses) / len(losses)
+        table += [line] if seeds else []
+    return table
+
+
 def sizes_table(rows: Mapping[str, Rows], methods: Sequence[str]) -> list[dict[str, Any]]:
     """Return one row per size of the model and method: mean interference and difference from joint fine-tuning.
 

@@ -258,7 +258,8 @@ class Models:
         train, validation = ({pair: self.data[split][pair] for pair in pairs} for split in ("train", "validation"))
         options = {"max_length": self.max_length, "callbacks": callbacks, **self.convention()}
         metrics = fit(model, self.tokenizer, train, validation, args, **options)
-        return {"updates": metrics["updates"], "seconds": metrics["train_runtime"]}
+        losses = [[entry["step"], entry["eval_loss"]] for entry in metrics["log"] if "eval_loss" in entry]
+        return {"updates": metrics["updates"], "seconds": metrics["train_runtime"], "validation_losses": losses}
 
     def updates(self, method: str) -> int:
         """Return the updates of a stage."""
