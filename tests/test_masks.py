@@ -1,4 +1,5 @@
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -6,11 +7,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import neuron_specialization as ns
+from neuron_specialization.analysis.overlap import neuron_overlap
+from neuron_specialization.analysis.report import write_report
 from neuron_specialization.analysis.shapes import random_masks
 from neuron_specialization.neurons import adapter_file
 from neuron_specialization.neurons.language_pairs import Routes
 
-from .conftest import make_m2m100
+from .conftest import make_batch, make_m2m100
 
 BLOCK = "encoder.0"
 
@@ -137,6 +140,23 @@ def test_the_file_is_hardly_larger_than_its_bits(tmp_path):
     size = sum(file.stat().st_size for file in (tmp_path / "large").iterdir())
     assert (tmp_path / "large" / "adapter_model.safetensors").stat().st_size <= 1.03 * 24 * 4096 * 60 / 8
     assert size <= 1.05 * 24 * 4096 * 60 / 8
+
+
+def test_the_layers_of_saved_counts_and_masks_stay_in_the_order_of_the_model(tmp_path):
+    model = make_m2m100(layers=12)
+    blocks = {block.name: block.stack for block in ns.find_ffn_blocks(model)}
+    counts = ns.record_activations(model, {p: [make_batch()] for p in ("en-de", "en-fr")}, progress=False)
+    counts.save(tmp_path / "counts.safetensors")
+    counts = ns.ActivationCounts.load(tmp_path / "counts.safetensors")
+    assert list(counts.counts) == list(counts.stacks) == list(blocks) and list(counts.tokens) == ["encoder", "decoder"]
+    ns.CumulativeThreshold(0.6).select(counts).save_pretrained(tmp_path / "masks")
+    masks = ns.NeuronMasks.from_pretrained(tmp_path / "masks")
+    decoder = [name for name, stack in blocks.items() if stack == "decoder"]
+    assert list(masks.rows) == list(masks.stacks) == list(blocks)
+    assert neuron_overlap(masks, "decoder", "en").blocks == decoder and decoder[2].endswith("layers.2.fc1")
+    html = write_report(tmp_path / "report.html", "Deep", masks).read_text()
+    shown = json.loads(re.search(r'type="application/json"[^>]*>(.*?)</script>', html, re.S)[1])
+    assert [block["name"] for block in shown["blocks"]] == list(blocks)
 
 
 def tamper(directory, change_tensors=None, change_config=None, fix_digest=True):

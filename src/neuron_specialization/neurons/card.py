@@ -15,7 +15,8 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from . import adapter_file
-from .kept_picture import PICTURE_NAME, SHOWN_PAIRS, draw_kept, in_order, kept_shares
+from .ffn import in_order
+from .kept_picture import PICTURE_NAME, SHOWN_PAIRS, draw_kept, kept_shares
 from .language_pairs import DEFAULT_PAIR, Routes, split_pair
 
 CARD_NAME = "README.md"

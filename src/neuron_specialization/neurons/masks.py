@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from . import adapter_file
 from .card import CARD_NAME, CardFacts, describe_adapter, is_edited, write_card
 from .combination import check_same_base, joined
-from .ffn import ENCODER, STACKS
+from .ffn import ENCODER, STACKS, in_order
 from .files import WRITTEN, atomic_directory
 from .language_pairs import Routes, shorten, split_pair
 
@@ -243,15 +243,17 @@ class NeuronMasks:
         adapter_file.verify_digest(config.get("weights_digest"), path, location)
         routes = Routes.from_metadata(config)
         rows, tensors = {}, adapter_file.read_weights(path)
-        for name, width in config["d_ff"].items():
+        stacks = {name: config["stacks"][name] for name in in_order(config["d_ff"], config["stacks"])}
+        for name, stack in stacks.items():
+            width = config["d_ff"][name]
             key = adapter_file.mask_key(name)
             if key not in tensors:
                 raise ValueError(f"{path} lacks {key}, which its {adapter_file.CONFIG_NAME} lists.")
-            count = len(routes.encoder_rows if config["stacks"][name] == ENCODER else routes.decoder_rows)
+            count = len(routes.encoder_rows if stack == ENCODER else routes.decoder_rows)
             adapter_file.check_packed_rows(key, tensors[key], count, width)
             rows[name] = adapter_file.unpack_rows(tensors[key], width)
         origin = {name: config.get(name) for name in ORIGIN}
-        return cls(rows, config["stacks"], routes, config["selector"], config["fingerprint"], **origin)
+        return cls(rows, stacks, routes, config["selector"], config["fingerprint"], **origin)
 
     def _row_names(self, stack: str) -> list[str]:
         return self.routes.encoder_rows if stack == ENCODER else self.routes.decoder_rows
