@@ -9,8 +9,10 @@ import pytest
 import torch
 from huggingface_hub import constants, hf_api
 from peft import PeftModel, get_peft_model
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 import neuron_specialization as ns
+from neuron_specialization.adapter.registration import _CREATE_CARD
 from neuron_specialization.neurons.masks import NeuronMasks
 
 from .conftest import make_batch, make_m2m100, make_masks
@@ -41,6 +43,13 @@ def adapted():
     return get_peft_model(model, config).eval()
 
 
+def injected():
+    """As `adapted`, by transformers."""
+    model = make_m2m100()
+    model.add_adapter(ns.NeuronSpecializationConfig(masks=make_masks(model), task_type="SEQ_2_SEQ_LM"))
+    return model
+
+
 def recipe(name, monkeypatch, *words):
     monkeypatch.setattr(sys, "argv", [str(RECIPES / f"{name}.py"), *map(str, words)])
     runpy.run_path(str(RECIPES / f"{name}.py"), run_name="__main__")
@@ -58,6 +67,31 @@ def test_what_push_to_hub_uploads_is_what_others_load(hub):
     assert torch.equal(logits(loaded), logits(model))
     card = huggingface_hub.ModelCard.load("me/adapter")
     assert "More Information Needed" not in card.text and card.data.pipeline_tag == "translation"
+
+
+@pytest.mark.parametrize("make", [adapted, injected])
+def test_a_trainer_uploads_the_adapters_own_card(hub, tmp_path, make):
+    args = Seq2SeqTrainingArguments(tmp_path / "run", hub_model_id="me/trained", report_to="none", use_cpu=True)
+    trainer = Seq2SeqTrainer(make(), args)
+    trainer.push_to_hub(license="cc0-1.0", dataset_tags="me/corpus")
+    card = huggingface_hub.ModelCard.load("me/trained")
+    assert "more information needed" not in card.text.lower() and "en-de, de-en, en-fr, fr-en" in card.text
+    assert '"me/trained"' in card.text and "| learning_rate | 5e-05 |" in card.text and "| seed | 42 |" in card.text
+    assert (card.data.license, card.data.datasets, card.data.pipeline_tag) == ("cc0-1.0", ["me/corpus"], "translation")
+
+
+def test_a_card_that_trainer_generated_gives_way_until_its_user_edits_it(tmp_path):
+    args = Seq2SeqTrainingArguments(tmp_path, report_to="none", use_cpu=True)
+    trainer, card = Seq2SeqTrainer(adapted(), args), tmp_path / "README.md"
+    for user_says in (None, "Not in court."):
+        trainer.save_model()
+        _CREATE_CARD(trainer)  # as without this package
+        generated = card.read_text()
+        assert generated.count("More information needed") == 3
+        if user_says:
+            card.write_text(generated.replace("More information needed", user_says, 1))
+        trainer.save_model()
+        assert (user_says or "en-de, de-en, en-fr, fr-en") in card.read_text()
 
 
 def test_masks_are_read_at_a_revision(hub):
