@@ -2,6 +2,7 @@
 
 import runpy
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import huggingface_hub
@@ -13,6 +14,8 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 import neuron_specialization as ns
 from neuron_specialization.adapter.registration import _CREATE_CARD
+from neuron_specialization.export.hub import publish
+from neuron_specialization.neurons.card import CardFacts
 from neuron_specialization.neurons.masks import NeuronMasks
 
 from .conftest import make_batch, make_m2m100, make_masks
@@ -92,6 +95,45 @@ def test_a_card_that_trainer_generated_gives_way_until_its_user_edits_it(tmp_pat
             card.write_text(generated.replace("More information needed", user_says, 1))
         trainer.save_model()
         assert (user_says or "en-de, de-en, en-fr, fr-en") in card.read_text()
+
+
+def by_publish(masks, directory):
+    masks.save_pretrained(directory)
+    publish(directory, CardFacts("me/adapter", shared=True))
+
+
+def by_trainer(masks, directory):
+    args = Seq2SeqTrainingArguments(directory, hub_model_id="me/adapter", report_to="none", use_cpu=True)
+    Seq2SeqTrainer(adapted(), args).push_to_hub()
+
+
+def by_masks(masks, directory):
+    masks.push_to_hub("me/adapter")
+
+
+def by_model(masks, directory):
+    adapted().push_to_hub("me/adapter")
+
+
+@pytest.mark.parametrize("push", [by_masks, by_publish, by_trainer, by_model])
+def test_a_card_that_was_edited_on_the_hub_stays(hub, tmp_path, push):
+    masks = make_masks(make_m2m100())
+    push(masks, tmp_path / "first")
+    push(masks, tmp_path / "second")  # a card that was not edited is written anew, without a word
+    card = huggingface_hub.ModelCard.load("me/adapter").content
+    hub.commit("me/adapter", {"README.md": card.replace("## Limits", "## Limits\n\nNot in court.").encode()})
+    with pytest.warns(match="card of me/adapter was edited on the Hub") if push is not by_model else nullcontext():
+        push(masks, tmp_path / "third")
+    assert "Not in court." in huggingface_hub.ModelCard.load("me/adapter").text
+
+
+def test_a_card_that_was_edited_here_is_published_over_one_of_the_hub(hub, tmp_path):
+    for words in ("Not in court.", "Not in hospitals."):
+        make_masks(make_m2m100()).save_pretrained(tmp_path)
+        card = tmp_path / "README.md"
+        card.write_text(card.read_text().replace("## Limits", f"## Limits\n\n{words}"))
+        publish(tmp_path, CardFacts("me/adapter"))
+        assert words in huggingface_hub.ModelCard.load("me/adapter").text
 
 
 def test_masks_are_read_at_a_revision(hub):

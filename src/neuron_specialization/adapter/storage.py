@@ -5,11 +5,14 @@ import inspect
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import RepositoryNotFoundError
 from peft import PeftModel
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
@@ -26,7 +29,7 @@ from ..neurons.adapter_file import (
     check_packed_rows,
     read_weights,
 )
-from ..neurons.card import CardFacts, describe_adapter
+from ..neurons.card import CardFacts, describe_adapter, keep_card_of_hub
 from ..neurons.files import atomic_directory
 from .layer import NeuronSpecializationLayer
 
@@ -118,6 +121,9 @@ def described_training(create: Callable[..., Any]) -> Callable[..., Any]:
             tags = given.get("dataset_tags") or []
             facts = CardFacts(trainer.hub_model_id, given.get("license"), [tags] if isinstance(tags, str) else tags)
             facts.training = extract_hyperparameters_from_trainer(trainer)
+            if trainer.hub_model_id is not None:
+                with suppress(RepositoryNotFoundError):  # it is private, and the token was passed to the upload alone
+                    keep_card_of_hub(HfApi(token=trainer.args.hub_token), trainer.hub_model_id, directory)
             describe_adapter(directory, facts)
 
     return described

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import HfApi
 
 from ..neurons.adapter_file import CONFIG_NAME, WEIGHTS_NAME, make_repository
-from ..neurons.card import CARD_NAME, CardFacts, describe_adapter
+from ..neurons.card import CARD_NAME, CardFacts, describe_adapter, keep_card_of_hub
 from ..neurons.kept_picture import PICTURE_NAME
 from ..neurons.masks import NeuronMasks
 
@@ -27,7 +27,7 @@ def publish(
 ) -> str:
     """Upload an adapter directory in one commit, and return its address.
 
-    The card in the directory is rewritten from `facts`, unless it was edited.
+    The card in the directory is rewritten from `facts`, unless it was edited, there or on the Hub.
 
     Args:
         adapter: directory that holds an adapter, whose files are checked first.
@@ -47,9 +47,10 @@ def publish(
     NeuronMasks.from_pretrained(directory)  # raises where the files are damaged
     if not (directory / WEIGHTS_NAME).is_file():
         raise ValueError(f"{directory} has no {WEIGHTS_NAME}: save the adapter with safe_serialization=True.")
-    describe_adapter(directory, facts)
     api = HfApi(token=token)
     repo_id = make_repository(api, facts.repo_id, private)
+    keep_card_of_hub(api, repo_id, directory)
+    describe_adapter(directory, facts)
     files = [CONFIG_NAME, WEIGHTS_NAME, CARD_NAME, PICTURE_NAME]
     return str(api.upload_folder(repo_id=repo_id, folder_path=directory, allow_patterns=files))
 

@@ -13,7 +13,7 @@ from huggingface_hub import HfApi
 from safetensors.torch import save_file
 
 from . import adapter_file
-from .card import CARD_NAME, CardFacts, describe_adapter, is_edited, write_card
+from .card import CARD_NAME, CardFacts, describe_adapter, is_edited, keep_card_of_hub, write_card
 from .combination import check_same_base, joined
 from .ffn import ENCODER, STACKS, in_order
 from .files import WRITTEN, atomic_directory
@@ -212,6 +212,8 @@ class NeuronMasks:
     def push_to_hub(self, repo_id: str, *, token: str | bool | None = None, private: bool | None = None) -> str:
         """Write the adapter directory to a Hub repository, created if missing, and return its address.
 
+        A card that was edited on the Hub stays.
+
         Args:
             repo_id: Hub id, such as "me/nllb-masks".
             token: see `huggingface_hub.HfApi`.
@@ -224,6 +226,7 @@ class NeuronMasks:
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             repo_id = adapter_file.make_repository(api, repo_id, private)
+            keep_card_of_hub(api, repo_id, folder)
             describe_adapter(folder, CardFacts(repo_id=repo_id))
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=[WRITTEN]))
 
