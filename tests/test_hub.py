@@ -239,6 +239,30 @@ def test_merging_says_whose_training_is_left_out(tmp_path, monkeypatch, capsys):
     )
 
 
+def biased(directory):
+    model = make_m2m100()
+    config = ns.NeuronSpecializationConfig(masks=make_masks(model), mask_bias=True, task_type="SEQ_2_SEQ_LM")
+    get_peft_model(model, config).save_pretrained(directory)
+
+
+REFUSED = {
+    "conflict": (lambda path: make_masks(make_m2m100(), k=0.9).save_pretrained(path), "keep different neurons in"),
+    "architecture": (lambda path: make_masks(make_m2m100(layers=1)).save_pretrained(path), "for different models"),
+    "checkpoint": (lambda path: make_masks(make_m2m100(init_std=0.4)).save_pretrained(path), "with different weights"),
+    "bias": (biased, "has mask_bias=True"),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_cannot_be_merged_is_refused_with_a_reason(tmp_path, run_here, reason):
+    save, message = REFUSED[reason]
+    make_masks(make_m2m100()).save_pretrained(tmp_path / "mine")
+    save(tmp_path / "theirs")
+    adapters = str(tmp_path / "mine"), str(tmp_path / "theirs")
+    error = run_here("merge_masks.py", "--adapters", *adapters, "--output_dir", str(tmp_path / "all"), fails=True)
+    assert message in error and "Traceback" not in error and not (tmp_path / "all").exists()
+
+
 @pytest.mark.parametrize(("how", "together"), [("union", torch.logical_or), ("intersection", torch.logical_and)])
 def test_masks_of_the_same_pairs_are_combined_into_one_adapter(tmp_path, monkeypatch, how, together):
     model = make_m2m100()

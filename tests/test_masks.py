@@ -56,9 +56,31 @@ def test_rows_sparsity_and_overlap(four):
 def test_union_and_intersection(four):
     flipped = masks_of({n: (~r).int().tolist() for n, r in four.rows.items()}, four.language_pairs)
     assert all(rows.all() for rows in four.union(flipped).rows.values())
-    assert not any(rows.any() for rows in four.intersection(flipped).rows.values())
+    with pytest.raises(ValueError, match="would keep no neuron of en-de, en-fr, de-en, fr-en in encoder.0"):
+        four.intersection(flipped)
     with pytest.raises(ValueError, match="different models: one has 2 blocks"):
         four.union(masks_of({"encoder.0": [[1]]}, ["en-de"]))
+    with pytest.raises(ValueError, match="same language pairs and rows"):
+        four.union(four.factorize())
+
+
+def test_rows_are_combined_by_the_names_of_their_pairs(four):
+    turned = four.only("decoder")
+    turned = replace(turned, rows={name: rows.flip(0) for name, rows in turned.rows.items()})
+    turned = replace(turned, routes=Routes.per_pair(four.language_pairs[::-1]))
+    union, intersection = four.union(turned), four.intersection(turned)
+    assert union.language_pairs == four.language_pairs and union.rows["encoder.0"].all()
+    for combined, stack in ((union, "decoder.0"), (intersection, "decoder.0"), (intersection, "encoder.0")):
+        assert combined.rows[stack].equal(four.rows[stack])
+    assert union.selector["name"] == "union" and intersection.selector["name"] == "intersection"
+
+
+def test_what_is_combined_knows_the_tokens_of_both(four):
+    known = replace(four, language_token_ids={"en": 8})
+    for a, b in ((four, known), (known, four), (known, known)):
+        assert a.union(b).language_token_ids == {"en": 8}
+    with pytest.raises(ValueError, match="different tokens for en"):
+        known.intersection(replace(four, language_token_ids={"en": 9}))
 
 
 def test_only_one_stack(four):
@@ -271,7 +293,7 @@ def test_factorized_masks_are_concatenated_by_language(four):
 
 def test_what_cannot_be_concatenated_is_refused(four):
     other = masks_of({"encoder.0": [[0, 0, 1, 1]], "decoder.0": [[1, 0, 0]]}, ["en-de"])
-    with pytest.raises(ValueError, match="Both masks hold en-de.*different neurons in encoder.0"):
+    with pytest.raises(ValueError, match="Both masks hold en-de.*different neurons in encoder.0. Identify one"):
         four.concatenate(other)
     with pytest.raises(ValueError, match="different models: one has 2 blocks of 3, 4 neurons"):
         four.concatenate(masks_of({"encoder.0": [[1, 1]]}, ["en-it"]))
