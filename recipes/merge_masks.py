@@ -37,7 +37,7 @@ def main() -> None:
     biased = [adapter for adapter in args.adapters if read_config(adapter).get("mask_bias")]
     if biased:
         raise ValueError(
-            f"{', '.join(biased)} has mask_bias=True, which an adapter of masks alone does not keep. Merge the masks in "
+            f"{', '.join(biased)} has mask_bias=True, which adapters of masks alone do not keep. Merge the masks in "
             "Python (ns.NeuronMasks) and pass mask_bias=True to the config that trains under them."
         )
     masks = reduce(getattr(NeuronMasks, args.how), map(NeuronMasks.from_pretrained, args.adapters))

@@ -1,25 +1,34 @@
 """The model card: written on every save, runnable as printed, and never over what its user wrote."""
 
 import ast
+import importlib.metadata
 import json
 import re
+import shlex
+import subprocess
+import sys
 import tomllib
+from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 import torch
+from accelerate import Accelerator
 from huggingface_hub import ModelCard
+from packaging.requirements import Requirement
 from peft import get_peft_model
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 import neuron_specialization as ns
 from neuron_specialization.export.hub import facts_from_results
 from neuron_specialization.neurons.adapter_file import pack_rows
 from neuron_specialization.neurons.card import CardFacts, describe_adapter, is_edited, render_card
+from neuron_specialization.neurons.extras import install
 from neuron_specialization.neurons.kept_picture import draw_kept, kept_shares
 from neuron_specialization.neurons.masks import NeuronMasks
 
-from .conftest import make_m2m100, make_masks
+from .conftest import make_batch, make_m2m100, make_masks
 
 ROOT = Path(__file__).parent.parent
 CARDS = sorted((ROOT / "model_cards").glob("*/README.md"))
@@ -59,21 +68,52 @@ def masks_alone(directory):
     make_masks(make_m2m100()).save_pretrained(directory)
 
 
-WAYS = pytest.mark.parametrize("save", [by_peft, by_transformers, together, masks_alone])
+def by_trainer(directory):
+    """A checkpoint of a training; called in a folder of a run."""
+    model = adapted()
+    ns.set_language_pair(model, "en-de")
+    batch = make_batch()
+    rows = [{name: values[i] for name, values in batch.items()} for i in range(4)]
+    steps = {"max_steps": int(directory.name.rpartition("-")[2]), "save_steps": 1, "report_to": "none"}
+    args = Seq2SeqTrainingArguments(directory.parent, **steps, use_cpu=True, disable_tqdm=True)
+    Seq2SeqTrainer(model, args, train_dataset=rows).train()
+
+
+def by_accelerate(directory):
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(adapted())
+    accelerator.unwrap_model(model).save_pretrained(str(directory), state_dict=accelerator.get_state_dict(model))
+
+
+WAYS = pytest.mark.parametrize(
+    "save",
+    [by_peft, by_transformers, together, masks_alone, by_trainer, by_accelerate],
+    ids=lambda save: save.__name__,
+)
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """Where each way saves; Trainer names its checkpoints so."""
+    return tmp_path / "checkpoint-1"
 
 
 @WAYS
-def test_every_way_to_save_writes_a_card_about_this_adapter(tmp_path, save):
-    save(tmp_path)
-    text = (tmp_path / "README.md").read_text()
+def test_every_way_to_save_writes_a_card_about_this_adapter(directory, save):
+    save(directory)
+    text = (directory / "README.md").read_text()
     assert "More Information Needed" not in text and "import neuron_specialization" in text.split("##")[0]
     assert "en-de, de-en, en-fr, fr-en" in text
-    assert ModelCard.load(tmp_path / "README.md").data.language == ["en", "de", "fr"]
+    for package in ("neuron-specialization", "torch", "transformers"):
+        assert f"\n- {package} {importlib.metadata.version(package)}\n" in text
+    data = ModelCard.load(directory / "README.md").data
+    assert data.language == ["en", "de", "fr"] and data.library_name == "peft" and data.pipeline_tag == "translation"
+    assert {"neuron-specialization", "multilingual"} <= set(data.tags)
     if save is masks_alone:
         assert "Nothing was trained under these masks" in text
     else:
         assert 'trainable="delta"' in text
-    assert "(kept_neurons.svg)" in text and (tmp_path / "kept_neurons.svg").is_file()
+    assert "(kept_neurons.svg)" in text and (directory / "kept_neurons.svg").is_file()
 
 
 def test_the_picture_shows_the_kept_shares_of_pairs_by_layer():
@@ -107,16 +147,16 @@ def test_an_adapter_that_transformers_loaded_is_saved_with_its_table_and_picture
 
 
 @WAYS
-def test_a_card_is_written_anew_until_its_user_edits_it(tmp_path, save):
-    save(tmp_path)
-    first = (tmp_path / "README.md").read_text()
-    save(tmp_path)
-    assert (tmp_path / "README.md").read_text() == first
-    (tmp_path / "README.md").write_text(first.replace("## Limits", "## Limits\n\nNot for court rooms."))
-    (tmp_path / "kept_neurons.svg").write_text("mine")
-    save(tmp_path)
-    assert "Not for court rooms." in (tmp_path / "README.md").read_text()
-    assert (tmp_path / "kept_neurons.svg").read_text() == "mine"
+def test_a_card_is_written_anew_until_its_user_edits_it(directory, save):
+    save(directory)
+    first = (directory / "README.md").read_text()
+    save(directory)
+    assert (directory / "README.md").read_text() == first
+    (directory / "README.md").write_text(first.replace("## Limits", "## Limits\n\nNot for court rooms."))
+    (directory / "kept_neurons.svg").write_text("mine")
+    save(directory)
+    assert "Not for court rooms." in (directory / "README.md").read_text()
+    assert (directory / "kept_neurons.svg").read_text() == "mine"
 
 
 def test_a_license_that_the_user_added_stays(tmp_path):
@@ -144,11 +184,22 @@ def test_scores_are_in_the_text_and_in_the_front_matter():
     config = {**masks.metadata(), "trainable": "full"}
     text = render_card(config, {}, CardFacts("me/masks", scores=SCORES, training={"updates": 7}))
     assert "| en-de | 1000 | 33.63 | 57.23 |" in text and "`nrefs:1|tok:13a`" in text and "| updates | 7 |" in text
-    results = ModelCard(text).data.eval_results
+    results, data = ModelCard(text).data.eval_results, ModelCard(text).data
+    assert data.metrics == ["bleu", "chrf"] and data.model_name == "masks"
     assert {(r.metric_type, r.metric_value, r.dataset_config) for r in results} == {
         ("bleu", 33.63, "en-de"),
         ("chrf", 57.23, "en-de"),
     }
+
+
+@pytest.mark.parametrize("base", ["t5-small", "facebook/nllb-200-distilled-600M"])
+def test_a_base_on_the_hub_is_named_whether_or_not_it_has_an_owner(base):
+    config = {**make_masks(make_m2m100()).metadata(), "trainable": "none", "base_model_name_or_path": base}
+    text = render_card(config, {}, CardFacts("me/masks", license="mit", datasets=["me/corpus"]))
+    data = ModelCard(text).data
+    assert (data.base_model, data.to_dict()["base_model_relation"]) == (base, "adapter")
+    assert f"base_model:adapter:{base}" in data.tags and f'base = "{base}"\n' in text
+    assert (data.license, data.datasets, data.metrics) == ("mit", ["me/corpus"], None)
 
 
 @pytest.mark.parametrize(
@@ -262,8 +313,43 @@ def test_the_package_is_installed_from_where_it_is():
     assert f"pip install git+{repository}\n" in render_card(config, {}, CardFacts()).split("##")[0]
     readme = (ROOT / "README.md").read_text()
     assert f"git clone {repository} " in readme and f"`pip install git+{repository}`" in readme
-    pages = [*ROOT.glob("*.md"), *ROOT.glob("recipes/*.md"), *CARDS]
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("recipes/*.md"), *CARDS, *ROOT.glob("recipes/*.py")]
+    pages += [path for path in ROOT.glob("src/**/*") if path.suffix in (".py", ".jinja") and path.name != "extras.py"]
     assert not [page for page in pages if re.search("pip install ['\"]?neuron-specialization", page.read_text())]
+
+
+def test_extras_are_installed_from_where_the_package_is():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    command = install("report")
+    requirement = Requirement(shlex.split(command)[-1])
+    assert command.startswith("pip install '") and requirement.url == f"git+{project['urls']['Repository']}"
+    assert requirement.name == project["name"] and requirement.extras == {"report"}
+    sources = [*ROOT.glob("src/**/*.py"), *ROOT.glob("recipes/*.py")]
+    named = {extra for path in sources for extra in re.findall(r"{install\('([\w-]+)'\)}", path.read_text())}
+    assert {"report", "export", "zero-shot"} <= named <= set(project["optional-dependencies"])
+
+
+def test_the_usage_block_says_what_to_replace_and_names_tokens_where_the_adapter_does_not():
+    masks = make_masks(make_m2m100())
+    usage = render_card({**masks.metadata(), "trainable": "none"}, {}, CardFacts())
+    assert 'base = "path/to/base"  # replace by' in usage and 'adapter = "path/to/adapter"  # replace by' in usage
+    assert 'tokens = {"en": "en", "de": "de"}  # replace by' in usage and "language_tokens=tokens" in usage
+    known = {**masks.metadata(), "language_token_ids": {"en": 4}, "base_model_name_or_path": "me/base"}
+    usage = render_card(known, {}, CardFacts("me/masks"))
+    assert "replace" not in usage and "tokens = " not in usage and '"en-de", num_beams=5' in usage
+    config = ns.NeuronSpecializationConfig(task_type="SEQ_2_SEQ_LM")  # its one pair has no languages to translate
+    usage = render_card({**config.to_dict(), "fingerprint": {}}, {}, CardFacts())
+    assert "PeftModel.from_pretrained(" in usage and "ns.translate" not in usage and "adapter)\n```\n" in usage
+
+
+def test_without_the_import_that_the_card_shows_peft_knows_no_such_adapter(tmp_path):
+    by_peft(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    line, stops = re.search("> (import .*?)  #", text)[1], re.search("`(KeyError: '.*?')`", text)[1]
+    load = f"from peft import PeftConfig; print(PeftConfig.from_pretrained({str(tmp_path)!r}).peft_type.value)"
+    run = partial(subprocess.run, capture_output=True, text=True)
+    assert run([sys.executable, "-c", load]).stderr.splitlines()[-1] == stops
+    assert run([sys.executable, "-c", f"{line}; {load}"]).stdout == "NEURON_SPECIALIZATION\n"
 
 
 def test_the_usage_block_runs_as_printed(tmp_path, toy, toy_tokenizer, capsys):

@@ -15,6 +15,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 import neuron_specialization as ns
 from neuron_specialization.adapter.registration import _CREATE_CARD
 from neuron_specialization.export.hub import publish
+from neuron_specialization.neurons.adapter_file import pack_rows
 from neuron_specialization.neurons.card import CardFacts
 from neuron_specialization.neurons.masks import NeuronMasks
 
@@ -145,6 +146,10 @@ def test_masks_are_read_at_a_revision(hub):
     for masks, at in ((first, revision), (second, None)):
         found = NeuronMasks.from_pretrained("me/masks", revision=at)
         assert all(torch.equal(found.rows[name], rows) for name, rows in masks.rows.items())
+        loaded = PeftModel.from_pretrained(make_m2m100(), "me/masks", revision=at).get_base_model()
+        for name, rows in masks.rows.items():
+            packed = loaded.get_submodule(name).neuron_specialization_mask["default"]
+            assert torch.equal(packed, pack_rows(rows))
 
 
 def test_a_private_repository_needs_a_token(hub, monkeypatch):
@@ -153,6 +158,11 @@ def test_a_private_repository_needs_a_token(hub, monkeypatch):
     with pytest.raises(ValueError, match="No adapter at 'me/secret'.*can be reached"):
         NeuronMasks.from_pretrained("me/secret", token=False)
     assert NeuronMasks.from_pretrained("me/secret", token=TOKEN).language_pairs == masks.language_pairs
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(Exception, match="me/secret"):
+        PeftModel.from_pretrained(make_m2m100(), "me/secret")
+    loaded = PeftModel.from_pretrained(make_m2m100(), "me/secret", token=TOKEN)
+    assert loaded.peft_config["default"].language_pairs == masks.language_pairs
 
 
 def test_what_is_to_be_private_is_not_put_into_a_public_repository(hub, tmp_path, monkeypatch, capsys):

@@ -85,6 +85,8 @@ def test_identify_writes_masks_counts_and_a_report(identified, workspace):
     assert f"{results['kept']['Pv-Aa'][block]:.2f}" in output and block in output
     assert results["environment"]["torch"] and set(results["stability"]["halves"]) == set(PAIRS)
     assert "IoU of split halves" in output
+    assert f"| Pv-Aa  | {1:.2f}" in output.partition("overlap of the pairs' neurons in the encoder")[2]
+    assert (directory / "overlap.svg").read_text().lstrip().startswith("<?xml")
     page = (workspace / "report.html").read_text()
     assert all(pair in page for pair in PAIRS) and "CumulativeThreshold (k=0.7)" in page and "overlap, encoder" in page
 

@@ -94,9 +94,7 @@ def joined(a: "NeuronMasks", b: "NeuronMasks") -> "NeuronMasks":
 def _check_equal(first: torch.Tensor, second: torch.Tensor, places: list[int], names: list[str], block: str) -> None:
     for row, place in zip(second, places, strict=True):
         if place < len(first) and not torch.equal(row, first[place]):
-            raise ValueError(
-                f"Both masks hold {names[place]}, and they keep different neurons in {block}. {_REMEDY}"
-            )
+            raise ValueError(f"Both masks hold {names[place]}, and they keep different neurons in {block}. {_REMEDY}")
 
 
 def _tokens(a: dict[str, int] | None, b: dict[str, int] | None) -> dict[str, int] | None:
