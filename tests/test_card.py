@@ -223,6 +223,29 @@ def test_scores_are_told_of_the_data_they_are_on(tmp_path, file, told, kind):
     ]
 
 
+def test_scores_are_read_from_a_stage_of_a_comparison_too(tmp_path):
+    row = {"method": "ours", "seed": 0, "direction": "en-de", "loss": 2.9, "bleu": 33.626, "chrf++": 57.234}
+    signatures = {"en-de": {name: value for name, value in SCORES["en-de"].items() if "signature" in name}}
+    part = {"recipe": "compare_methods", "rows": [row], "signatures": signatures}
+    part |= {"translations": {"en-de": ["Ein Hund."] * 1000}}
+    (tmp_path / "part.json").write_text(json.dumps(part))
+    assert facts_from_results(CardFacts(), scores=tmp_path / "part.json").scores == SCORES
+    (tmp_path / "part.json").write_text(json.dumps({**part, "signatures": {}}))
+    with pytest.raises(ValueError, match="part.json is not the complete results.json"):
+        facts_from_results(CardFacts(), scores=tmp_path / "part.json")
+
+
+def test_a_card_says_that_masks_are_a_control():
+    masks = make_masks(make_m2m100())
+    for made, said in (
+        (ns.RandomOverlap(masks).select(), True),
+        (ns.WrongPair(masks, {"de": "fr", "fr": "de"}).select(), True),
+        (masks, False),
+    ):
+        text = render_card({**made.metadata(), "trainable": "none"}, {}, CardFacts())
+        assert f"Neurons were selected by {made.selector['name']}" in text and ("This is a control: " in text) == said
+
+
 SCORED = {"recipe": "score", "directions": SCORES, "arguments": [{"test_file": "test.tsv"}]}
 COUNTED = {"recipe": "identify", "tokens": {"encoder": [9]}, "arguments": [{"validation_file": "dev.tsv"}]}
 RUN = {"depends_on": {"seed": 0}, "result": {"updates": 7, "environment": {"torch": "2.13.0"}}}
@@ -293,7 +316,10 @@ def test_a_card_alone_tells_what_recipes_measured_and_names_no_directory(tmp_pat
 def test_committed_cards_are_as_they_were_written(path):
     text = path.read_text()
     assert not is_edited(path) and "More Information Needed" not in text
-    assert "BLEU: `nrefs" in text and "| counted on |" in text and (path.parent / "kept_neurons.svg").is_file()
+    assert "BLEU: `nrefs" in text and "| updates |" in text and not re.search(r"[\s\"'`({]/\w", text)
+    assert ("| counted on |" in text) == (not path.parent.name.startswith("tatoeba-sequential")) and (
+        path.parent / "kept_neurons.svg"
+    ).is_file()
 
 
 @pytest.mark.parametrize("sentence", ['She said "no".', "C:\\new\\", "L'été\nfini", "日本語 {{ base }} <b>"])

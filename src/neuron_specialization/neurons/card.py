@@ -31,6 +31,12 @@ _BASE_ID = re.compile(r"([\w.-]+/)?[\w.-]+")  # models of the Hub's first years 
 _LANGUAGE = re.compile(r"[a-z]{2,3}")
 _BAR = 10
 _VERSIONED = ("neuron-specialization", "transformers", "torch")
+_CONTROLS = {
+    "RandomMatched": "as many neurons as other masks keep, drawn at random",
+    "RandomOverlap": "the neurons of other masks, renumbered at random in each block",
+    "WrongPair": "masks exchanged between languages",
+    "Pooled": "one mask for many pairs, as large as the masks of single pairs",
+}
 _WHAT_TRAINS = {
     "full": "every parameter of the base, FFN neurons only for the pairs that keep them",
     "delta": "a dense change of the up projections, for each pair in the rows that it keeps",
@@ -166,6 +172,7 @@ def render_card(config: Mapping[str, Any], packed: Mapping[str, torch.Tensor], f
         row_is="language pair" if routes.encoder_rows == pairs else "mask row",
         picture=packed and PICTURE_NAME,
         selector=describe_selector(config.get("selector")),
+        control=_CONTROLS.get((config.get("selector") or {}).get("name", "")),
         can_compose=routes.source_tag == "source",
         **_evaluation(facts.scores),
         test_data=facts.test_data,
