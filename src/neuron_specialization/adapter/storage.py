@@ -113,7 +113,7 @@ def described_training(create: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(create)
     def described(trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
-        directory = trainer.args.output_dir
+        directory = str(trainer.args.output_dir)
         if not _holds_adapter(directory):
             return create(trainer, *args, **kwargs)
         if trainer.is_world_process_zero():
