@@ -5,14 +5,14 @@ accelerate launch --quiet recipes/identify.py --config recipes/configs/identify/
     --output_dir build/masks --stability true
 """
 
+import importlib.util
 import time
 from dataclasses import dataclass, field
-from importlib import import_module
-from importlib.util import find_spec
 
 import neuron_specialization as ns
 from neuron_specialization.analysis.report import write_report
 from neuron_specialization.neurons.adapter_file import CONFIG_NAME, WEIGHTS_NAME, check_holds_no_model
+from neuron_specialization.neurons.extras import install
 from neuron_specialization.neurons.ffn import STACKS
 from neuron_specialization.neurons.files import atomic_directory, check_not_input, check_replaceable
 from neuron_specialization.neurons.stability import stability
@@ -107,10 +107,12 @@ def main() -> None:
         masks.save_pretrained(folder)
         counts.save(folder / "counts.safetensors")
         write_results(folder, results)
-        if find_spec("matplotlib") and find_spec("scipy"):
-            import_module("neuron_specialization.analysis.mask_plots").plot_pairs(overlap, folder / "overlap.svg")
+        if importlib.util.find_spec("matplotlib") and importlib.util.find_spec("scipy"):
+            importlib.import_module("neuron_specialization.analysis.mask_plots").plot_pairs(
+                overlap, folder / "overlap.svg"
+            )
         else:
-            print("no heatmap of the overlap: pip install 'neuron-specialization[report]'")
+            print(f"no heatmap of the overlap: {install('report')}")
     if args.report is not None:
         print(f"wrote {write_report(args.report, 'Neurons of language pairs', masks, [args.output_dir])}")
     print(f"wrote {args.output_dir} ({seconds:.1f} s of recording)")

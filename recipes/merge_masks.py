@@ -34,6 +34,12 @@ def main() -> None:
     if len(args.adapters) < 2:
         raise ValueError(f"Expected two adapters or more to merge, got {' '.join(args.adapters)}.")
     check_not_input(args.output_dir, *args.adapters)
+    biased = [adapter for adapter in args.adapters if read_config(adapter).get("mask_bias")]
+    if biased:
+        raise ValueError(
+            f"{', '.join(biased)} has mask_bias=True, which adapters of masks alone do not keep. Merge the masks in "
+            "Python (ns.NeuronMasks) and pass mask_bias=True to the config that trains under them."
+        )
     masks = reduce(getattr(NeuronMasks, args.how), map(NeuronMasks.from_pretrained, args.adapters))
     masks.save_pretrained(args.output_dir, args.overwrite_output_dir)
     print(f"wrote {args.output_dir}\n{masks}")

@@ -27,7 +27,9 @@ class PublishArguments:
     private: bool = field(default=False, metadata={"help": "Make a new repository private."})
     license: str | None = field(default=None, metadata={"help": "Identifier of the license, such as cc-by-4.0."})
     datasets: list[str] = field(default_factory=list, metadata={"help": "Hub ids of the data it was made from."})
-    scores: str | None = field(default=None, metadata={"help": "results.json of recipes/score.py."})
+    scores: str | None = field(
+        default=None, metadata={"help": "results.json of score, or part.json of a stage of a comparison."}
+    )
     training: str | None = field(default=None, metadata={"help": "run.json of the run that trained it."})
     identification: str | None = field(default=None, metadata={"help": "results.json of recipes/identify.py."})
     sentence: str = field(default=CardFacts.sentence, metadata={"help": "Source sentence of the card's example."})

@@ -1,4 +1,8 @@
-"""A Hub on loopback: as much of its HTTP interface as huggingface_hub uses to make, fill and read repositories."""
+"""A Hub on loopback: as much of its HTTP interface as huggingface_hub uses to make, fill and read repositories.
+
+Weights go by Git LFS: a batch request, a PUT, and their hash in the commit. Xet, by which the client sends them where
+hf_xet is installed and not disabled (HF_HUB_DISABLE_XET), is not spoken.
+"""
 
 import base64
 import hashlib
@@ -19,6 +23,7 @@ class Hub:
     def __init__(self) -> None:
         self.revisions: dict[str, dict[str, dict[str, bytes]]] = {}  # repository → commit → file → content
         self.private: set[str] = set()
+        self.large: dict[str, bytes] = {}  # SHA-256 → content
         self.fail_commits = 0
         self.requests: list[str] = []
 
@@ -41,20 +46,21 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         self.hub.requests.append(f"POST {self.path}")
-        length = int(self.headers.get("Content-Length") or 0)
-        body = self.rfile.read(length) if length else self._chunks()
+        body = self._body()
         if self.path == "/api/validate-yaml":
             return self._answer({"errors": [], "warnings": []})
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self._answer({"error": "Invalid credentials"}, 401)
         if self.path == "/api/repos/create":
             return self._create(json.loads(body))
+        if self.path.endswith(".git/info/lfs/objects/batch"):
+            return self._answer({"transfer": "basic", "objects": [*map(self._place, json.loads(body)["objects"])]})
         found = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main", self.path.split("?")[0])
         assert found is not None, self.path
         if found[2] == "preupload":
-            files = [
-                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
-            ]
+            names = [file["path"] for file in json.loads(body)["files"]]
+            modes = ("lfs" if name.endswith(".safetensors") else "regular" for name in names)
+            files = [{"path": n, "uploadMode": m, "shouldIgnore": False} for n, m in zip(names, modes, strict=True)]
             return self._answer({"files": files})
         if self.hub.fail_commits:
             self.hub.fail_commits -= 1
@@ -66,9 +72,18 @@ class _Handler(BaseHTTPRequestHandler):
             for line in lines
             if line["key"] == "file"
         }
+        large = [line["value"] for line in lines if line["key"] == "lfsFile"]
+        files |= {value["path"]: self.hub.large[value["oid"]] for value in large}
         commit = self.hub.commit(found[1], files)
         url = f"{self._address}/{found[1]}/commit/{commit}"
         return self._answer({"success": True, "commitOid": commit, "commitUrl": url, "hookOutput": ""})
+
+    def do_PUT(self) -> None:
+        self.hub.requests.append(f"PUT {self.path}")
+        body = self._body()
+        assert hashlib.sha256(body).hexdigest() == self.path.removeprefix("/lfs/"), self.path
+        self.hub.large[self.path.removeprefix("/lfs/")] = body
+        return self._answer({})
 
     def do_GET(self) -> None:
         self.hub.requests.append(f"{self.command} {self.path}")
@@ -99,6 +114,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
+    def _place(self, wanted: dict[str, Any]) -> dict[str, Any]:
+        """Return where a large object is to be put, or that it is there already."""
+        upload = {"upload": {"href": f"{self._address}/lfs/{wanted['oid']}"}}
+        return {**wanted, **({} if wanted["oid"] in self.hub.large else {"actions": upload})}
+
     def _create(self, wanted: dict[str, Any]) -> None:
         repo = f"{wanted.get('organization') or 'me'}/{wanted['name']}"
         url = {"url": f"{self._address}/{repo}"}
@@ -110,8 +130,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.private.add(repo)
         return self._answer({**url, "id": repo})
 
-    def _chunks(self) -> bytes:
-        body = b""
+    def _body(self) -> bytes:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.headers.get("Transfer-Encoding") == "chunked":
             while size := int(self.rfile.readline(), 16):
                 body += self.rfile.read(size)

@@ -1,6 +1,7 @@
 """The command line of the package."""
 
 import ast
+import json
 import re
 import sys
 from pathlib import Path
@@ -48,6 +49,15 @@ def test_info_tells_what_an_adapter_holds(monkeypatch, capsys, tmp_path):
     out = capsys.readouterr().out
     assert re.search("trained +none", out) and re.search("pairs +4", out) and "CumulativeThreshold (k=0.6)" in out
     assert repr(NeuronMasks.from_pretrained(tmp_path)) in out
+
+
+def test_an_adapter_whose_config_does_not_say_what_was_trained_is_described_too(monkeypatch, capsys, tmp_path):
+    make_masks(make_m2m100()).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    del config["trainable"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    run(monkeypatch, "info", tmp_path)
+    assert re.search("trained +not recorded", capsys.readouterr().out)
 
 
 def test_what_is_no_adapter_is_an_error_of_one_sentence(monkeypatch, capsys, tmp_path):

@@ -245,7 +245,7 @@ def test_masks_are_looked_up_without_waiting_for_the_device(device, pairs, num_b
 
 
 def quantized_by_bitsandbytes(model, device):
-    bnb = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install neuron-specialization[gpu]")
+    bnb = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install -e '.[gpu]'")
     for name, linear in [(n, m) for n, m in model.named_modules() if n.endswith((".fc1", ".fc2"))]:
         small = bnb.nn.Linear8bitLt(linear.in_features, linear.out_features, has_fp16_weights=False)
         small.load_state_dict(linear.state_dict())
@@ -255,9 +255,7 @@ def quantized_by_bitsandbytes(model, device):
 
 
 def quantized_by_torchao(model, device):
-    torchao = pytest.importorskip(
-        "torchao.quantization", reason="needs torchao: pip install neuron-specialization[gpu]"
-    )
+    torchao = pytest.importorskip("torchao.quantization", reason="needs torchao: pip install -e '.[gpu]'")
     model = model.to(device)
     torchao.quantize_(
         model, torchao.Int8WeightOnlyConfig(), filter_fn=lambda module, name: name.endswith((".fc1", ".fc2"))

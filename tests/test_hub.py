@@ -2,6 +2,7 @@
 
 import runpy
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import huggingface_hub
@@ -9,14 +10,21 @@ import pytest
 import torch
 from huggingface_hub import constants, hf_api
 from peft import PeftModel, get_peft_model
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 import neuron_specialization as ns
+from neuron_specialization.adapter.registration import _CREATE_CARD
+from neuron_specialization.export.hub import publish
+from neuron_specialization.neurons.adapter_file import pack_rows
+from neuron_specialization.neurons.card import CardFacts
 from neuron_specialization.neurons.masks import NeuronMasks
 
 from .conftest import make_batch, make_m2m100, make_masks
 from .hub_server import TOKEN, hub_server
 
 RECIPES = Path(__file__).parent.parent / "recipes"
+# huggingface_hub hands its PUT of large files to httpx in a way that httpx deprecates
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
 
 
 @pytest.fixture
@@ -26,6 +34,7 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "ENDPOINT", url)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # weights go by Git LFS
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(hf_api.api, "endpoint", url)
         monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # made anew, for this Hub
@@ -41,6 +50,13 @@ def adapted():
     return get_peft_model(model, config).eval()
 
 
+def injected():
+    """As `adapted`, by transformers."""
+    model = make_m2m100()
+    model.add_adapter(ns.NeuronSpecializationConfig(masks=make_masks(model), task_type="SEQ_2_SEQ_LM"))
+    return model
+
+
 def recipe(name, monkeypatch, *words):
     monkeypatch.setattr(sys, "argv", [str(RECIPES / f"{name}.py"), *map(str, words)])
     runpy.run_path(str(RECIPES / f"{name}.py"), run_name="__main__")
@@ -54,10 +70,75 @@ def logits(model):
 def test_what_push_to_hub_uploads_is_what_others_load(hub):
     model = adapted()
     model.push_to_hub("me/adapter")
+    assert [request[:9] for request in hub.requests].count("PUT /lfs/") == 1
     loaded = PeftModel.from_pretrained(make_m2m100(), "me/adapter").eval()
     assert torch.equal(logits(loaded), logits(model))
     card = huggingface_hub.ModelCard.load("me/adapter")
     assert "More Information Needed" not in card.text and card.data.pipeline_tag == "translation"
+
+
+@pytest.mark.parametrize("make", [adapted, injected])
+def test_a_trainer_uploads_the_adapters_own_card(hub, tmp_path, make):
+    args = Seq2SeqTrainingArguments(tmp_path / "run", hub_model_id="me/trained", report_to="none", use_cpu=True)
+    trainer = Seq2SeqTrainer(make(), args)
+    trainer.push_to_hub(license="cc0-1.0", dataset_tags="me/corpus")
+    card = huggingface_hub.ModelCard.load("me/trained")
+    assert "more information needed" not in card.text.lower() and "en-de, de-en, en-fr, fr-en" in card.text
+    assert '"me/trained"' in card.text and "| learning_rate | 5e-05 |" in card.text and "| seed | 42 |" in card.text
+    assert (card.data.license, card.data.datasets, card.data.pipeline_tag) == ("cc0-1.0", ["me/corpus"], "translation")
+
+
+def test_a_card_that_trainer_generated_gives_way_until_its_user_edits_it(tmp_path):
+    args = Seq2SeqTrainingArguments(tmp_path, report_to="none", use_cpu=True)
+    trainer, card = Seq2SeqTrainer(adapted(), args), tmp_path / "README.md"
+    for user_says in (None, "Not in court."):
+        trainer.save_model()
+        _CREATE_CARD(trainer)  # as without this package
+        generated = card.read_text()
+        assert generated.count("More information needed") == 3
+        if user_says:
+            card.write_text(generated.replace("More information needed", user_says, 1))
+        trainer.save_model()
+        assert (user_says or "en-de, de-en, en-fr, fr-en") in card.read_text()
+
+
+def by_publish(masks, directory):
+    masks.save_pretrained(directory)
+    publish(directory, CardFacts("me/adapter", shared=True))
+
+
+def by_trainer(masks, directory):
+    args = Seq2SeqTrainingArguments(directory, hub_model_id="me/adapter", report_to="none", use_cpu=True)
+    Seq2SeqTrainer(adapted(), args).push_to_hub()
+
+
+def by_masks(masks, directory):
+    masks.push_to_hub("me/adapter")
+
+
+def by_model(masks, directory):
+    adapted().push_to_hub("me/adapter")
+
+
+@pytest.mark.parametrize("push", [by_masks, by_publish, by_trainer, by_model])
+def test_a_card_that_was_edited_on_the_hub_stays(hub, tmp_path, push):
+    masks = make_masks(make_m2m100())
+    push(masks, tmp_path / "first")
+    push(masks, tmp_path / "second")  # a card that was not edited is written anew, without a word
+    card = huggingface_hub.ModelCard.load("me/adapter").content
+    hub.commit("me/adapter", {"README.md": card.replace("## Limits", "## Limits\n\nNot in court.").encode()})
+    with pytest.warns(match="card of me/adapter was edited on the Hub") if push is not by_model else nullcontext():
+        push(masks, tmp_path / "third")
+    assert "Not in court." in huggingface_hub.ModelCard.load("me/adapter").text
+
+
+def test_a_card_that_was_edited_here_is_published_over_one_of_the_hub(hub, tmp_path):
+    for words in ("Not in court.", "Not in hospitals."):
+        make_masks(make_m2m100()).save_pretrained(tmp_path)
+        card = tmp_path / "README.md"
+        card.write_text(card.read_text().replace("## Limits", f"## Limits\n\n{words}"))
+        publish(tmp_path, CardFacts("me/adapter"))
+        assert words in huggingface_hub.ModelCard.load("me/adapter").text
 
 
 def test_masks_are_read_at_a_revision(hub):
@@ -69,6 +150,10 @@ def test_masks_are_read_at_a_revision(hub):
     for masks, at in ((first, revision), (second, None)):
         found = NeuronMasks.from_pretrained("me/masks", revision=at)
         assert all(torch.equal(found.rows[name], rows) for name, rows in masks.rows.items())
+        loaded = PeftModel.from_pretrained(make_m2m100(), "me/masks", revision=at).get_base_model()
+        for name, rows in masks.rows.items():
+            packed = loaded.get_submodule(name).neuron_specialization_mask["default"]
+            assert torch.equal(packed, pack_rows(rows))
 
 
 def test_a_private_repository_needs_a_token(hub, monkeypatch):
@@ -77,6 +162,11 @@ def test_a_private_repository_needs_a_token(hub, monkeypatch):
     with pytest.raises(ValueError, match="No adapter at 'me/secret'.*can be reached"):
         NeuronMasks.from_pretrained("me/secret", token=False)
     assert NeuronMasks.from_pretrained("me/secret", token=TOKEN).language_pairs == masks.language_pairs
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(Exception, match="me/secret"):
+        PeftModel.from_pretrained(make_m2m100(), "me/secret")
+    loaded = PeftModel.from_pretrained(make_m2m100(), "me/secret", token=TOKEN)
+    assert loaded.peft_config["default"].language_pairs == masks.language_pairs
 
 
 def test_what_is_to_be_private_is_not_put_into_a_public_repository(hub, tmp_path, monkeypatch, capsys):
@@ -161,6 +251,30 @@ def test_merging_says_whose_training_is_left_out(tmp_path, monkeypatch, capsys):
         f"What was trained under the masks of {tmp_path / 'trained'} is not merged: the result needs training."
         in capsys.readouterr().out
     )
+
+
+def biased(directory):
+    model = make_m2m100()
+    config = ns.NeuronSpecializationConfig(masks=make_masks(model), mask_bias=True, task_type="SEQ_2_SEQ_LM")
+    get_peft_model(model, config).save_pretrained(directory)
+
+
+REFUSED = {
+    "conflict": (lambda path: make_masks(make_m2m100(), k=0.9).save_pretrained(path), "keep different neurons in"),
+    "architecture": (lambda path: make_masks(make_m2m100(layers=1)).save_pretrained(path), "for different models"),
+    "checkpoint": (lambda path: make_masks(make_m2m100(init_std=0.4)).save_pretrained(path), "with different weights"),
+    "bias": (biased, "has mask_bias=True"),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_cannot_be_merged_is_refused_with_a_reason(tmp_path, run_here, reason):
+    save, message = REFUSED[reason]
+    make_masks(make_m2m100()).save_pretrained(tmp_path / "mine")
+    save(tmp_path / "theirs")
+    adapters = str(tmp_path / "mine"), str(tmp_path / "theirs")
+    error = run_here("merge_masks.py", "--adapters", *adapters, "--output_dir", str(tmp_path / "all"), fails=True)
+    assert message in error and "Traceback" not in error and not (tmp_path / "all").exists()
 
 
 @pytest.mark.parametrize(("how", "together"), [("union", torch.logical_or), ("intersection", torch.logical_and)])

@@ -1,4 +1,5 @@
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -6,11 +7,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import neuron_specialization as ns
+from neuron_specialization.analysis.overlap import neuron_overlap
+from neuron_specialization.analysis.report import write_report
 from neuron_specialization.analysis.shapes import random_masks
 from neuron_specialization.neurons import adapter_file
 from neuron_specialization.neurons.language_pairs import Routes
 
-from .conftest import make_m2m100
+from .conftest import make_batch, make_m2m100
 
 BLOCK = "encoder.0"
 
@@ -53,9 +56,31 @@ def test_rows_sparsity_and_overlap(four):
 def test_union_and_intersection(four):
     flipped = masks_of({n: (~r).int().tolist() for n, r in four.rows.items()}, four.language_pairs)
     assert all(rows.all() for rows in four.union(flipped).rows.values())
-    assert not any(rows.any() for rows in four.intersection(flipped).rows.values())
+    with pytest.raises(ValueError, match="would keep no neuron of en-de, en-fr, de-en, fr-en in encoder.0"):
+        four.intersection(flipped)
     with pytest.raises(ValueError, match="different models: one has 2 blocks"):
         four.union(masks_of({"encoder.0": [[1]]}, ["en-de"]))
+    with pytest.raises(ValueError, match="same language pairs and rows"):
+        four.union(four.factorize())
+
+
+def test_rows_are_combined_by_the_names_of_their_pairs(four):
+    turned = four.only("decoder")
+    turned = replace(turned, rows={name: rows.flip(0) for name, rows in turned.rows.items()})
+    turned = replace(turned, routes=Routes.per_pair(four.language_pairs[::-1]))
+    union, intersection = four.union(turned), four.intersection(turned)
+    assert union.language_pairs == four.language_pairs and union.rows["encoder.0"].all()
+    for combined, stack in ((union, "decoder.0"), (intersection, "decoder.0"), (intersection, "encoder.0")):
+        assert combined.rows[stack].equal(four.rows[stack])
+    assert union.selector["name"] == "union" and intersection.selector["name"] == "intersection"
+
+
+def test_what_is_combined_knows_the_tokens_of_both(four):
+    known = replace(four, language_token_ids={"en": 8})
+    for a, b in ((four, known), (known, four), (known, known)):
+        assert a.union(b).language_token_ids == {"en": 8}
+    with pytest.raises(ValueError, match="different tokens for en"):
+        known.intersection(replace(four, language_token_ids={"en": 9}))
 
 
 def test_only_one_stack(four):
@@ -137,6 +162,23 @@ def test_the_file_is_hardly_larger_than_its_bits(tmp_path):
     size = sum(file.stat().st_size for file in (tmp_path / "large").iterdir())
     assert (tmp_path / "large" / "adapter_model.safetensors").stat().st_size <= 1.03 * 24 * 4096 * 60 / 8
     assert size <= 1.05 * 24 * 4096 * 60 / 8
+
+
+def test_the_layers_of_saved_counts_and_masks_stay_in_the_order_of_the_model(tmp_path):
+    model = make_m2m100(layers=12)
+    blocks = {block.name: block.stack for block in ns.find_ffn_blocks(model)}
+    counts = ns.record_activations(model, {p: [make_batch()] for p in ("en-de", "en-fr")}, progress=False)
+    counts.save(tmp_path / "counts.safetensors")
+    counts = ns.ActivationCounts.load(tmp_path / "counts.safetensors")
+    assert list(counts.counts) == list(counts.stacks) == list(blocks) and list(counts.tokens) == ["encoder", "decoder"]
+    ns.CumulativeThreshold(0.6).select(counts).save_pretrained(tmp_path / "masks")
+    masks = ns.NeuronMasks.from_pretrained(tmp_path / "masks")
+    decoder = [name for name, stack in blocks.items() if stack == "decoder"]
+    assert list(masks.rows) == list(masks.stacks) == list(blocks)
+    assert neuron_overlap(masks, "decoder", "en").blocks == decoder and decoder[2].endswith("layers.2.fc1")
+    html = write_report(tmp_path / "report.html", "Deep", masks).read_text()
+    shown = json.loads(re.search(r'type="application/json"[^>]*>(.*?)</script>', html, re.S)[1])
+    assert [block["name"] for block in shown["blocks"]] == list(blocks)
 
 
 def tamper(directory, change_tensors=None, change_config=None, fix_digest=True):
@@ -251,7 +293,7 @@ def test_factorized_masks_are_concatenated_by_language(four):
 
 def test_what_cannot_be_concatenated_is_refused(four):
     other = masks_of({"encoder.0": [[0, 0, 1, 1]], "decoder.0": [[1, 0, 0]]}, ["en-de"])
-    with pytest.raises(ValueError, match="Both masks hold en-de.*different neurons in encoder.0"):
+    with pytest.raises(ValueError, match="Both masks hold en-de.*different neurons in encoder.0. Identify one"):
         four.concatenate(other)
     with pytest.raises(ValueError, match="different models: one has 2 blocks of 3, 4 neurons"):
         four.concatenate(masks_of({"encoder.0": [[1, 1]]}, ["en-it"]))

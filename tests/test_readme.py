@@ -36,6 +36,8 @@ def test_the_demo_compares_three_models_and_families(demo):
         assert len(results[name]["directions"]) == 12
         assert f"| {name}" in output and f"{scores['chrf++']:.2f}" in output
     assert results["specialized"]["averages"] != results["baseline"]["averages"], "training changed the model"
+    report = (directory / "build" / "demo" / "report.html").read_text()
+    assert all(pair in report for pair in results["specialized"]["directions"]) and "fine_tune" in report
     for stack in ("encoder", "decoder"):
         assert 0 < results["iou"][stack]["within"] <= 1 and 0 < results["iou"][stack]["across"] <= 1
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import socket
 import subprocess
@@ -85,6 +86,9 @@ def test_identify_writes_masks_counts_and_a_report(identified, workspace):
     assert f"{results['kept']['Pv-Aa'][block]:.2f}" in output and block in output
     assert results["environment"]["torch"] and set(results["stability"]["halves"]) == set(PAIRS)
     assert "IoU of split halves" in output
+    overlap = output.partition("overlap of the pairs' neurons in the decoder")[2]
+    assert f"{results['overlap']['decoder']['Pv-Aa']['Pv-Ba']:.2f}" in re.search(r"\| Pv-Aa +\| +1.00 .*", overlap)[0]
+    assert (directory / "overlap.svg").read_text().lstrip().startswith("<?xml")
     page = (workspace / "report.html").read_text()
     assert all(pair in page for pair in PAIRS) and "CumulativeThreshold (k=0.7)" in page and "overlap, encoder" in page
 
@@ -118,6 +122,9 @@ def test_specialize_then_evaluate_then_translate(identified, workspace, toy_file
     )
     trained = json.loads((output / "results.json").read_text())
     assert trained["updates"] == 4 and trained["best_validation_loss"] > 0
+    if masks == "masks":
+        card = (output / "adapter" / "README.md").read_text()
+        assert "| updates | 4 |" in card and "| per_device_train_batch_size | 8 |" in card
     where = ["--model_name_or_path", str(toy_checkpoint), "--adapter", str(output / "adapter")]
     if masks == "none":
         where = ["--model_name_or_path", str(output / "model")]

@@ -65,7 +65,7 @@ def describe(adapter: str) -> str:
     tokens = ", ".join(f"{code}={token}" for code, token in (masks.language_token_ids or {}).items())
     facts = {
         "base model": f"{base} ({fingerprint})" if fingerprint else base,
-        "trained": config["trainable"],
+        "trained": config.get("trainable", "not recorded"),
         "pairs": len(masks.language_pairs),
         "selector": describe_selector(masks.selector) or "not recorded",
         "token ids": tokens or "not recorded",

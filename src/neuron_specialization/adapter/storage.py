@@ -1,17 +1,23 @@
 """Check adapter files before loading them, and write adapter directories atomically."""
 
 import functools
+import inspect
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import RepositoryNotFoundError
 from peft import PeftModel
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers import Trainer
+from transformers.modelcard import extract_hyperparameters_from_trainer
 
 from ..neurons.adapter_file import (
     CONFIG_NAME,
@@ -23,7 +29,7 @@ from ..neurons.adapter_file import (
     check_packed_rows,
     read_weights,
 )
-from ..neurons.card import CardFacts, describe_adapter
+from ..neurons.card import CardFacts, describe_adapter, keep_card_of_hub
 from ..neurons.files import atomic_directory
 from .layer import NeuronSpecializationLayer
 
@@ -94,12 +100,38 @@ def described_upload(upload: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(upload)
     def described(model: Any, working_dir: str | PathLike[str], repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        config = Path(working_dir) / CONFIG_NAME
-        if config.is_file() and json.loads(config.read_text()).get("peft_type") == PEFT_TYPE:
+        if _holds_adapter(working_dir):
             describe_adapter(working_dir, CardFacts(repo_id=repo_id))
         return upload(model, working_dir, repo_id, *args, **kwargs)
 
     return described
+
+
+def described_training(create: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `create_model_card` of transformers' `Trainer`: an adapter of this method keeps a card of its own, with the
+    license, the datasets (`dataset_tags`) and the settings that Trainer's would have."""
+
+    @functools.wraps(create)
+    def described(trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
+        directory = str(trainer.args.output_dir)
+        if not _holds_adapter(directory):
+            return create(trainer, *args, **kwargs)
+        if trainer.is_world_process_zero():
+            given = inspect.signature(create).bind(trainer, *args, **kwargs).arguments
+            tags = given.get("dataset_tags") or []
+            facts = CardFacts(trainer.hub_model_id, given.get("license"), [tags] if isinstance(tags, str) else tags)
+            facts.training = extract_hyperparameters_from_trainer(trainer)
+            if trainer.hub_model_id is not None:
+                with suppress(RepositoryNotFoundError):  # it is private, and the token was passed to the upload alone
+                    keep_card_of_hub(HfApi(token=trainer.args.hub_token), trainer.hub_model_id, directory)
+            describe_adapter(directory, facts)
+
+    return described
+
+
+def _holds_adapter(directory: str | PathLike[str]) -> bool:
+    config = Path(directory) / CONFIG_NAME
+    return config.is_file() and json.loads(config.read_text()).get("peft_type") == PEFT_TYPE
 
 
 def as_model_keys(model: nn.Module, adapter_name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

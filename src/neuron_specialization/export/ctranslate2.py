@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..neurons.extras import install
 from ..neurons.files import atomic_directory, complete_writing
 
 QUANTIZATIONS = ("float32", "float16", "bfloat16", "int16", "int8", "int8_float32", "int8_float16", "int8_bfloat16")
@@ -30,7 +31,7 @@ def save_ctranslate2(
 
     Raises:
         ValueError: if CTranslate2 cannot convert this architecture, or does not know the quantization.
-        ImportError: if CTranslate2 is not installed (`pip install neuron-specialization[export]`).
+        ImportError: if CTranslate2 is not installed (the extra `export`).
     """
     loader = check_convertible(model, quantization)
     from ctranslate2.converters import Converter
@@ -104,7 +105,7 @@ def check_convertible(model: Any, quantization: str | None) -> Any:
     try:
         from ctranslate2.converters.transformers import _MODEL_LOADERS
     except ImportError as error:
-        raise ImportError("CTranslate2 is missing: pip install 'neuron-specialization[export]'.") from error
+        raise ImportError(f"CTranslate2 is missing: {install('export')}.") from error
     if quantization is not None and quantization not in QUANTIZATIONS:
         raise ValueError(f"quantization must be one of {', '.join(QUANTIZATIONS)}, got {quantization!r}.")
     loader = _MODEL_LOADERS.get(type(model.config).__name__)

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import HfApi
 
 from ..neurons.adapter_file import CONFIG_NAME, WEIGHTS_NAME, make_repository
-from ..neurons.card import CARD_NAME, CardFacts, describe_adapter
+from ..neurons.card import CARD_NAME, CardFacts, describe_adapter, keep_card_of_hub
 from ..neurons.kept_picture import PICTURE_NAME
 from ..neurons.masks import NeuronMasks
 
@@ -19,6 +19,7 @@ _TRAINING = (
     *("max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "per_device_train_batch_size"),
     *("temperature", "label_smoothing_factor", "weight_decay", "seed", "bf16", "fp16"),
 )
+_STAGES = ("compare_methods", "transfer_sequentially")
 _SCORE = ("bleu", "chrf++", "bleu_signature", "chrf++_signature", "sentences")
 
 
@@ -27,7 +28,7 @@ def publish(
 ) -> str:
     """Upload an adapter directory in one commit, and return its address.
 
-    The card in the directory is rewritten from `facts`, unless it was edited.
+    The card in the directory is rewritten from `facts`, unless it was edited, there or on the Hub.
 
     Args:
         adapter: directory that holds an adapter, whose files are checked first.
@@ -47,9 +48,10 @@ def publish(
     NeuronMasks.from_pretrained(directory)  # raises where the files are damaged
     if not (directory / WEIGHTS_NAME).is_file():
         raise ValueError(f"{directory} has no {WEIGHTS_NAME}: save the adapter with safe_serialization=True.")
-    describe_adapter(directory, facts)
     api = HfApi(token=token)
     repo_id = make_repository(api, facts.repo_id, private)
+    keep_card_of_hub(api, repo_id, directory)
+    describe_adapter(directory, facts)
     files = [CONFIG_NAME, WEIGHTS_NAME, CARD_NAME, PICTURE_NAME]
     return str(api.upload_folder(repo_id=repo_id, folder_path=directory, allow_patterns=files))
 
@@ -64,7 +66,8 @@ def facts_from_results(
 
     Args:
         facts: the other facts.
-        scores: `results.json` of `recipes/score.py`.
+        scores: `results.json` of `recipes/score.py`, or `part.json` of a stage of `recipes/compare_methods.py` or of
+            `recipes/transfer_sequentially.py`.
         training: `run.json` of the run that trained it: of `recipes/specialize.py`, or of a stage of a comparison.
         identification: `results.json` of `recipes/identify.py`.
 
@@ -90,21 +93,34 @@ def _reading(path: str | PathLike[str], what: str) -> Iterator[Any]:
 
 
 @contextmanager
-def _results(path: str | PathLike[str], recipe: str) -> Iterator[dict[str, Any]]:
-    """Yield the results that a recipe wrote."""
+def _results(path: str | PathLike[str], recipe: str, *others: str) -> Iterator[dict[str, Any]]:
+    """Yield the results that a recipe wrote, or one of others."""
     with _reading(path, f"the complete results.json of recipes/{recipe}.py") as results:
         author = results.get("recipe")
-        if author == recipe:
+        known = author in (recipe, *others)
+        if known:
             yield results
-    if author != recipe:
+    if not known:
         raise ValueError(f"{path} was written by {author or 'something else'}, expected recipes/{recipe}.py.")
 
 
 def _scored(path: str | PathLike[str]) -> dict[str, Any]:
     """Return the scores of every direction, and the name of the data that they are on."""
-    with _results(path, "score") as results:
+    with _results(path, "score", *_STAGES) as results:
+        if results["recipe"] in _STAGES:
+            return {"scores": _scored_in_stage(results)}
         scores = {direction: {key: of[key] for key in _SCORE} for direction, of in results["directions"].items()}
         return {"scores": scores, "test_data": _data_name(_settings(results)["test_file"])}
+
+
+def _scored_in_stage(part: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return what `part.json` tells of every direction: it names no test data, but holds the translations."""
+    scores = {}
+    for row in part["rows"]:
+        direction = row["direction"]
+        told = {**row, **part["signatures"][direction], "sentences": len(part["translations"][direction])}
+        scores[direction] = {key: told[key] for key in _SCORE}
+    return scores
 
 
 def _trained(path: str | PathLike[str]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .base_model import device_of, unwrap
-from .ffn import find_ffn_blocks, fingerprint, same_weights, sample_weights
+from .ffn import STACKS, find_ffn_blocks, fingerprint, same_weights, sample_weights
 from .language_pairs import check_pairs, check_source_tag, shorten
 from .observation import is_distributed, observed, recording_bar, sum_over_processes
 from .recorder import Recorder
@@ -132,10 +132,11 @@ class ActivationCounts:
                 raise ValueError(
                     f"{path} holds no activation counts; expected a file written by ActivationCounts.save."
                 )
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-        counts = {key.removeprefix("counts."): t for key, t in tensors.items() if key.startswith("counts.")}
-        tokens = {key.removeprefix("tokens."): t for key, t in tensors.items() if key.startswith("tokens.")}
-        return cls(counts=counts, tokens=tokens, **json.loads(about))
+            values = json.loads(about)
+            # in the order of the model: the file has its keys sorted as text
+            counts = {name: file.get_tensor(f"counts.{name}") for name in values["stacks"]}
+            tokens = {stack: file.get_tensor(f"tokens.{stack}") for stack in STACKS}
+        return cls(counts=counts, tokens=tokens, **values)
 
     def _check_same_model(self, other: "ActivationCounts") -> None:
         if self.measure != other.measure:

@@ -1,4 +1,4 @@
-"""Join masks of several language pairs that were made for one base model, perhaps by different people."""
+"""Join or combine masks that were made for one base model, perhaps by different people."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -10,6 +10,13 @@ from .language_pairs import Routes
 
 if TYPE_CHECKING:
     from .masks import NeuronMasks
+
+
+_OPERATIONS = {"union": torch.logical_or, "intersection": torch.logical_and}
+_REMEDY = (
+    "Identify one of them again without it (identify --language_pairs); masks of exactly the same pairs have a union "
+    "and an intersection."
+)
 
 
 def check_same_base(a: "NeuronMasks", b: "NeuronMasks") -> None:
@@ -32,6 +39,29 @@ def check_same_base(a: "NeuronMasks", b: "NeuronMasks") -> None:
         )
 
 
+def combined(a: "NeuronMasks", b: "NeuronMasks", how: str) -> "NeuronMasks":
+    """Return `NeuronMasks` of the same pairs, with the "union" or the "intersection" of both masks' rows.
+
+    Raises:
+        ValueError: if the models, the pairs, the rows that these use or their tokens differ, or a row would be empty.
+    """
+    check_same_base(a, b)
+    if _named(a.routes) != _named(b.routes):
+        raise ValueError(
+            "Only masks of the same language pairs and rows have a union or intersection; got "
+            f"{a.language_pairs} with {b.language_pairs}."
+        )
+    rows = {}
+    for block, stack in a.stacks.items():
+        names, others = a.routes.row_names(stack), b.routes.row_names(stack)
+        rows[block] = _OPERATIONS[how](a.rows[block], b.rows[block][[others.index(name) for name in names]])
+        empty = [name for name, row in zip(names, rows[block], strict=True) if not row.any()]
+        if empty:
+            raise ValueError(f"The {how} would keep no neuron of {', '.join(empty)} in {block}.")
+    tokens = _tokens(a.language_token_ids, b.language_token_ids)
+    return replace(a, rows=rows, selector={"name": how, "of": [a.selector, b.selector]}, language_token_ids=tokens)
+
+
 def joined(a: "NeuronMasks", b: "NeuronMasks") -> "NeuronMasks":
     """Return `NeuronMasks` with the rows and pairs of both; see `NeuronMasks.concatenate`."""
     check_same_base(a, b)
@@ -41,7 +71,7 @@ def joined(a: "NeuronMasks", b: "NeuronMasks") -> "NeuronMasks":
         )
     names, places = {}, {}
     for stack in STACKS:
-        first, second = ((m.routes.encoder_rows if stack == ENCODER else m.routes.decoder_rows) for m in (a, b))
+        first, second = (masks.routes.row_names(stack) for masks in (a, b))
         names[stack] = [*first, *(name for name in second if name not in first)]
         places[stack] = [names[stack].index(name) for name in second]
     rows = {}
@@ -54,7 +84,7 @@ def joined(a: "NeuronMasks", b: "NeuronMasks") -> "NeuronMasks":
     moved = {pair: (places[ENCODER][e], places[DECODER][d]) for pair, (e, d) in b.routes.listed.items()}
     routed_elsewhere = [pair for pair in moved if a.routes.listed.get(pair, moved[pair]) != moved[pair]]
     if routed_elsewhere:
-        raise ValueError(f"Both masks hold {', '.join(routed_elsewhere)}, with different rows. Leave one of them out.")
+        raise ValueError(f"Both masks hold {', '.join(routed_elsewhere)}, with different rows. {_REMEDY}")
     routes = Routes(names[ENCODER], names[DECODER], {**a.routes.listed, **moved}, a.routes.source_tag)
     selector = a.selector if a.selector == b.selector else {"name": "concatenation", "of": [a.selector, b.selector]}
     tokens = _tokens(a.language_token_ids, b.language_token_ids)
@@ -64,10 +94,7 @@ def joined(a: "NeuronMasks", b: "NeuronMasks") -> "NeuronMasks":
 def _check_equal(first: torch.Tensor, second: torch.Tensor, places: list[int], names: list[str], block: str) -> None:
     for row, place in zip(second, places, strict=True):
         if place < len(first) and not torch.equal(row, first[place]):
-            raise ValueError(
-                f"Both masks hold {names[place]}, and they keep different neurons in {block}. Leave it out of one of "
-                "them, or take their union or intersection."
-            )
+            raise ValueError(f"Both masks hold {names[place]}, and they keep different neurons in {block}. {_REMEDY}")
 
 
 def _tokens(a: dict[str, int] | None, b: dict[str, int] | None) -> dict[str, int] | None:
@@ -75,6 +102,13 @@ def _tokens(a: dict[str, int] | None, b: dict[str, int] | None) -> dict[str, int
     if clashes:
         raise ValueError(f"The masks name different tokens for {', '.join(clashes)}.")
     return {**(a or {}), **(b or {})} or None
+
+
+def _named(routes: Routes) -> tuple:
+    """Return what the rows are for, whatever their order."""
+    encoder, decoder = (routes.row_names(stack) for stack in STACKS)
+    listed = {pair: (encoder[e], decoder[d]) for pair, (e, d) in routes.listed.items()}
+    return set(encoder), set(decoder), listed, routes.source_tag
 
 
 def _widths(masks: "NeuronMasks") -> str:

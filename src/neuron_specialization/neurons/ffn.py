@@ -5,7 +5,7 @@ projection whose output is activated and multiplied in (T5 v1.1, mT5, Gemma). No
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +70,15 @@ def find_ffn_blocks(model: nn.Module) -> list[FfnBlock]:
             "activation beside them. Name the projections to mask with target_modules=[...] instead."
         )
     return sorted(blocks, key=lambda block: STACKS.index(block.stack))
+
+
+def in_order(names: Iterable[str], stacks: Mapping[str, str]) -> list[str]:
+    """Return block names in the order of `find_ffn_blocks`, by the layer numbers in them: JSON sorts them as text."""
+
+    def place(name: str) -> tuple[int, list[int]]:
+        return STACKS.index(stacks[name]), [int(number) for number in re.findall(r"\d+", name)]
+
+    return sorted(names, key=place)
 
 
 def fingerprint(model: nn.Module, blocks: list[FfnBlock]) -> dict[str, str | int]:

@@ -1,12 +1,11 @@
 """Which share of each FFN block's neurons a language pair keeps: numbers, and a picture of a few kilobytes."""
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 import torch
 
-from .ffn import STACKS
+from .ffn import STACKS, in_order
 from .language_pairs import Routes
 
 PICTURE_NAME = "kept_neurons.svg"
@@ -15,15 +14,6 @@ _CIVIDIS = ((0, 32, 77), (65, 77, 107), (124, 123, 120), (188, 175, 111), (255, 
 _SHADES = 16
 _WIDTH, _HEIGHT, _TOP, _LETTER = 28, 18, 42, 7.5  # of a cell, of the headings, of a letter: pixels
 _GAP = 16  # between stacks, pixels
-
-
-def in_order(names: Iterable[str], stacks: Mapping[str, str]) -> list[str]:
-    """Return block names with the encoder's first, by the layer numbers in them: JSON has sorted them as text."""
-
-    def place(name: str) -> tuple[int, list[int]]:
-        return STACKS.index(stacks[name]), [int(number) for number in re.findall(r"\d+", name)]
-
-    return sorted(names, key=place)
 
 
 def kept_shares(packed: Mapping[str, torch.Tensor], d_ff: Mapping[str, int]) -> dict[str, torch.Tensor]:

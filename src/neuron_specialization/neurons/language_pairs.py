@@ -142,6 +142,10 @@ class Routes:
         ]
         return [*self.listed, *(pair for pair in implied if pair not in self.listed)]
 
+    def row_names(self, stack: str) -> list[str]:
+        """Return the names of one stack's rows."""
+        return self.encoder_rows if stack == "encoder" else self.decoder_rows
+
     def knows(self, pair: str) -> bool:
         """Whether `pair` has a route, composed ones included."""
         try:

@@ -13,9 +13,9 @@ from huggingface_hub import HfApi
 from safetensors.torch import save_file
 
 from . import adapter_file
-from .card import CARD_NAME, CardFacts, describe_adapter, is_edited, write_card
-from .combination import check_same_base, joined
-from .ffn import ENCODER, STACKS
+from .card import CARD_NAME, CardFacts, describe_adapter, is_edited, keep_card_of_hub, write_card
+from .combination import combined, joined
+from .ffn import ENCODER, STACKS, in_order
 from .files import WRITTEN, atomic_directory
 from .language_pairs import Routes, shorten, split_pair
 
@@ -58,7 +58,7 @@ class NeuronMasks:
 
     def __post_init__(self) -> None:
         for name, rows in self.rows.items():
-            expected = len(self._row_names(self.stacks[name]))
+            expected = len(self.routes.row_names(self.stacks[name]))
             if rows.dtype != torch.bool or rows.ndim != 2 or len(rows) != expected:
                 raise ValueError(
                     f"{name}: expected bool [{expected}, d_ff] mask rows, got {rows.dtype} {list(rows.shape)}."
@@ -107,12 +107,20 @@ class NeuronMasks:
         return {pair: dict(zip(pairs, row, strict=True)) for pair, row in zip(pairs, mean.tolist(), strict=True)}
 
     def union(self, other: "NeuronMasks") -> "NeuronMasks":
-        """Keep the neurons that either of two masks of the same model and rows keeps."""
-        return self._combine(other, torch.logical_or)
+        """Keep the neurons that either of two masks of the same model and rows keeps.
+
+        Raises:
+            ValueError: if the models, the pairs, their rows or their tokens differ.
+        """
+        return combined(self, other, "union")
 
     def intersection(self, other: "NeuronMasks") -> "NeuronMasks":
-        """Keep the neurons that both of two masks of the same model and rows keep."""
-        return self._combine(other, torch.logical_and)
+        """Keep the neurons that both of two masks of the same model and rows keep.
+
+        Raises:
+            ValueError: as `union` does, or if a row would keep no neuron.
+        """
+        return combined(self, other, "intersection")
 
     def concatenate(self, other: "NeuronMasks") -> "NeuronMasks":
         """Return the pairs of both masks, which were made for one model, by the same person or by different ones.
@@ -212,6 +220,8 @@ class NeuronMasks:
     def push_to_hub(self, repo_id: str, *, token: str | bool | None = None, private: bool | None = None) -> str:
         """Write the adapter directory to a Hub repository, created if missing, and return its address.
 
+        A card that was edited on the Hub stays.
+
         Args:
             repo_id: Hub id, such as "me/nllb-masks".
             token: see `huggingface_hub.HfApi`.
@@ -224,6 +234,7 @@ class NeuronMasks:
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             repo_id = adapter_file.make_repository(api, repo_id, private)
+            keep_card_of_hub(api, repo_id, folder)
             describe_adapter(folder, CardFacts(repo_id=repo_id))
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=[WRITTEN]))
 
@@ -243,29 +254,17 @@ class NeuronMasks:
         adapter_file.verify_digest(config.get("weights_digest"), path, location)
         routes = Routes.from_metadata(config)
         rows, tensors = {}, adapter_file.read_weights(path)
-        for name, width in config["d_ff"].items():
+        stacks = {name: config["stacks"][name] for name in in_order(config["d_ff"], config["stacks"])}
+        for name, stack in stacks.items():
+            width = config["d_ff"][name]
             key = adapter_file.mask_key(name)
             if key not in tensors:
                 raise ValueError(f"{path} lacks {key}, which its {adapter_file.CONFIG_NAME} lists.")
-            count = len(routes.encoder_rows if config["stacks"][name] == ENCODER else routes.decoder_rows)
+            count = len(routes.row_names(stack))
             adapter_file.check_packed_rows(key, tensors[key], count, width)
             rows[name] = adapter_file.unpack_rows(tensors[key], width)
         origin = {name: config.get(name) for name in ORIGIN}
-        return cls(rows, config["stacks"], routes, config["selector"], config["fingerprint"], **origin)
-
-    def _row_names(self, stack: str) -> list[str]:
-        return self.routes.encoder_rows if stack == ENCODER else self.routes.decoder_rows
-
-    def _combine(self, other: "NeuronMasks", operation: Any) -> "NeuronMasks":
-        check_same_base(self, other)
-        if self.routes != other.routes:
-            raise ValueError(
-                "Only masks of the same language pairs have a union or intersection; got "
-                f"{self.language_pairs} with {other.language_pairs}."
-            )
-        rows = {name: operation(self.rows[name], other.rows[name]) for name in self.rows}
-        selector = {"name": operation.__name__.removeprefix("logical_"), "of": [self.selector, other.selector]}
-        return replace(self, rows=rows, selector=selector)
+        return cls(rows, stacks, routes, config["selector"], config["fingerprint"], **origin)
 
 
 def intersection_over_union(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -10,6 +10,7 @@ from datasets import Dataset
 from evaluate import load as load_metric
 from tqdm.auto import tqdm
 
+from ..neurons.extras import install
 from ..neurons.language_pairs import split_pair
 from .long_sentences import LongSentences
 from .processes import this_process
@@ -40,7 +41,7 @@ def check_scorers(target_languages: Iterable[str]) -> None:
         except RuntimeError as error:
             raise ImportError(
                 f"BLEU of translations into {language!r} needs a word segmenter ({tokenizer}): "
-                f"pip install 'neuron-specialization[{tokenizer.split('-')[0]}]'."
+                f"{install(tokenizer.split('-')[0])}."
             ) from error
 
 

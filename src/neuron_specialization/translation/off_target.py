@@ -4,6 +4,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from ..neurons.extras import install
+
 Identifier = Callable[[str], str]
 
 
@@ -29,7 +31,7 @@ def language_identifier(
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError as error:
         raise ImportError(
-            "Which language a translation is in is told by py3langid: pip install 'neuron-specialization[zero-shot]'."
+            f"Which language a translation is in is told by py3langid: {install('zero-shot')}."
         ) from error
     identifier = LanguageIdentifier.from_model_file(MODEL_FILE)
     if not names.keys() <= set(identifier.labels):

@@ -1,0 +1,170 @@
+"""What a published card tells: scores, training and identification, and no directory of its author."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from peft import get_peft_model
+
+import neuron_specialization as ns
+from neuron_specialization.export.hub import facts_from_results
+from neuron_specialization.neurons.card import CardFacts, describe_adapter, is_edited, render_card
+
+from .conftest import make_m2m100, make_masks
+
+ROOT = Path(__file__).parent.parent
+CARDS = sorted((ROOT / "model_cards").glob("*/README.md"))
+SCORES = {
+    "en-de": {
+        "bleu": 33.626,
+        "chrf++": 57.234,
+        "bleu_signature": "nrefs:1|tok:13a",
+        "chrf++_signature": "nrefs:1|nw:2",
+        "sentences": 1000,
+    }
+}
+
+
+def test_scores_are_in_the_text_and_in_the_front_matter():
+    masks = make_masks(make_m2m100(), pairs=("en-de",))
+    config = {**masks.metadata(), "trainable": "full"}
+    text = render_card(config, {}, CardFacts("me/masks", scores=SCORES, training={"updates": 7}))
+    assert "| en-de | 1000 | 33.63 | 57.23 |" in text and "`nrefs:1|tok:13a`" in text and "| updates | 7 |" in text
+    results, data = ModelCard(text).data.eval_results, ModelCard(text).data
+    assert data.metrics == ["bleu", "chrf"] and data.model_name == "masks"
+    assert {(r.metric_type, r.metric_value, r.dataset_config) for r in results} == {
+        ("bleu", 33.63, "en-de"),
+        ("chrf", 57.23, "en-de"),
+    }
+
+
+@pytest.mark.parametrize("base", ["t5-small", "facebook/nllb-200-distilled-600M"])
+def test_a_base_on_the_hub_is_named_whether_or_not_it_has_an_owner(base):
+    config = {**make_masks(make_m2m100()).metadata(), "trainable": "none", "base_model_name_or_path": base}
+    text = render_card(config, {}, CardFacts("me/masks", license="mit", datasets=["me/corpus"]))
+    data = ModelCard(text).data
+    assert (data.base_model, data.to_dict()["base_model_relation"]) == (base, "adapter")
+    assert f"base_model:adapter:{base}" in data.tags and f'base = "{base}"\n' in text
+    assert (data.license, data.datasets, data.metrics) == ("mit", ["me/corpus"], None)
+
+
+@pytest.mark.parametrize(
+    ("file", "told", "kind"),
+    [
+        ("/home/me/test.parquet", "test.parquet", "unknown"),
+        ("data/test.{lang}", "test.{lang}", "unknown"),
+        ("wmt/wmt16:de-en", "wmt/wmt16:de-en", "wmt/wmt16"),
+    ],
+)
+def test_scores_are_told_of_the_data_they_are_on(tmp_path, file, told, kind):
+    path = tmp_path / "scores.json"
+    arguments = [{"num_beams": 5}, {"train_file": None, "test_file": file}]
+    path.write_text(json.dumps({"recipe": "score", "directions": SCORES, "arguments": arguments}))
+    facts = facts_from_results(CardFacts("me/masks", datasets=["me/training"]), scores=path)
+    config = {**make_masks(make_m2m100(), pairs=("en-de",)).metadata(), "trainable": "full"}
+    text = render_card(config, {}, facts)
+    assert {(r.dataset_name, r.dataset_type) for r in ModelCard(text).data.eval_results} == {(told, kind)}
+    assert f"## Evaluation\n\nOn `{told}`:\n\n| direction |" in text and ModelCard(text).data.datasets == [
+        "me/training"
+    ]
+
+
+def test_scores_are_read_from_a_stage_of_a_comparison_too(tmp_path):
+    row = {"method": "ours", "seed": 0, "direction": "en-de", "loss": 2.9, "bleu": 33.626, "chrf++": 57.234}
+    signatures = {"en-de": {name: value for name, value in SCORES["en-de"].items() if "signature" in name}}
+    part = {"recipe": "compare_methods", "rows": [row], "signatures": signatures}
+    part |= {"translations": {"en-de": ["Ein Hund."] * 1000}}
+    (tmp_path / "part.json").write_text(json.dumps(part))
+    assert facts_from_results(CardFacts(), scores=tmp_path / "part.json").scores == SCORES
+    (tmp_path / "part.json").write_text(json.dumps({**part, "signatures": {}}))
+    with pytest.raises(ValueError, match="part.json is not the complete results.json"):
+        facts_from_results(CardFacts(), scores=tmp_path / "part.json")
+
+
+def test_a_card_says_that_masks_are_a_control():
+    masks = make_masks(make_m2m100())
+    for made, said in (
+        (ns.RandomOverlap(masks).select(), True),
+        (ns.WrongPair(masks, {"de": "fr", "fr": "de"}).select(), True),
+        (masks, False),
+    ):
+        text = render_card({**made.metadata(), "trainable": "none"}, {}, CardFacts())
+        assert f"Neurons were selected by {made.selector['name']}" in text and ("This is a control: " in text) == said
+
+
+SCORED = {"recipe": "score", "directions": SCORES, "arguments": [{"test_file": "test.tsv"}]}
+COUNTED = {"recipe": "identify", "tokens": {"encoder": [9]}, "arguments": [{"validation_file": "dev.tsv"}]}
+RUN = {"depends_on": {"seed": 0}, "result": {"updates": 7, "environment": {"torch": "2.13.0"}}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "expected"),
+    [
+        ("scores", [SCORED], "the complete results.json of recipes/score.py"),
+        ("scores", {**SCORED, "recipe": "identify"}, "written by identify, expected recipes/score.py"),
+        ("scores", {**SCORED, "directions": {"en-de": {"bleu": 33.6}}}, "score.py: KeyError.'chrf"),
+        ("scores", {"recipe": "score", "arguments": SCORED["arguments"]}, "score.py: KeyError.'directions'"),
+        ("scores", {**SCORED, "arguments": [{"num_beams": 5}]}, "score.py: KeyError.'test_file'"),
+        ("identification", [COUNTED], "the complete results.json of recipes/identify.py"),
+        ("identification", {**COUNTED, "tokens": None}, "the complete results.json of recipes/identify.py"),
+        ("identification", {**COUNTED, "arguments": "none"}, "the complete results.json of recipes/identify.py"),
+        ("training", {**RUN, "depends_on": []}, "the run.json of a finished training run"),
+        ("training", {**RUN, "result": {"updates": 7, "environment": []}}, "the run.json of a finished training run"),
+    ],
+)
+def test_incomplete_results_are_refused_by_name(tmp_path, kind, content, expected):
+    path = tmp_path / "file.json"
+    complete = {"scores": SCORED, "identification": COUNTED, "training": RUN}
+    path.write_text(json.dumps(complete[kind]))
+    facts_from_results(CardFacts(), **{kind: path})
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"file.json .*{expected}"):
+        facts_from_results(CardFacts(), **{kind: path})
+
+
+def test_a_published_card_names_no_directory_of_its_author(tmp_path):
+    make_m2m100().save_pretrained(tmp_path / "secret_project")
+    model = type(make_m2m100()).from_pretrained(tmp_path / "secret_project")
+    config = ns.NeuronSpecializationConfig(masks=make_masks(model), task_type="SEQ_2_SEQ_LM")
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    assert ModelCard.load(tmp_path / "adapter" / "README.md").data.base_model.endswith("secret_project")  # as PEFT's
+    describe_adapter(tmp_path / "adapter", CardFacts("me/adapter"))
+    assert "secret_project" not in (tmp_path / "adapter" / "README.md").read_text()
+
+
+def test_a_card_alone_tells_what_recipes_measured_and_names_no_directory(tmp_path, run_here, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_m2m100().save_pretrained(tmp_path / "secret_project")
+    model = type(make_m2m100()).from_pretrained(tmp_path / "secret_project")
+    config = ns.NeuronSpecializationConfig(masks=make_masks(model), task_type="SEQ_2_SEQ_LM")
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    arguments = [{"validation_file": str(tmp_path / "dev.jsonl"), "max_sentences": 50}]
+    identified = {"recipe": "identify", "arguments": arguments, "tokens": {"encoder": [1200, 1100], "decoder": [900]}}
+    (tmp_path / "identified.json").write_text(json.dumps(identified))
+    (tmp_path / "scores.json").write_text(json.dumps(SCORED))
+    given = ["--identification", "identified.json", "--scores", "scores.json", "--training", "run.json"]
+    given += ["--license", "cc0-1.0"]
+    (tmp_path / "run.json").write_text(json.dumps({"depends_on": {"learning_rate": 0.001}, "result": None}))
+    error = run_here("publish.py", "--adapter", "adapter", "--card_only", "cards/mine", *given, fails=True)
+    assert "run.json is not the run.json of a finished training run" in error
+    given[given.index("--training") :] = ["--license", "cc0-1.0"]
+    run_here("publish.py", "--adapter", "adapter", "--card_only", "cards/mine", *given)
+    text = (tmp_path / "cards" / "mine" / "README.md").read_text()
+    assert "| counted on | dev.jsonl |" in text and "| encoder positions per pair | 1,100 to 1,200 |" in text
+    assert "| en-de | 1000 | 33.63 | 57.23 |" in text and "On `test.tsv`:" in text and "model_type m2m_100" in text
+    assert "secret_project" not in text and str(tmp_path) not in text
+    assert sorted(path.name for path in (tmp_path / "cards" / "mine").iterdir()) == ["README.md", "kept_neurons.svg"]
+    for where in ([], ["--repo", "me/mine", "--card_only", "cards"]):
+        assert "Say where to publish" in run_here("publish.py", "--adapter", "adapter", *where, fails=True)
+
+
+@pytest.mark.parametrize("path", CARDS, ids=lambda path: path.parent.name)
+def test_committed_cards_are_as_they_were_written(path):
+    text = path.read_text()
+    assert not is_edited(path) and "More Information Needed" not in text
+    assert "BLEU: `nrefs" in text and "| updates |" in text and not re.search(r"[\s\"'`({]/\w", text)
+    assert ("| counted on |" in text) == (not path.parent.name.startswith("tatoeba-sequential")) and (
+        path.parent / "kept_neurons.svg"
+    ).is_file()
