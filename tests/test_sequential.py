@@ -346,6 +346,11 @@ def test_pruning_is_refused_before_anything_is_recorded(transfer):
     ):
         with pytest.raises(ValueError, match=message):
             check_stages(PruneArguments(transfer_dir="", **changes), transfer)
-    exported = exported_stages({"dead": 0.1}, "layer", transfer)
+    for choice in ("specialized", "mass_matched:general"):
+        check_choices([choice], [0.1], ["layer"], ["en-de", "en-fr"], model)
+        with pytest.raises(ValueError, match=f"'{choice}' compares .*; en-de has one of each"):
+            check_choices([choice], [0.1], ["layer"], ["en-de"], model)
+    exported = exported_stages([("dead", 0.1), ("dead", 0.2)], "layer", transfer)
+    assert [(pruned.criterion, pruned.rate) for pruned in exported] == [("dead", 0.1), ("dead", 0.2)]
     with pytest.raises(ValueError, match="run transfer_sequentially.py to its end"):
         check_stages(PruneArguments(transfer_dir="", when=[]), transfer, exported)

@@ -110,10 +110,12 @@ def pruned_stages(arguments: PruneArguments, transfer: SequentialTransfer) -> It
                         yield from (PrunedStage(stage, when, criterion, rate, scope, draw) for draw in range(draws))
 
 
-def exported_stages(exports: Mapping[str, float], scope: str, transfer: SequentialTransfer) -> list[PrunedStage]:
+def exported_stages(
+    exports: Iterable[tuple[str, float]], scope: str, transfer: SequentialTransfer
+) -> list[PrunedStage]:
     """Return the models to export: the last step of each order, seed 0, pruned by each choice at its rate."""
     last = [Stage(SEQUENTIAL, 0, order) for order in transfer.orders]
-    return [PrunedStage(stage, AFTER, choice, rate, scope) for choice, rate in exports.items() for stage in last]
+    return [PrunedStage(stage, AFTER, choice, rate, scope) for choice, rate in exports for stage in last]
 
 
 def check_stages(
