@@ -63,7 +63,11 @@ def record_mass(
         )
     recorder = _Recorder(base, places, list(batches), tracked, list(tags))
     device = device_of(base)
-    with attached(places, recorder.add, recorder.add_active), observed(model) as run, recording_bar(batches.values(), progress) as bar:
+    with (
+        attached(places, recorder.add, recorder.add_active),
+        observed(model) as run,
+        recording_bar(batches.values(), progress) as bar,
+    ):
         for row, name in enumerate(batches):
             bar.set_postfix_str(name, refresh=False)
             seen = 0

@@ -21,7 +21,8 @@ TRANSFER_ARGUMENTS = (
     *(SequentialArguments, NoiseArguments, StartArguments, DataArguments),
     SpecializationTrainingArguments,
 )
-UNUSED_ARGUMENTS = ("pivot", "patience", "eval_steps", "num_train_epochs")
+# seeds are those of the plan, each of which seeds the initialization, dropout and the order of batches
+UNUSED_ARGUMENTS = ("pivot", "patience", "eval_steps", "num_train_epochs", "seed", "data_seed")
 
 
 def check_against_all(
