@@ -8,6 +8,7 @@ from neuron_specialization.analysis import mass_recording
 from neuron_specialization.analysis.mass_activation import MassActivation
 from neuron_specialization.analysis.mass_comparison import compare_mass
 from neuron_specialization.analysis.mass_recording import record_mass, trackable_tokens
+from neuron_specialization.analysis.mass_report import tag_table
 
 from . import architectures
 from .conftest import make_batch, make_m2m100, make_t5
@@ -139,6 +140,19 @@ def test_the_most_frequent_tokens_are_tracked_where_not_all_fit(monkeypatch):
     torch.testing.assert_close(mass.token_distribution("a", layer).sum(1), mass.alive("a", layer).double())
     with pytest.raises(ValueError, match="more than the"):
         record_mass(model, batches, token_ids=[*tokens, left[0]], progress=False)
+
+
+def test_tags_are_compared_with_their_share_of_the_text():
+    batches = [make_batch(seed=i) for i in range(2)]
+    for batch in batches:
+        batch["token_tags"] = torch.where(batch["attention_mask"].bool(), (batch["input_ids"] < 20).long(), -100)
+    tags = ["rest", "low"]
+    mass = record_mass(make_m2m100(), {"a": batches}, stack="encoder", tags=tags, progress=False)
+    tokens = torch.cat([batch["input_ids"][batch["attention_mask"].bool()] for batch in batches])
+    text, model = tag_table({"model": mass}, "a", batches)
+    low = (tokens < 20).double().mean().item()
+    assert text == {"model": "share of tokens", "rest": pytest.approx(1 - low), "low": pytest.approx(low)}
+    assert model["rest"] + model["low"] == pytest.approx(1)
 
 
 def test_change_between_two_models():

@@ -180,6 +180,20 @@ def test_a_line_for_each_scope_up_to_the_last_point(tmp_path):
     assert "dead" in few and "20" in few and "40" not in few
 
 
+def test_no_two_lines_look_alike_and_draws_have_a_band(tmp_path):
+    rows = [
+        {"criterion": f"c{i}", "scope": "layer", "pruned": 0.1 * step, "bleu": i + step}
+        for i in range(12)
+        for step in (1, 2)
+    ]
+    plain = plot_pruning(rows, tmp_path / "plain.svg").read_text()
+    looks = re.findall(r'<use xlink:href="#(\w+)" x="[^"]+" y="[^"]+" style="([^"]+)"', plain)
+    assert len({look for look in looks if "stroke-width" not in look[1]}) == 12, "ticks have a width"
+    drawn = [{**row, "lowest": row["bleu"] - 1, "highest": row["bleu"] + 1} for row in rows[:2]]
+    assert "fill-opacity: 0.15" in plot_pruning(drawn, tmp_path / "drawn.svg").read_text()
+    assert "fill-opacity: 0.15" not in plain
+
+
 def test_choices_are_read():
     exports = [("dead", 0.1), ("dead", 0.2), ("unspecialized:en-de", 0.2)]
     assert parse_exports(["dead=0.1", "dead=0.2", "unspecialized:en-de=0.2"]) == exports

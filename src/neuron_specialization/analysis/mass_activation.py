@@ -13,8 +13,8 @@ with h_n(t) the value of unit n:
 
 The code released with TX-Ray (`Evaluation_metrics/measures.py` of copenlu/tx-ray) differs from these definitions: it
 credits the arg-max even where its value is not above zero. And it gives a token the mean, over the token's
-occurrences, of the unit's value divided by the unit's total, so that the values of a unit do not sum to 1 where a token
-occurs twice; ours are sums over occurrences, a distribution. For distances see `mass_comparison.MassChange`.
+occurrences, of the unit's value divided by the unit's total, so that the values of a unit do not sum to 1 where a
+token occurs twice; ours are sums over occurrences, a distribution. For distances see `mass_comparison.MassChange`.
 
 All are sums, so batches, recordings and processes add up; memory does not grow with the text.
 """

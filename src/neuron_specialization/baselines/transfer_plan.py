@@ -20,7 +20,7 @@ from ..translation.arguments import ShapeArguments
 from ..translation.evaluation import SCORES
 
 PART, ROBUSTNESS = "part.json", "robustness.json"
-PRETRAINING, SEQUENTIAL, MASKS, JOINT, BILINGUAL = "pretraining", "sequential", "masks", "joint", "bilingual"
+PRETRAINING, SEQUENTIAL, MASKS, JOINT, BILINGUAL = METHODS = "pretraining", "sequential", "masks", "joint", "bilingual"
 
 
 @dataclass
@@ -150,7 +150,7 @@ def collect(directory: str | Path) -> dict[str, Any]:
     return found
 
 
-def losses_of(directory: str | Path, methods: Collection[str]) -> dict[str, dict[str, float]]:
+def losses_of(directory: str | Path, methods: Collection[str] = METHODS) -> dict[str, dict[str, float]]:
     """Return what tells a directory's models from others of the same stages: name of the model → pair → test loss.
 
     Losses are in full precision.
