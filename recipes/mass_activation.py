@@ -22,12 +22,14 @@ from neuron_specialization.analysis.mass_plots import plot_attention, plot_tag_s
 from neuron_specialization.analysis.mass_recording import record_mass, trackable_tokens
 from neuron_specialization.analysis.mass_report import change_table, draw_steps, tag_table
 from neuron_specialization.analysis.sites import SITES
+from neuron_specialization.baselines import transfer_data
 from neuron_specialization.baselines.sequential import SequentialTransfer
-from neuron_specialization.baselines.transfer_data import TRANSFER_ARGUMENTS, UNUSED_ARGUMENTS, load_finished
-from neuron_specialization.baselines.transfer_plan import JOINT, SEQUENTIAL, Stage, collect
+from neuron_specialization.baselines.settings import check_settings
+from neuron_specialization.baselines.transfer_plan import JOINT, SEQUENTIAL, Stage, collect, losses_of
 from neuron_specialization.translation.attention import cross_attention, example_sentence
 from neuron_specialization.translation.command_line import parse, run
 from neuron_specialization.translation.identification import record_corpus
+from neuron_specialization.translation.processes import check_single_process
 from neuron_specialization.translation.recording import tagged_text, vocabulary_digest
 from neuron_specialization.translation.results import table, write_results
 
@@ -44,35 +46,31 @@ class MassArguments:
 
 
 def main() -> None:
-    args, *arguments = parse(MassArguments, *TRANSFER_ARGUMENTS, unused=UNUSED_ARGUMENTS)
+    args, *arguments = parse(MassArguments, *transfer_data.TRANSFER_ARGUMENTS, unused=transfer_data.UNUSED_ARGUMENTS)
     if args.site not in SITES:
         raise ValueError(f"site must be one of {', '.join(SITES)}, got {args.site!r}.")
+    check_single_process()
     disable_progress_bars()
-    transfer, output = load_finished(args.transfer_dir, *arguments)
+    transfer, output = transfer_data.load_finished(args.transfer_dir, *arguments)
     tagged = tagged_text(args.tagged_file, transfer.orders[0][0]) if args.tagged_file else None
+    models = losses_of(transfer.directory)
+    check_settings(output, "recordings.json", {**transfer.settings(), **models}, models)
     tokens = trackable_tokens(transfer.model, transfer.batches(transfer.model), len(transfer.tokenizer), args.site)
     print(f"credit by token: {len(tokens)} of {len(transfer.tokenizer)} tokens are tracked", flush=True)
 
-    def recorded(stage: Stage, site: str = args.site) -> MassActivation:
+    def recorded(stage: Stage) -> MassActivation:
         """Record a stage's model on the validation data, once."""
-        path = output / "mass" / stage.path / f"{site}.safetensors"
+        path = output / "mass" / stage.path / f"{args.site}.safetensors"
         if not path.is_file():
             model, digest = transfer.load(stage), vocabulary_digest(transfer.tokenizer)
             path.parent.mkdir(parents=True, exist_ok=True)
-            record_mass(model, transfer.batches(model), site, token_ids=tokens, vocabulary=digest).save(path)
+            record_mass(model, transfer.batches(model), args.site, token_ids=tokens, vocabulary=digest).save(path)
         return MassActivation.load(path)
 
-    rows: list[dict[str, Any]] = []
-    attribution: list[dict[str, Any]] = []
     done = [stage for stage in transfer.stages() if transfer.is_done(stage)]
     scores = collect(transfer.directory)["rows"]
-    for stage in done:
-        rows += mass_prediction.add_features(scores, stage.about(), recorded(stage))
-        if transfer.is_final(stage):
-            validation, options = transfer.data["validation"], {**transfer.convention(), "measure": "attribution"}
-            gradients = record_corpus(transfer.load(stage), transfer.tokenizer, validation, **options)
-            lines = mass_prediction.mass_against_attribution(recorded(stage, "neurons"), gradients)
-            attribution += [{**stage.about(), **line} for line in lines]
+    rows = [row for stage in done for row in mass_prediction.add_features(scores, stage.about(), recorded(stage))]
+    attribution = [row for stage in done if transfer.is_final(stage) for row in against_attribution(transfer, stage)]
     orders = ["/".join(order) for order in transfer.orders]
     growth = mass_prediction.growth_and_change(rows, orders)
     found = {
@@ -82,7 +80,17 @@ def main() -> None:
         **draw(transfer, set(done), recorded, output / "figures", tagged),
     }
     print(*(f"{name}\n{table(lines)}\n" for name, lines in found.items()), sep="\n")
-    print(f"wrote {write_results(output, {**found, 'rows': rows, 'steps': growth, 'arguments': vars(args)})}")
+    about = {"arguments": vars(args), "settings": transfer_data.settings_of(*arguments)}
+    print(f"wrote {write_results(output, {**found, 'rows': rows, 'steps': growth, **about})}")
+
+
+def against_attribution(transfer: SequentialTransfer, stage: Stage) -> list[dict[str, Any]]:
+    """Rank-correlate the mass of a model's neurons with the loss attributed to them."""
+    model, validation = transfer.load(stage), transfer.data["validation"]
+    options = {**transfer.convention(), "max_length": transfer.max_length, "measure": "attribution"}
+    gradients = record_corpus(model, transfer.tokenizer, validation, **options)
+    mass = record_mass(model, transfer.batches(model))
+    return [{**stage.about(), **line} for line in mass_prediction.mass_against_attribution(mass, gradients)]
 
 
 def draw(
@@ -111,7 +119,7 @@ def draw(
             if stage in done:
                 model = transfer.load(stage)
                 of_tags[name] = record_mass(model, transfer.batches(model, text, tags), stack="encoder", tags=tags)
-        found["tags"] = tag_table(of_tags, order[0])
+        found["tags"] = tag_table(of_tags, order[0], transfer.batches(transfer.model, text, tags)[order[0]])
         plot_tag_shares(found["tags"], figures / "tags.svg")
     return found
 

@@ -36,16 +36,23 @@ from neuron_specialization.baselines.pruned import (
     pruned_stages,
 )
 from neuron_specialization.baselines.sequential import SequentialTransfer
-from neuron_specialization.baselines.transfer_data import TRANSFER_ARGUMENTS, UNUSED_ARGUMENTS, load_finished
+from neuron_specialization.baselines.transfer_data import (
+    TRANSFER_ARGUMENTS,
+    UNUSED_ARGUMENTS,
+    load_finished,
+    settings_of,
+)
 from neuron_specialization.baselines.transfer_plan import Stage, collect
 from neuron_specialization.export.compaction import compact, save_compact
 from neuron_specialization.neurons.masks import NeuronMasks
 from neuron_specialization.translation.command_line import parse, run
+from neuron_specialization.translation.processes import check_single_process
 from neuron_specialization.translation.results import table, write_results
 
 
 def main() -> None:
     prune, *arguments = parse(PruneArguments, *TRANSFER_ARGUMENTS, unused=UNUSED_ARGUMENTS)
+    check_single_process()
     exports = parse_exports(prune.export)
     disable_progress_bars()
     transfer, output = load_finished(prune.transfer_dir, *arguments)
@@ -72,10 +79,10 @@ def main() -> None:
         print(f"wrote {output / 'exported' / pruned.path}")
     rows, found = collect_pruned(output), collect(transfer.directory)
     tables = {score: pruning_table(found["rows"], rows, score) for score in ("bleu", "chrf++")}
-    results = {"rows": rows, "tables": tables, "signatures": found["signatures"], "arguments": vars(prune)}
+    about = {"signatures": found["signatures"], "arguments": vars(prune), "settings": settings_of(*arguments)}
     print(table(tables["bleu"]))
     draw(tables["bleu"], output)
-    print(f"wrote {write_results(output, results)}")
+    print(f"wrote {write_results(output, {'rows': rows, 'tables': tables, **about})}")
 
 
 def check(prune: PruneArguments, exported: list[PrunedStage], transfer: SequentialTransfer) -> None:

@@ -11,8 +11,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import neuron_specialization as ns
+from neuron_specialization.analysis.mass_activation import SUMS, MassActivation
+from neuron_specialization.analysis.mass_recording import record_mass
 from neuron_specialization.translation.checkpoints import load_checkpoint
+from neuron_specialization.translation.data import load_parallel
 from neuron_specialization.translation.identification import record_corpus
+from neuron_specialization.translation.recording import corpus_batches
 from neuron_specialization.translation.runs import last_complete_checkpoint
 
 from .test_recipes import ACCELERATE, CPU, PORT, ROOT, launch_options
@@ -129,6 +133,26 @@ def test_a_sharded_run_is_evaluated_and_resumed(toy_checkpoint, toy_files, masks
     assert list(losses) == [2, 4] and losses[4] < losses[2]
     before = json.loads((tmp_path / "full" / "run.json").read_text())["initial_losses"]
     assert losses[2] < before["masked_validation_loss"] != before["base_validation_loss"]
+
+
+def test_mass_adds_up_over_processes_and_some_recipes_run_as_one(toy_checkpoint, toy_files, tmp_path):
+    validation = toy_files / "validation.jsonl"
+    arguments = [str(each) for each in (ROOT / "recipes", toy_checkpoint, validation, tmp_path)]
+    script = str(Path(SCRIPT).with_name("record.py"))
+    environment = {**os.environ, **CPU}
+    command = [ACCELERATE, "launch", *DDP, script, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    model, tokenizer = load_checkpoint(str(toy_checkpoint))
+    text = load_parallel(str(validation), ["Pv-Aa", "Pv-Ba"])
+    text = {"Pv-Aa": text["Pv-Aa"].select(range(40)), "Pv-Ba": text["Pv-Ba"].select(range(6))}
+    batches = corpus_batches(model.double(), tokenizer, text, batch_size=8)
+    alone = record_mass(model, batches, token_ids=range(100), progress=False)
+    for rank in (0, 1):
+        mass = MassActivation.load(tmp_path / f"{rank}.safetensors")
+        assert mass.names == alone.names and mass.positions["decoder"].equal(alone.positions["decoder"])
+        for what in SUMS:
+            torch.testing.assert_close(getattr(mass, what), getattr(alone, what))
 
 
 def test_the_shipped_configurations_are_what_accelerate_reads():

@@ -8,6 +8,7 @@ from neuron_specialization.analysis import mass_recording
 from neuron_specialization.analysis.mass_activation import MassActivation
 from neuron_specialization.analysis.mass_comparison import compare_mass
 from neuron_specialization.analysis.mass_recording import record_mass, trackable_tokens
+from neuron_specialization.analysis.mass_report import tag_table
 
 from . import architectures
 from .conftest import make_batch, make_m2m100, make_t5
@@ -51,7 +52,14 @@ def test_sums_are_those_written_out(site, make):
     tokens = torch.cat([batch["input_ids"][batch["attention_mask"].bool()] for batch in batches])
     torch.testing.assert_close(mass.positive[layer][0], h.clamp_min(0).sum(0))
     torch.testing.assert_close(mass.negative[layer][0], -h.clamp_max(0).sum(0))
-    assert mass.active[layer][0].equal((h > 0).sum(0)) and mass.positions["encoder"].tolist() == [len(h)]
+    decides = h
+    if make is make_t5 and site == "neurons":  # the product of a gated FFN has another sign than its gate
+        decides = torch.cat([hidden_states(model, batch, parent.wi_0, False) for batch in batches])
+        assert ((decides > 0) != (h > 0)).any()
+    assert mass.active[layer][0].equal((decides > 0).sum(0)) and mass.positions["encoder"].tolist() == [len(h)]
+    if site == "neurons":
+        counts = ns.record_activations(model, {"en-de": batches}, progress=False)
+        assert all(mass.active[name].equal(counts.counts[name]) for name in mass.active)
     best, unit = h.max(1)
     expected = torch.zeros(h.shape[1], 61, dtype=torch.float64)
     for value, u, token in zip(best.tolist(), unit.tolist(), tokens.tolist(), strict=True):
@@ -99,6 +107,12 @@ def test_recordings_of_parts_add_up_and_survive_a_file(tmp_path):
     assert list(loaded.credit) == list(whole.credit), "encoder first"
     assert (loaded.names, loaded.tags, loaded.token_ids) == (["a", "b"], ["x", "y", "z"], [5, 6, 7])
     assert all(loaded.token_credit[layer].equal(whole.token_credit[layer]) for layer in whole.credit)
+    other = make_m2m100().double()
+    torch.nn.init.normal_(ns.find_ffn_blocks(other)[0].down.weight)
+    changed = record_mass(other, tags, **options)
+    with pytest.raises(ValueError, match="two checkpoints of one architecture"):
+        whole + changed
+    whole.check_comparable(changed)
     with pytest.raises(ValueError, match="differ in token_ids"):
         whole + record_mass(model, batches, progress=False)
     with pytest.raises(ValueError, match="pass token_ids"):
@@ -126,6 +140,19 @@ def test_the_most_frequent_tokens_are_tracked_where_not_all_fit(monkeypatch):
     torch.testing.assert_close(mass.token_distribution("a", layer).sum(1), mass.alive("a", layer).double())
     with pytest.raises(ValueError, match="more than the"):
         record_mass(model, batches, token_ids=[*tokens, left[0]], progress=False)
+
+
+def test_tags_are_compared_with_their_share_of_the_text():
+    batches = [make_batch(seed=i) for i in range(2)]
+    for batch in batches:
+        batch["token_tags"] = torch.where(batch["attention_mask"].bool(), (batch["input_ids"] < 20).long(), -100)
+    tags = ["rest", "low"]
+    mass = record_mass(make_m2m100(), {"a": batches}, stack="encoder", tags=tags, progress=False)
+    tokens = torch.cat([batch["input_ids"][batch["attention_mask"].bool()] for batch in batches])
+    text, model = tag_table({"model": mass}, "a", batches)
+    low = (tokens < 20).double().mean().item()
+    assert text == {"model": "share of tokens", "rest": pytest.approx(1 - low), "low": pytest.approx(low)}
+    assert model["rest"] + model["low"] == pytest.approx(1)
 
 
 def test_change_between_two_models():

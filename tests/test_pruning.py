@@ -24,7 +24,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def mass(model):
-    texts = {"en-de": [make_batch(seed=0)], "en-fr": [make_batch(seed=1)]}
+    texts = {"en-de": [make_batch(seed=0)], "fr-es": [make_batch(seed=1)]}
     return record_mass(model, texts, token_ids=range(60), progress=False)
 
 
@@ -53,6 +53,9 @@ def test_the_highest_scores_go_first(mass, criterion):
     if criterion == "dead":
         assert not mass.wins[layer].sum(0)[pruned].any()
     if criterion == "specialized":
+        languages = mass.active[layer] / mass.positions[mass.stacks[layer]].unsqueeze(1)
+        balance = (languages.min(0).values / languages.max(0).values).nan_to_num(nan=1.0)
+        assert balance[pruned].max() <= balance[~pruned].min()
         general = ~prune(pruning_scores(mass, "general"), 0.25, mass.origin).rows[layer][0]
         assert not (general & pruned).any()
 
@@ -94,19 +97,65 @@ def test_a_global_rate_is_met_over_all_blocks(mass):
     assert all(rows.any() for rows in nearly_all.rows.values())
 
 
-def test_substitutes_have_the_mass_of_what_they_stand_for(mass):
-    masks = prune(pruning_scores(mass, "specialized"), 0.2, mass.origin)
-    matched = mass_matched(masks, mass, seed=1, nearest=2)
+@pytest.mark.parametrize("criterion", ["most_positive", "dead", "specialized"])
+def test_random_neurons_of_the_same_mass(mass, criterion):
+    masks = prune(pruning_scores(mass, criterion), 0.4, mass.origin)
+    matched = mass_matched(masks, mass, seed=1)
     for name, rows in masks.rows.items():
-        assert not (~matched.rows[name] & ~rows).any() and (~matched.rows[name]).sum() == (~rows).sum()
-    gone, instead = (mass_shares(each, mass)["positive mass"] for each in (masks, matched))
-    drawn = mass_shares(prune(pruning_scores(mass, "random", seed=1), 0.2, mass.origin), mass)["positive mass"]
-    assert abs(instead - gone) < 0.2 * gone < abs(drawn - gone)
-    other = mass_matched(masks, mass, seed=2, nearest=2)
+        total = mass.positive[name].sum(0)
+        gone, instead = (total[~each.rows[name][0]].sum() for each in (masks, matched))
+        assert abs(instead - gone) <= total.max() / 2 and not matched.rows[name].equal(rows)
+    pruned, instead = (sum(int((~rows).sum()) for rows in each.rows.values()) for each in (masks, matched))
+    assert criterion != "most_positive" or instead > pruned, "others are lighter"
+    other = mass_matched(masks, mass, seed=2)
     assert any(not other.rows[name].equal(rows) for name, rows in matched.rows.items())
-    most = prune(pruning_scores(mass, "most_positive"), 0.2, mass.origin)
-    lighter = mass_shares(mass_matched(most, mass, seed=1, nearest=2), mass)["positive mass"]
-    assert drawn < lighter < 0.9 * mass_shares(most, mass)["positive mass"], "nothing as heavy is left"
+
+
+def test_a_block_keeps_a_neuron_where_all_mass_is_in_one(mass):
+    block = next(iter(mass.positive))
+    alone = {**mass.positive, block: torch.zeros_like(mass.positive[block])}
+    alone[block][:, 3] = 1.0
+    heavy = dataclasses.replace(mass, positive=alone)
+    masks = prune(pruning_scores(heavy, "most_positive"), 0.2, heavy.origin)
+    drawn = [mass_matched(masks, heavy, seed).rows[block] for seed in range(60)]
+    assert all(rows.any() for rows in drawn) and any(not rows[0, 3] for rows in drawn)
+
+
+@pytest.mark.parametrize("criterion", ["most_activated", "least_activated", "most_positive", "most_negative"])
+def test_stacks_compare_per_position(model, criterion):
+    batch = make_batch(source=40, target=4)
+    mass = record_mass(model, {"en-de": [batch]}, progress=False)
+    masks = prune(pruning_scores(mass, criterion), 0.3, mass.origin, scope="global")
+    sums = {"most_positive": mass.positive, "most_negative": mass.negative}.get(criterion, mass.active)
+    per_position = {name: of.sum(0) / mass.positions[mass.stacks[name]].sum() for name, of in sums.items()}
+    pruned, kept = (
+        torch.cat([values[masks.rows[name][0] == keeps] for name, values in per_position.items()])
+        for keeps in (False, True)
+    )
+    if criterion == "least_activated":
+        assert pruned.max() <= kept.min()
+    else:
+        assert pruned.min() >= kept.max()
+
+
+def test_languages_are_those_of_the_stack_s_side(model):
+    text = {"en-de": [make_batch(seed=0)], "en-fr": [make_batch(seed=1)], "en-es": [make_batch(seed=2)]}
+    mass = record_mass(model, text, progress=False)
+    with pytest.warns(UserWarning, match="encoder has a single language, en: 'general' prunes none"):
+        scores = pruning_scores(mass, "general")
+    masks = prune(scores, 0.25, mass.origin)
+    assert {mass.stacks[name] for name, rows in masks.rows.items() if not rows.all()} == {"decoder"}
+    twice = {"en-de": text["en-de"], "fr-de": text["en-fr"], "es-de": text["en-es"]}
+    with pytest.warns(UserWarning, match="decoder has a single language, de"):
+        pruning_scores(record_mass(model, twice, progress=False), "specialized")
+    both = record_mass(model, {"en-de": text["en-de"], "fr-de": text["en-fr"], "fr-es": text["en-es"]}, progress=False)
+    decoder = next(name for name, stack in both.stacks.items() if stack == "decoder")
+    active, positions = both.active[decoder].double(), both.positions["decoder"]
+    german = (active[0] + active[1]) / (positions[0] + positions[1])  # of both pairs into German
+    shares = torch.stack([german, active[2] / positions[2]])
+    entropy = torch.special.entr(shares / shares.sum(0)).sum(0)
+    found, on = pruning_scores(both, "general")[decoder], shares.sum(0) > 0
+    torch.testing.assert_close(found[on], entropy[on])
 
 
 def test_the_mass_of_pruned_neurons_is_a_share_of_all(mass):
@@ -131,8 +180,23 @@ def test_a_line_for_each_scope_up_to_the_last_point(tmp_path):
     assert "dead" in few and "20" in few and "40" not in few
 
 
+def test_no_two_lines_look_alike_and_draws_have_a_band(tmp_path):
+    rows = [
+        {"criterion": f"c{i}", "scope": "layer", "pruned": 0.1 * step, "bleu": i + step}
+        for i in range(12)
+        for step in (1, 2)
+    ]
+    plain = plot_pruning(rows, tmp_path / "plain.svg").read_text()
+    looks = re.findall(r'<use xlink:href="#(\w+)" x="[^"]+" y="[^"]+" style="([^"]+)"', plain)
+    assert len({look for look in looks if "stroke-width" not in look[1]}) == 12, "ticks have a width"
+    drawn = [{**row, "lowest": row["bleu"] - 1, "highest": row["bleu"] + 1} for row in rows[:2]]
+    assert "fill-opacity: 0.15" in plot_pruning(drawn, tmp_path / "drawn.svg").read_text()
+    assert "fill-opacity: 0.15" not in plain
+
+
 def test_choices_are_read():
-    assert parse_exports(["dead=0.1", "unspecialized:en-de=0.2"]) == {"dead": 0.1, "unspecialized:en-de": 0.2}
+    exports = [("dead", 0.1), ("dead", 0.2), ("unspecialized:en-de", 0.2)]
+    assert parse_exports(["dead=0.1", "dead=0.2", "unspecialized:en-de=0.2"]) == exports
     for word in ("dead=x", "dead", "dead="):
         with pytest.raises(ValueError, match=f"Expected criterion=rate to export, .* got '{word}'"):
             parse_exports([word])
@@ -147,12 +211,12 @@ def test_bad_input_is_refused(mass, model):
             prune(scores, rate, mass.origin)
     with pytest.raises(ValueError, match="criterion must be one of dead"):
         pruning_scores(mass, "alive")
-    relu = record_mass(make_m2m100(), {"a": [make_batch()]}, progress=False)
+    relu = record_mass(make_m2m100(), {"en-de": [make_batch()]}, progress=False)
     with pytest.raises(ValueError, match="Nothing is negative"):
         pruning_scores(relu, "most_negative")
     with pytest.raises(ValueError, match="needs credit by token"):
         pruning_scores(relu, "shortest")
-    with pytest.raises(ValueError, match="compares sets of text"):
+    with pytest.raises(ValueError, match="compares languages of one side; the recording holds en-de"):
         pruning_scores(relu, "general")
     residual = record_mass(model, {"a": [make_batch()]}, "residual", progress=False)
     with pytest.raises(ValueError, match="residual stream"):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from peft import load_peft_weights
+from peft import get_peft_model, load_peft_weights
 
 import neuron_specialization as ns
 from neuron_specialization.analysis.forgetting import robustness_table, score_matrix, transfer_of, transfer_table
@@ -43,7 +43,7 @@ from neuron_specialization.translation.checkpoints import new_model
 from neuron_specialization.translation.noise import NoiseArguments
 from neuron_specialization.translation.tokenization import encode, resolve_tokens
 
-from .conftest import make_m2m100, make_t5
+from .conftest import make_m2m100, make_masks, make_t5
 from .test_training import arguments, weights
 
 PAIRS = ["Pv-Aa", "Pv-Ba"]
@@ -96,6 +96,11 @@ def test_every_stage_starts_from_the_right_model_and_every_pair_is_scored(finish
     assert len(found["stages"]) == len(stages)
     updates = {stage["method"]: stage["updates"] for stage in found["stages"]}
     assert updates == {PRETRAINING: 2, JOINT: 6, BILINGUAL: 3, SEQUENTIAL: 3, MASKS: 3}
+    sizes = {name: parameter.numel() for name, parameter in finished.model.named_parameters()}
+    used = sum(sizes.values()) - sizes["model.shared.weight"]  # each stack has an embedding of its own
+    steps = used - sum(size for name, size in sizes.items() if name.startswith("model.encoder."))
+    trained = {stage["method"]: stage["trainable_parameters"] for stage in found["stages"]}
+    assert trained == {PRETRAINING: used, JOINT: used, BILINGUAL: used, SEQUENTIAL: steps, MASKS: steps}
     for method in (SEQUENTIAL, MASKS):
         matrix = score_matrix(found["rows"], ORDERS[0], "loss", method)
         assert matrix.shape == (3, 2) and np.isfinite(matrix).all()
@@ -159,6 +164,7 @@ def test_a_stage_that_is_done_is_skipped_and_other_settings_are_refused(transfer
         ({"freeze": ["encoder", "none", "none"]}, "one for each of 2"),
         ({"freeze": ["model+lm_head"]}, "nothing is left to train"),
         ({"compare": ["lora"]}, "compare takes any of"),
+        ({"compare": ["joint", "none"]}, "or none, got none"),
         ({"k": 0.0}, "k"),
     ],
 )
@@ -190,8 +196,28 @@ def test_what_cannot_be_scored_is_refused_before_training(transfer, tmp_path, mo
     assert not (tmp_path / "other").exists()
 
 
+def test_models_are_recorded_on_text_of_the_length_they_are_trained_on(transfer):
+    short = again(transfer, max_length=5, training=arguments(transfer.directory / "short"))
+    for of, longest in ((transfer, 64), (short, 5)):
+        lengths = {
+            batch[side].shape[1]
+            for batches in of.batches(of.model).values()
+            for batch in batches
+            for side in ("input_ids", "labels")
+        }
+        assert max(lengths) <= longest and (of is transfer) == (max(lengths) > 5)
+        stage = Stage(PRETRAINING, 0)
+        of.model.save_pretrained(of.directory / stage.path / "model")
+        of.masks(0)
+        counts = ns.ActivationCounts.load(of.directory / stage.path / "counts.safetensors")
+        (batches,) = {len(rows) for rows in of.data["validation"].values()}
+        assert (of is short) == bool((counts.tokens["encoder"] <= 5 * batches).all())
+    short.model.config.max_position_embeddings = 3
+    assert all(batch["input_ids"].shape[1] <= 3 for batch in short.batches(short.model)[PAIRS[0]])
+
+
 def test_all_orders_share_their_beginnings(transfer):
-    plan = dataclasses.replace(transfer.plan, orders=["all"], compare=[])
+    plan = dataclasses.replace(transfer.plan, orders=["all"], compare=["none"])
     assert [stage.trained for stage in again(transfer, plan=plan).stages()[1:]] == [
         *(("Pv-Aa",), ("Pv-Aa", "Pv-Ba"), ("Pv-Ba",), ("Pv-Ba", "Pv-Aa"))
     ]
@@ -214,6 +240,10 @@ def test_what_is_frozen():
     assert names(tied, "none") == set()
     assert names(tied, "model.encoder.layers.1.fc1") == {"model.encoder.layers.1.fc1." + w for w in ("weight", "bias")}
     assert all(parameter.requires_grad for parameter in tied.parameters()), "asking changes nothing"
+    weight = "model.decoder.layers.0.fc1.weight"
+    config = ns.NeuronSpecializationConfig(masks=make_masks(tied), trainable="full", task_type="SEQ_2_SEQ_LM")
+    masked = get_peft_model(tied, config).get_base_model()
+    assert names(masked, weight) == {"model.decoder.layers.0.fc1.base_layer.weight"}
 
 
 def test_forgetting_and_transfer_of_a_known_matrix():
@@ -314,7 +344,7 @@ def test_pruned_stages_of_other_settings_or_models_are_refused(finished, tmp_pat
     results = json.loads(part.read_text())
     results["rows"][0]["loss"] += 1e-9
     part.write_text(json.dumps(results))
-    with pytest.raises(ValueError, match=rf"other settings \(losses of seed 0, {PAIRS[0]}\)"):
+    with pytest.raises(ValueError, match=rf"other settings \(losses of seed 0, sequential/{PAIRS[0]}\)"):
         Pruning(copied, tmp_path / "pruned")
 
 
@@ -346,6 +376,11 @@ def test_pruning_is_refused_before_anything_is_recorded(transfer):
     ):
         with pytest.raises(ValueError, match=message):
             check_stages(PruneArguments(transfer_dir="", **changes), transfer)
-    exported = exported_stages({"dead": 0.1}, "layer", transfer)
+    for choice in ("specialized", "mass_matched:general"):
+        check_choices([choice], [0.1], ["layer"], ["en-de", "en-fr"], model)
+        with pytest.raises(ValueError, match=f"'{choice}' compares .*; en-de has one of each"):
+            check_choices([choice], [0.1], ["layer"], ["en-de"], model)
+    exported = exported_stages([("dead", 0.1), ("dead", 0.2)], "layer", transfer)
+    assert [(pruned.criterion, pruned.rate) for pruned in exported] == [("dead", 0.1), ("dead", 0.2)]
     with pytest.raises(ValueError, match="run transfer_sequentially.py to its end"):
         check_stages(PruneArguments(transfer_dir="", when=[]), transfer, exported)

@@ -11,6 +11,11 @@ with h_n(t) the value of unit n:
   tracked and, as one entry, all others; 0 everywhere for a dead unit;
 - tag credit     the credit by a tag of each source token, such as its part of speech.
 
+The code released with TX-Ray (`Evaluation_metrics/measures.py` of copenlu/tx-ray) differs from these definitions: it
+credits the arg-max even where its value is not above zero. And it gives a token the mean, over the token's
+occurrences, of the unit's value divided by the unit's total, so that the values of a unit do not sum to 1 where a
+token occurs twice; ours are sums over occurrences, a distribution. For distances see `mass_comparison.MassChange`.
+
 All are sums, so batches, recordings and processes add up; memory does not grow with the text.
 """
 
@@ -24,6 +29,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from ..neurons.ffn import same_weights
 from ..neurons.language_pairs import shorten
 from ..neurons.observation import sum_over_processes
 
@@ -42,7 +48,8 @@ class MassActivation:
         stacks: layer → "encoder" or "decoder". A layer is named by its FFN block, or by its module.
         positive: layer → float64 [names, units], positive mass.
         negative: layer → float64 [names, units], negative mass, as positive numbers.
-        active: layer → int64 [names, units], positions with a value above zero.
+        active: layer → int64 [names, units], positions with a value above zero; at site "neurons" of gated FFNs, with
+            the activated gate above zero, as `ActivationCounts` counts.
         credit: layer → float64 [names, units].
         wins: layer → int64 [names, units], positions at which the unit is the arg-max.
         positions: stack → int64 [names], positions recorded.
@@ -113,12 +120,16 @@ class MassActivation:
         return credit / credit.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
 
     def __add__(self, other: "MassActivation") -> "MassActivation":
-        """Add up two recordings of the same sets on the same model.
+        """Add up two recordings of the same sets on the same checkpoint.
 
         Raises:
-            ValueError: if model, site, sets, layers, tokens or tags differ.
+            ValueError: if checkpoint, site, sets, layers, tokens or tags differ.
         """
         self.check_comparable(other)
+        if not same_weights(self.weights_sample, other.weights_sample):
+            raise ValueError(
+                "These recordings come from two checkpoints of one architecture. Record them on the same one."
+            )
         if self.names != other.names:
             raise ValueError(f"These recordings hold other sets of text: {self.names} and {other.names}.")
         sums: dict[str, Any] = {
@@ -145,7 +156,7 @@ class MassActivation:
             raise ValueError(f"These recordings hold other layers: {list(self.credit)} and {list(other.credit)}.")
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write everything to one safetensors file."""
+        """Write everything to one safetensors file: the sums as tensors, the rest as JSON in its header."""
         tensors = {
             f"{what}.{key}": tensor.contiguous()
             for what in (*SUMS, "positions")

@@ -11,6 +11,10 @@ from .mass_activation import MassActivation
 class MassChange:
     """Change of each unit of one layer, from one recording to another; all tensors [units].
 
+    The code released with TX-Ray takes the Hellinger distance of values that do not sum to 1 (see `mass_activation`),
+    and divides it by the number of distinct tokens that the unit has in either model. Its distances are therefore in
+    no fixed range, and shrink as a unit gets more tokens; ours compare distributions, and are not divided.
+
     Attributes:
         hellinger: float64, Hellinger distance of the unit's token distributions, √(1 - Σ √(p q)), in [0, 1]; NaN
             unless the unit is alive in both. Distributions are shares of credit, which sum to 1.

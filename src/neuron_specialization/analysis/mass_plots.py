@@ -121,7 +121,7 @@ def plot_top_tokens(units: Mapping[str, tuple[Tokens, Tokens]], path: str | Path
 
 
 def plot_tag_shares(rows: Rows, path: str | Path) -> Path:
-    """Draw what share of the credit falls to each part of speech, a bar per tag and model.
+    """Draw what share of the credit falls to each part of speech, and of the tokens: a bar per tag and row.
 
     Args:
         rows: of `mass_report.tag_table`.
@@ -134,16 +134,16 @@ def plot_tag_shares(rows: Rows, path: str | Path) -> Path:
         places = np.arange(len(tags)) + (i - (len(rows) - 1) / 2) * width
         axes.bar(places, [row[tag] for tag in tags], width, color=COLORS[i % len(COLORS)], label=row["model"])
     axes.set_xticks(range(len(tags)), tags, rotation=60, fontsize=8)
-    axes.set_ylabel("share of the credit")
+    axes.set_ylabel("share of the credit, or of tokens")
     axes.legend(frameon=False, fontsize=8)
     return save(figure, path)
 
 
-def plot_matrix(matrices: Mapping[str, np.ndarray], path: str | Path, label: str) -> Path:
+def plot_matrix(matrices: Mapping[tuple[str, str], np.ndarray], path: str | Path, label: str) -> Path:
     """Draw matrices of scores, a row per step and a column per pair; the diagonal, just trained, is framed.
 
     Args:
-        matrices: order, such as "en-de/en-fr" → float64 [steps + 1, pairs], the first row before any step.
+        matrices: method and order, such as "en-de/en-fr" → float64 [steps + 1, pairs], the first row before any step.
         path: of the SVG.
         label: what the scores are.
     """
@@ -152,7 +152,7 @@ def plot_matrix(matrices: Mapping[str, np.ndarray], path: str | Path, label: str
     figure, axes = panels(rows, columns, 7, 0.7 + 2.5 * rows)
     highest = max(float(np.nanmax(matrix)) for matrix in matrices.values())
     image: Any = None
-    for axis, (order, matrix) in zip(axes.flat, matrices.items(), strict=False):
+    for axis, ((method, order), matrix) in zip(axes.flat, matrices.items(), strict=False):
         pairs = order.split("/")
         image = axis.imshow(matrix, cmap="cividis", vmin=0, vmax=highest, aspect="auto")
         for (i, j), value in np.ndenumerate(matrix):
@@ -164,7 +164,7 @@ def plot_matrix(matrices: Mapping[str, np.ndarray], path: str | Path, label: str
         axis.set_xticks(range(len(pairs)), pairs, fontsize=8)
         axis.set_yticks(range(len(pairs) + 1), ["before", *(f"+ {pair}" for pair in pairs)], fontsize=8)
         axis.tick_params(length=0)
-        axis.set_title(" → ".join(pairs), fontsize=9)
+        axis.set_title(f"{method}: {' → '.join(pairs)}", fontsize=9)
     for axis in axes.flat[len(matrices) :]:
         axis.set_visible(False)
     figure.colorbar(image, ax=list(axes.flat), label=f"{label} (framed: just trained)", shrink=0.9)
@@ -174,6 +174,8 @@ def plot_matrix(matrices: Mapping[str, np.ndarray], path: str | Path, label: str
 def plot_pruning(rows: Rows, path: str | Path, value: str = "bleu", label: str = "BLEU, mean over pairs") -> Path:
     """Draw a score against the share of neurons pruned, a line per criterion and scope; the whole model is dotted.
 
+    Bands go from the lowest to the highest of several draws; a table has them of its score only.
+
     Args:
         rows: lines of `pruning_choices.pruning_table` of one model.
         path: of the SVG.
@@ -181,21 +183,27 @@ def plot_pruning(rows: Rows, path: str | Path, value: str = "bleu", label: str =
         label: of the axis.
     """
     figure, axes = single(4.2)
-    lines: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    lines: dict[tuple[str, str], list[tuple[float, ...]]] = {}
     for row in rows:
         if row["criterion"] != "none":
-            lines.setdefault((row["criterion"], row["scope"]), []).append((100 * row["pruned"], row[value]))
+            draws = [row[end] for end in ("lowest", "highest") if end in row and value in ("bleu", "chrf++")]
+            lines.setdefault((row["criterion"], row["scope"]), []).append((100 * row["pruned"], row[value], *draws))
     criteria = [criterion for criterion, _ in lines]
     whole = [row[value] for row in rows if row["criterion"] == "none"]
     for i, ((criterion, scope), points) in enumerate(lines.items()):
         style = ("-", "--", ":")[i // len(COLORS) % 3]
-        look = {"marker": MARKERS[i % len(MARKERS)], "color": COLORS[i % len(COLORS)], "ms": 4, "lw": 1.2}
+        # as many markers as colors: without the shift, the second round would repeat the pairs of the first
+        marker = MARKERS[(i + i // len(COLORS)) % len(MARKERS)]
+        look = {"marker": marker, "color": COLORS[i % len(COLORS)], "ms": 4, "lw": 1.2}
         name = f"{criterion}, {scope}" if criteria.count(criterion) > 1 else criterion
-        axes.plot(*zip(*sorted(points), strict=True), style, label=name, **look)
+        shares, values, *ends = zip(*sorted(points), strict=True)
+        axes.plot(shares, values, style, label=name, **look)
+        if ends:
+            axes.fill_between(shares, *ends, color=look["color"], alpha=0.15, linewidth=0)
     if whole:
         axes.axhline(whole[0], color="0.4", linestyle=":", linewidth=1)
     axes.set_xscale("symlog", linthresh=1, linscale=0.3)
-    most = 1.12 * max((share for points in lines.values() for share, _ in points), default=1.0)
+    most = 1.12 * max((share for points in lines.values() for share, *_ in points), default=1.0)
     axes.set_xlim(0, most)
     ticks = [tick for tick in (0, 1, 2, 5, 10, 20, 40, 60, 100) if tick <= most]
     axes.set_xticks(ticks, [str(tick) for tick in ticks])

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..neurons.base_model import device_of, unwrap
 from ..neurons.ffn import DECODER, ENCODER, STACKS, find_ffn_blocks, fingerprint, is_time_major, sample_weights
-from ..neurons.observation import observed, recording_bar
+from ..neurons.observation import is_distributed, observed, recording_bar
 from ..neurons.positions import fit_positions, source_positions, target_positions
 from .mass_activation import SUMS, MassActivation
 from .sites import Place, attached, find_places
@@ -63,7 +63,11 @@ def record_mass(
         )
     recorder = _Recorder(base, places, list(batches), tracked, list(tags))
     device = device_of(base)
-    with attached(places, recorder.add), observed(model) as run, recording_bar(batches.values(), progress) as bar:
+    with (
+        attached(places, recorder.add, recorder.add_active),
+        observed(model) as run,
+        recording_bar(batches.values(), progress) as bar,
+    ):
         for row, name in enumerate(batches):
             bar.set_postfix_str(name, refresh=False)
             seen = 0
@@ -73,7 +77,7 @@ def record_mass(
                 run({key: value for key, value in moved.items() if key != "token_tags"})
                 bar.update()
                 seen += 1
-            if not seen:
+            if not seen and not is_distributed():  # other processes may hold this set's batches
                 raise ValueError(f"{name} has no batch to record.")
     return recorder.result(site, vocabulary)
 
@@ -147,18 +151,13 @@ class _Recorder:
 
     def add(self, place: Place, values: torch.Tensor) -> None:
         """Add what one layer computed for the batch: [batch, length, units]."""
-        if values.ndim != 3:
-            raise ValueError(
-                f"{place.name} sees {list(values.shape)} instead of [batch, length, width]: tokens of an expert, "
-                "which cannot be told apart. Record another site or layer."
-            )
-        values = values.transpose(0, 1) if self.time_major else values
-        counted = fit_positions(self.positions[place.stack], values, place.stack).bool()
+        values, counted = self._counted(place, values)
         rows = values[counted].double()  # [positions, units]
         sums = {what: tensor[self.row] for what, tensor in self.sums[place.name].items()}
         sums["positive"] += rows.clamp_min(0).sum(0)
         sums["negative"] += (-rows).clamp_min(0).sum(0)
-        sums["active"] += (rows > 0).sum(0)
+        if place.gated is None:
+            sums["active"] += (rows > 0).sum(0)
         best, unit = rows.max(1)
         on = best > 0
         best, unit = best[on], unit[on]
@@ -169,6 +168,21 @@ class _Recorder:
                 column = fit_positions(columns, values, place.stack)[counted][on]
                 named = column != IGNORED_TAG
                 sums[what].index_put_((unit[named], column[named]), best[named], accumulate=True)
+
+    def add_active(self, place: Place, gate: torch.Tensor) -> None:
+        """Add where the neurons of a gated block are active, by its activated gate: [batch, length, units]."""
+        gate, counted = self._counted(place, gate)
+        self.sums[place.name]["active"][self.row] += (gate[counted] > 0).sum(0)
+
+    def _counted(self, place: Place, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return values as [batch, length, units], and the positions of theirs that count: bool [batch, length]."""
+        if values.ndim != 3:
+            raise ValueError(
+                f"{place.name} sees {list(values.shape)} instead of [batch, length, width]: tokens of an expert, "
+                "which cannot be told apart. Record another site or layer."
+            )
+        values = values.transpose(0, 1) if self.time_major else values
+        return values, fit_positions(self.positions[place.stack], values, place.stack).bool()
 
     def result(self, site: str, vocabulary: str) -> MassActivation:
         """Return the sums, on the CPU."""

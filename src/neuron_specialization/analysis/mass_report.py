@@ -1,6 +1,6 @@
 """Tables and figures of what happens to neurons from step to step, made from recordings of their mass."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from .mass_activation import MassActivation
 from .mass_comparison import MassChange, compare_mass
 from .mass_plots import plot_alive, plot_change, plot_mass, plot_top_tokens
+from .mass_recording import IGNORED_TAG
 
 
 def change_table(masses: Mapping[str, MassActivation], name: str) -> list[dict[str, Any]]:
@@ -79,14 +80,22 @@ def draw_steps(
     ]
 
 
-def tag_table(masses: Mapping[str, MassActivation], name: str) -> list[dict[str, Any]]:
+def tag_table(
+    masses: Mapping[str, MassActivation], name: str, batches: Iterable[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
     """Return one row for each model: how the credit of its last layer with tags is shared among the tags.
 
+    The first row, "share of tokens", is that of the text itself: what units get that take no notice of tags.
+
     Args:
-        masses: model → recording with credit by tag.
+        masses: model → recording with credit by tag, at least one.
         name: set of text.
+        batches: that text, with "token_tags" (see `record_mass`).
     """
-    rows = []
+    tags = next(iter(masses.values())).tags
+    of_tokens = torch.cat([batch["token_tags"][batch["token_tags"] != IGNORED_TAG] for batch in batches])
+    shares = torch.bincount(of_tokens, minlength=len(tags)).double() / max(1, len(of_tokens))
+    rows: list[dict[str, Any]] = [{"model": "share of tokens", **dict(zip(tags, shares.tolist(), strict=True))}]
     for model, mass in masses.items():
         credit: torch.Tensor = mass.tag_credit[list(mass.tag_credit)[-1]][mass.names.index(name)].sum(0)
         rows.append({"model": model, **dict(zip(mass.tags, (credit / credit.sum()).tolist(), strict=True))})

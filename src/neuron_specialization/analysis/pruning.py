@@ -4,14 +4,17 @@ Each criterion scores neurons; the highest scores are pruned first. Pruned neuro
 the adapter's config), so that a compact export leaves them out and computes the same.
 """
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 
+from ..neurons.activations import ActivationCounts
 from ..neurons.language_pairs import DEFAULT_PAIR, Routes
 from ..neurons.masks import NeuronMasks
+from ..neurons.selection import language_probabilities
 from .mass_activation import MassActivation
 
 CRITERIA = (
@@ -26,26 +29,30 @@ CRITERIA = (
     "longest",
     "random",
 )
+BY_LANGUAGE = ("specialized", "general")  # criteria that compare the languages of a stack
 BY_TOKEN = ("shortest", "longest")  # criteria that need credit by token
 NO_MASS = {"positive mass": 0.0, "negative mass": 0.0}  # `mass_shares` where nothing is pruned
 Scores = dict[str, torch.Tensor]
 
 
 def pruning_scores(mass: MassActivation, criterion: str, seed: int = 0) -> Scores:
-    """Score neurons by a recording of their mass, summed over its sets of text.
+    """Score neurons by a recording of their mass, summed over its sets of text. Sums count per position of the stack,
+    so that encoder and decoder compare.
 
     - "dead": neurons that are never the arg-max of their layer, those active at the fewest positions first. Only these
       can be pruned, however high the rate.
     - "most_activated", "least_activated": by the number of positions with a value above zero.
     - "most_positive", "most_negative": by positive and negative mass. After a ReLU nothing is negative.
-    - "specialized", "general": by low and high entropy of the activation rates over the sets (LAPE's measure);
-      neurons that were never active are pruned last.
+    - "specialized", "general": by low and high entropy of the activation rates over languages (LAPE's measure), those
+      of the source in the encoder and of the target in the decoder, also where the source carries the target's tag.
+      Neurons that were never active are pruned last; those of a stack with a single language never, with a warning.
     - "shortest", "longest": by the number of distinct tokens that a neuron is credited with (TX-Ray's length), another
       measure of specialized and general. Only neurons that are alive can be pruned.
     - "random": a seeded draw.
 
     Args:
-        mass: recorded on validation text at site "neurons" or "pre_activation".
+        mass: recorded on validation text at site "neurons" or "pre_activation"; for "specialized" and "general", a set
+            for each language pair, by its name.
         criterion: one of CRITERIA.
         seed: of "random"; ties are broken by the lower index elsewhere.
 
@@ -53,39 +60,56 @@ def pruning_scores(mass: MassActivation, criterion: str, seed: int = 0) -> Score
         block → float64 [d_ff]; -inf for neurons that the criterion never prunes.
 
     Raises:
-        ValueError: if the criterion is unknown, the recording is of the residual stream, holds a single set (for
-            "specialized" and "general") or no credit by token (for "shortest" and "longest"), or if there is nothing
-            negative to sort by.
+        ValueError: if the criterion is unknown, the recording is of the residual stream, holds a single language on
+            each side (for "specialized" and "general") or no credit by token (for "shortest" and "longest"), or if
+            there is nothing negative to sort by.
     """
     if criterion not in CRITERIA:
         raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}.")
     if mass.site == "residual":
         raise ValueError("Neurons of FFN blocks are pruned; this recording is of the residual stream.")
-    if criterion in ("specialized", "general") and len(mass.names) < 2:
-        raise ValueError(f"{criterion!r} compares sets of text, such as languages; the recording holds {mass.names}.")
     if criterion == "most_negative" and not any(bool(values.any()) for values in mass.negative.values()):
         raise ValueError("Nothing is negative at this site of the model (after a ReLU, say); record pre_activation.")
+    if criterion in BY_LANGUAGE:
+        return _score_entropy(mass, criterion)
     generator = torch.Generator().manual_seed(seed)
     return {layer: _score(mass, criterion, layer, generator) for layer in mass.credit}
 
 
 def _score(mass: MassActivation, criterion: str, layer: str, generator: torch.Generator) -> torch.Tensor:
-    active = mass.active[layer].sum(0).double()
+    positions = mass.positions[mass.stacks[layer]].sum().clamp_min(1)
+    active = mass.active[layer].sum(0).double() / positions
     if criterion == "dead":
         return torch.where(mass.wins[layer].sum(0) > 0, -torch.inf, -active)
     if criterion in ("most_activated", "least_activated"):
         return active if criterion == "most_activated" else -active
     if criterion in ("most_positive", "most_negative"):
-        return (mass.positive if criterion == "most_positive" else mass.negative)[layer].sum(0)
+        return (mass.positive if criterion == "most_positive" else mass.negative)[layer].sum(0) / positions
     if criterion in BY_TOKEN:
         return _score_length(mass, layer, 1 if criterion == "longest" else -1)
-    if criterion == "random":
-        return torch.rand(len(active), generator=generator, dtype=torch.float64)
-    rates = mass.active[layer].double() / mass.positions[mass.stacks[layer]].clamp_min(1).unsqueeze(1)
-    shares = rates / rates.sum(0).clamp_min(torch.finfo(torch.float64).tiny)
-    entropy = torch.special.entr(shares).sum(0)
-    score = entropy if criterion == "general" else -entropy
-    return torch.where(active > 0, score, score.min() - 1)
+    return torch.rand(len(active), generator=generator, dtype=torch.float64)
+
+
+def _score_entropy(mass: MassActivation, criterion: str) -> Scores:
+    counts = ActivationCounts(mass.names, mass.active, mass.positions, mass.stacks)
+    scores, alone = {}, {}
+    for layer, stack in mass.stacks.items():
+        languages, rates = language_probabilities(counts, stack, [layer])
+        if len(languages) == 1:
+            alone[stack] = languages[0]
+            scores[layer] = torch.full_like(rates[0], -torch.inf)
+            continue
+        shares = rates / rates.sum(0).clamp_min(torch.finfo(torch.float64).tiny)
+        entropy = torch.special.entr(shares).sum(0)
+        score = entropy if criterion == "general" else -entropy
+        scores[layer] = torch.where(rates.sum(0) > 0, score, score.min() - 1)
+    if alone.keys() >= set(mass.stacks.values()):
+        raise ValueError(f"{criterion!r} compares languages of one side; the recording holds {', '.join(mass.names)}.")
+    for stack, language in alone.items():
+        warnings.warn(
+            f"The {stack} has a single language, {language}: {criterion!r} prunes none of its neurons.", stacklevel=3
+        )
+    return scores
 
 
 def _score_length(mass: MassActivation, layer: str, sign: int) -> torch.Tensor:
@@ -149,36 +173,27 @@ def mass_shares(masks: NeuronMasks, mass: MassActivation) -> dict[str, float]:
     return shares
 
 
-def mass_matched(masks: NeuronMasks, mass: MassActivation, seed: int = 0, nearest: int = 10) -> NeuronMasks:
-    """Return masks that prune, for each neuron pruned in `masks`, a random other one of about the same positive mass.
+def mass_matched(masks: NeuronMasks, mass: MassActivation, seed: int = 0) -> NeuronMasks:
+    """Return masks that prune random neurons with as much positive mass, in each block, as those pruned in `masks`.
 
-    A control: does it matter which neurons are pruned, or only how much mass? It answers where neurons of such mass
-    are left: at low rates and for criteria that do not go by it ("dead", "specialized", "general", "shortest",
-    "most_negative", "random"). "most_positive" has no match: whatever is heavier is pruned too, so that every
-    substitute is lighter. Those of "most_activated" and "longest" are lighter as well, and those of "least_activated"
-    heavier, because activity goes with mass. `mass_shares` says what was reached.
+    A control: does it matter which neurons are pruned, or only how much mass? All neurons of a block are put in a
+    random order, and as many of the first ones are pruned as come nearest to the mass. How many these are follows from
+    that: more than in `masks` of "most_positive", fewer than in those of "dead". `mass_shares` says what was reached.
 
     Args:
         masks: what `prune` returned.
         mass: the recording it was chosen by.
         seed: of the draw.
-        nearest: each substitute is drawn from this many unpruned neurons of the block that are closest in mass. Where
-            none is left, the neuron itself is pruned.
     """
     generator = torch.Generator().manual_seed(seed)
     rows = {}
     for name, kept in masks.rows.items():
         total = mass.positive[name].sum(0)
-        free = kept[0].clone()
-        substitutes = torch.zeros_like(free)
-        for neuron in (~kept[0]).nonzero().flatten().tolist():
-            candidates = free.nonzero().flatten()
-            if len(candidates):
-                near = candidates[(total[candidates] - total[neuron]).abs().argsort(stable=True)[:nearest]]
-                neuron = int(near[torch.randint(len(near), (1,), generator=generator)])
-                free[neuron] = False
-            substitutes[neuron] = True
-        rows[name] = ~substitutes.unsqueeze(0)
+        order = torch.randperm(len(total), generator=generator)
+        together = torch.cat([total.new_zeros(1), total[order].cumsum(0)[:-1]])  # of none, of one, ...; one stays
+        count = int((together - total[~kept[0]].sum()).abs().argmin())
+        rows[name] = torch.ones_like(kept)
+        rows[name][0, order[:count]] = False
     selector = {"name": "mass_matched", "seed": seed, "like": masks.selector}
     return replace(masks, rows=rows, selector=selector)
 

@@ -9,12 +9,12 @@ from torch import nn
 
 from ..neurons.activations import ActivationCounts
 from ..neurons.ffn import find_ffn_blocks
-from ..neurons.language_pairs import DEFAULT_PAIR, Routes
+from ..neurons.language_pairs import DEFAULT_PAIR, Routes, split_pair
 from ..neurons.masks import NeuronMasks
 from ..neurons.selection import CumulativeThreshold
 from .forgetting import score_matrix, transfer_of
 from .mass_activation import MassActivation
-from .pruning import BY_TOKEN, CRITERIA, mass_matched, prune, pruning_scores
+from .pruning import BY_LANGUAGE, BY_TOKEN, CRITERIA, mass_matched, prune, pruning_scores
 
 UNSPECIALIZED, MASS_MATCHED = "unspecialized", "mass_matched"
 Scope = Literal["layer", "global"]
@@ -39,7 +39,7 @@ def check_choices(
 
     Raises:
         ValueError: if one is unknown, a rate is not in [0, 1), or neurons are chosen by negative mass in a model whose
-            activation function has no negative values.
+            activation function has no negative values, or by their languages where each side has one.
     """
     for rate in rates:
         if not 0 <= rate < 1:
@@ -62,6 +62,12 @@ def check_choices(
                 f"{choice!r} needs neurons with negative values, which this model's activation function has not (a "
                 "ReLU?). Use a model with GELU."
             )
+        sides = zip(*map(split_pair, language_pairs), strict=True)
+        if choice.rpartition(":")[2] in BY_LANGUAGE and all(len(set(codes)) == 1 for codes in sides):
+            raise ValueError(
+                f"{choice!r} compares the source languages in the encoder and the target languages in the decoder; "
+                f"{', '.join(language_pairs)} has one of each."
+            )
 
 
 def _goes_below_zero(activation: Any) -> bool:
@@ -73,17 +79,17 @@ def needs_tokens(choices: Iterable[str]) -> bool:
     return any(choice.rpartition(":")[2] in BY_TOKEN for choice in choices)
 
 
-def parse_exports(words: Iterable[str]) -> dict[str, float]:
-    """Return choice → rate of words such as "dead=0.1".
+def parse_exports(words: Iterable[str]) -> list[tuple[str, float]]:
+    """Return the choice and the rate of each word such as "dead=0.1".
 
     Raises:
         ValueError: if a word is none of these.
     """
-    found = {}
+    found = []
     for word in words:
         choice, _, rate = word.rpartition("=")
         try:
-            found[choice] = float(rate)
+            found.append((choice, float(rate)))
         except ValueError:
             raise ValueError(f"Expected criterion=rate to export, such as dead=0.1, got {word!r}.") from None
     return found
@@ -95,7 +101,7 @@ def choose(mass: MassActivation, choice: str, rate: float, scope: Scope = "layer
     - a criterion of `pruning.CRITERIA`: see `pruning_scores`;
     - "unspecialized:en-de": the neurons outside the pair's masks with k = 1 - `rate` (`CumulativeThreshold`), whatever
       share of the neurons that is;
-    - "mass_matched:most_positive": for each neuron that the criterion takes, a random one of about its positive mass.
+    - "mass_matched:most_positive": random neurons with as much positive mass as those that the criterion takes.
 
     Args:
         mass: recorded on validation text, one set for each language pair.

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from ..neurons.base_model import device_of
 from ..neurons.ffn import STACKS, FfnBlock, find_ffn_blocks
+from ..neurons.recorder import watch_neurons
 
 SITES = ("pre_activation", "neurons", "residual")
 
@@ -27,6 +29,8 @@ class Place:
         module: where the hook goes.
         reads_input: whether the hidden states are what the module reads, rather than what it returns.
         device: of the hidden states.
+        gated: the block, where its activated gate rather than the sign of the hidden states says whether a neuron is
+            active: at site "neurons" of gated FFNs, whose product with the other branch has signs of its own.
     """
 
     name: str
@@ -36,6 +40,7 @@ class Place:
     module: nn.Module
     reads_input: bool
     device: torch.device
+    gated: FfnBlock | None = None
 
 
 def find_places(
@@ -71,7 +76,8 @@ def _place(site: str, block: FfnBlock, modules: dict[str, nn.Module]) -> Place:
     down: Any = block.down
     device = device_of(down)
     if site == "neurons":
-        return Place(block.name, block.stack, block.layer, block.d_ff, down, True, device)
+        gated = block if block.gate is not None else None
+        return Place(block.name, block.stack, block.layer, block.d_ff, down, True, device, gated)
     if site == "pre_activation":
         return Place(block.name, block.stack, block.layer, block.d_ff, modules[block.name], False, device)
     # the element of the list of layers that the block is in
@@ -82,8 +88,13 @@ def _place(site: str, block: FfnBlock, modules: dict[str, nn.Module]) -> Place:
 
 
 @contextmanager
-def attached(places: Sequence[Place], record: Callable[[Place, torch.Tensor], None]) -> Iterator[None]:
-    """Pass the hidden states of every place to `record`, for the length of the context."""
+def attached(
+    places: Sequence[Place],
+    record: Callable[[Place, torch.Tensor], None],
+    see_gate: Callable[[Place, torch.Tensor], None],
+) -> Iterator[None]:
+    """Pass the hidden states of every place to `record`, and the activated gate of gated ones to `see_gate`, for the
+    length of the context."""
     handles = []
     for place in places:
         if place.reads_input:
@@ -95,6 +106,8 @@ def attached(places: Sequence[Place], record: Callable[[Place, torch.Tensor], No
                 )
             )
         handles.append(hook)
+        if place.gated is not None:
+            handles.append(watch_neurons(place.gated, partial(see_gate, place)))
     try:
         yield
     finally:

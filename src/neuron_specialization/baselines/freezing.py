@@ -19,7 +19,7 @@ def frozen_parameters(model: Any, names: str) -> list[nn.Parameter]:
     - anything else: a module or parameter by its qualified name, such as "model.decoder.layers.0".
 
     Args:
-        model: a seq2seq model, without adapters.
+        model: a seq2seq model; inside adapters, whose wrappers of its layers count for nothing in names.
         names: one of these, or several joined by "+".
 
     Raises:
@@ -48,7 +48,8 @@ def _named(model: Any, name: str) -> list[nn.Parameter]:
         return [parameter for parameter in inside if id(parameter) not in elsewhere]
     if name == EMBEDDINGS:
         return _embeddings(model)
-    found = [parameter for key, parameter in model.named_parameters() if key == name or key.startswith(f"{name}.")]
+    named = {key.replace(".base_layer", ""): parameter for key, parameter in model.named_parameters()}
+    found = [parameter for key, parameter in named.items() if key == name or key.startswith(f"{name}.")]
     return found if name else []
 
 

@@ -19,7 +19,7 @@ from ..translation.evaluation import SCORES
 from ..translation.results import write_results
 from .sequential import SequentialTransfer
 from .settings import check_settings
-from .transfer_plan import PART, PRETRAINING, SEQUENTIAL, Stage, collect
+from .transfer_plan import PART, PRETRAINING, SEQUENTIAL, Stage, losses_of
 
 SETTINGS = "pruning.json"
 AFTER, BEFORE, RETRAINED = WHEN = ("after", "before", "retrained")
@@ -41,14 +41,23 @@ class PruneArguments:
         default_factory=lambda: [0.01, 0.02, 0.05, 0.1, 0.2, 0.4], metadata={"help": "Shares of the neurons."}
     )
     scopes: list[str] = field(default_factory=lambda: ["layer"], metadata={"help": "Shares of each layer, or global."})
-    when: list[str] = field(default_factory=lambda: ["after"], metadata={"help": "after, before or retrained."})
+    when: list[str] = field(
+        default_factory=lambda: ["after"],
+        metadata={
+            "help": "after: prune a step's model. before: prune the model before it and train the step without these "
+            "neurons; the next step starts from the whole model again. retrained: after, and train the pair again."
+        },
+    )
     steps: list[int] = field(
         default_factory=list, metadata={"help": "Steps of transfer, from 1; by default the last."}
     )
     draws: int = field(default=3, metadata={"help": "Draws of a random choice."})
     retraining_updates: int = field(default=0, metadata={"help": "Updates of `retrained`."})
     export: list[str] = field(
-        default_factory=list, metadata={"help": "criterion=rate: write the last step's model as a checkpoint."}
+        default_factory=list,
+        metadata={
+            "help": "criterion=rate: write each order's last model (seed 0, pruned after the step) as a checkpoint."
+        },
     )
     tables_only: bool = field(default=False, metadata={"help": "Prune nothing: make the tables again."})
 
@@ -110,10 +119,12 @@ def pruned_stages(arguments: PruneArguments, transfer: SequentialTransfer) -> It
                         yield from (PrunedStage(stage, when, criterion, rate, scope, draw) for draw in range(draws))
 
 
-def exported_stages(exports: Mapping[str, float], scope: str, transfer: SequentialTransfer) -> list[PrunedStage]:
+def exported_stages(
+    exports: Iterable[tuple[str, float]], scope: str, transfer: SequentialTransfer
+) -> list[PrunedStage]:
     """Return the models to export: the last step of each order, seed 0, pruned by each choice at its rate."""
     last = [Stage(SEQUENTIAL, 0, order) for order in transfer.orders]
-    return [PrunedStage(stage, AFTER, choice, rate, scope) for choice, rate in exports.items() for stage in last]
+    return [PrunedStage(stage, AFTER, choice, rate, scope) for choice, rate in exports for stage in last]
 
 
 def check_stages(
@@ -152,13 +163,9 @@ class Pruning:
     retraining_updates: int = 0
 
     def __post_init__(self) -> None:
-        # losses in full precision tell one model of a stage from another
-        models: dict[str, dict[str, float]] = {}
-        for row in collect(self.transfer.directory)["rows"]:
-            if row["method"] in (PRETRAINING, SEQUENTIAL):
-                name = f"losses of seed {row['seed']}, {row['order'] or PRETRAINING}"
-                models.setdefault(name, {})[row["direction"]] = row["loss"]
-        later = {**models, **({"retraining_updates": self.retraining_updates} if self.retraining_updates else {})}
+        later: dict[str, Any] = losses_of(self.transfer.directory, (PRETRAINING, SEQUENTIAL))
+        if self.retraining_updates:
+            later["retraining_updates"] = self.retraining_updates
         check_settings(self.directory, SETTINGS, {**self.transfer.settings(), **later}, later)
 
     def is_done(self, pruned: PrunedStage) -> bool:

@@ -22,6 +22,7 @@ from ..neurons.base_model import unwrap
 from ..neurons.language_pairs import split_pair
 from ..neurons.masks import NeuronMasks
 from ..neurons.selection import CumulativeThreshold
+from ..translation.checkpoints import freeze_unused_embedding
 from ..translation.encoding import text_digest
 from ..translation.evaluation import SCORES, check_lengths, check_scorers, evaluate
 from ..translation.identification import record_corpus
@@ -32,7 +33,7 @@ from ..translation.runs import digest, load_trained
 from ..translation.token_loss import token_losses
 from ..translation.trainer import SpecializationTrainingArguments
 from ..translation.training import fit
-from .freezing import frozen_parameters
+from .freezing import NONE, frozen_parameters
 from .settings import check_settings
 from .transfer_plan import (
     BILINGUAL,
@@ -69,7 +70,7 @@ class SequentialTransfer:
         training: arguments of the Trainer; each stage sets the output directory, seed and updates itself.
         language_tokens: language code → language token.
         source_tag: what the tag on the source side names.
-        max_length: truncate training text to so many tokens.
+        max_length: truncate training text, and what models are recorded on, to so many tokens.
         pretrained: whether `model` is a checkpoint to start from, rather than drawn anew for each seed.
 
     Raises:
@@ -96,8 +97,8 @@ class SequentialTransfer:
         self.orders = orders_of(self.plan.orders, self.language_pairs)
         steps = len(self.language_pairs)
         unknown = sorted(set(self.plan.compare) - {JOINT, BILINGUAL, MASKS})
-        if unknown:
-            raise ValueError(f"compare takes any of joint, bilingual and masks, got {', '.join(unknown)}.")
+        if unknown and self.plan.compare != [NONE]:
+            raise ValueError(f"compare takes any of joint, bilingual and masks, or none, got {', '.join(unknown)}.")
         if len(self.plan.freeze) not in (1, steps):
             raise ValueError(f"Expected one freeze for all steps, or one for each of {steps}, got {self.plan.freeze}.")
         self.freeze = self.plan.freeze * steps if len(self.plan.freeze) == 1 else self.plan.freeze
@@ -204,7 +205,7 @@ class SequentialTransfer:
     ) -> dict[str, DataLoader]:
         """Return batches to record a model on: of the validation data, or of other text (see `corpus_batches`)."""
         text = self.data["validation"] if text is None else text
-        return corpus_batches(model, self.tokenizer, text, tags=tags, **self.convention())
+        return corpus_batches(model, self.tokenizer, text, tags=tags, max_length=self.max_length, **self.convention())
 
     def convention(self) -> dict[str, Any]:
         """Return how languages are tagged, as the functions of `translation` take it."""
@@ -215,8 +216,8 @@ class SequentialTransfer:
         path = self.directory / Stage(PRETRAINING, seed).path / COUNTS
         if not path.is_file():
             model = self.load(Stage(PRETRAINING, seed))
-            recorded = record_corpus(model, self.tokenizer, self.data["validation"], **self.convention())
-            recorded.save(path)
+            options = {**self.convention(), "max_length": self.max_length}
+            record_corpus(model, self.tokenizer, self.data["validation"], **options).save(path)
         return CumulativeThreshold(self.plan.k).select(ActivationCounts.load(path))
 
     def _new(self, stage: Stage) -> Any:
@@ -231,6 +232,7 @@ class SequentialTransfer:
             load_trained(model, self._saved(Stage(PRETRAINING, stage.seed)))
             options: dict[str, Any] = {"trainable": "full", "source_tag": self.source_tag, "task_type": "SEQ_2_SEQ_LM"}
             model = get_peft_model(model, NeuronSpecializationConfig(masks=self.masks(stage.seed), **options))
+        freeze_unused_embedding(unwrap(model))
         return model
 
     def _trained(self, stage: Stage) -> tuple[Any, dict[str, Any]]:

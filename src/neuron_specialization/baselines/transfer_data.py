@@ -21,7 +21,15 @@ TRANSFER_ARGUMENTS = (
     *(SequentialArguments, NoiseArguments, StartArguments, DataArguments),
     SpecializationTrainingArguments,
 )
-UNUSED_ARGUMENTS = ("pivot", "patience", "eval_steps", "num_train_epochs")
+# seeds are those of the plan, each of which seeds the initialization, dropout and the order of batches
+UNUSED_ARGUMENTS = ("pivot", "patience", "eval_steps", "num_train_epochs", "seed", "data_seed")
+
+
+def settings_of(*arguments: Any) -> dict[str, dict[str, Any]]:
+    """Return the arguments of `TRANSFER_ARGUMENTS` as results.json keeps them: name of a part → option → value."""
+    *parts, training = arguments
+    names = ("plan", "noise", "start", "data")
+    return {**{name: vars(part) for name, part in zip(names, parts, strict=True)}, "training": training.to_dict()}
 
 
 def check_against_all(

@@ -11,7 +11,7 @@ For each seed, with U updates per step and T pairs:
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from ..translation.arguments import ShapeArguments
 from ..translation.evaluation import SCORES
 
 PART, ROBUSTNESS = "part.json", "robustness.json"
-PRETRAINING, SEQUENTIAL, MASKS, JOINT, BILINGUAL = "pretraining", "sequential", "masks", "joint", "bilingual"
+PRETRAINING, SEQUENTIAL, MASKS, JOINT, BILINGUAL = METHODS = "pretraining", "sequential", "masks", "joint", "bilingual"
 
 
 @dataclass
@@ -40,7 +40,8 @@ class SequentialArguments:
     pretraining_updates: int = field(default=1000, metadata={"help": "Updates of source → source; 0 for none."})
     word_dropout: float = field(default=0.0, metadata={"help": "Share of source words left out in pre-training."})
     compare: list[str] = field(
-        default_factory=lambda: [JOINT, BILINGUAL, MASKS], metadata={"help": "Any of joint, bilingual and masks."}
+        default_factory=lambda: [JOINT, BILINGUAL, MASKS],
+        metadata={"help": "Any of joint, bilingual and masks; none: sequential transfer alone."},
     )
     k: float = field(default=0.95, metadata={"help": "Share of activations that the kept neurons make up (masks)."})
     seeds: int = field(default=1, metadata={"help": "Number of seeds, from 0."})
@@ -146,4 +147,21 @@ def collect(directory: str | Path) -> dict[str, Any]:
             for row in json.loads(noisy.read_text())["rows"]:
                 scores = {f"clean {name}": clean[row["direction"]][name] for name in SCORES}
                 found["robustness"].append({**row, **scores})
+    return found
+
+
+def losses_of(directory: str | Path, methods: Collection[str] = METHODS) -> dict[str, dict[str, float]]:
+    """Return what tells a directory's models from others of the same stages: name of the model → pair → test loss.
+
+    Losses are in full precision.
+
+    Args:
+        directory: of the stages.
+        methods: whose models.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for row in collect(directory)["rows"]:
+        if row["method"] in methods:
+            name = "/".join(filter(None, (row["method"], row["order"])))
+            found.setdefault(f"losses of seed {row['seed']}, {name}", {})[row["direction"]] = row["loss"]
     return found

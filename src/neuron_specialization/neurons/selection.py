@@ -131,7 +131,7 @@ class LAPE:
         languages = {}
         for stack in STACKS:
             names = [name for name in counts.counts if counts.stacks[name] == stack]
-            languages[stack], probabilities = _language_probabilities(counts, stack, names)
+            languages[stack], probabilities = language_probabilities(counts, stack, names)
             kept = self._kept(probabilities)
             rows.update(zip(names, kept.split([counts.counts[name].shape[1] for name in names], dim=1), strict=True))
         routes = Routes(languages[ENCODER], languages[DECODER])
@@ -153,8 +153,17 @@ class LAPE:
         return ~assigned.any(0) | assigned
 
 
-def _language_probabilities(counts: ActivationCounts, stack: str, names: list[str]) -> tuple[list[str], torch.Tensor]:
-    """Return the languages of one side and float64 [languages, neurons of all blocks]: activations per position."""
+def language_probabilities(counts: ActivationCounts, stack: str, names: list[str]) -> tuple[list[str], torch.Tensor]:
+    """Return the languages of a stack's side, source or target, and each neuron's activations per position there.
+
+    Args:
+        counts: of language pairs; those that share the language of that side are added up.
+        stack: "encoder" or "decoder".
+        names: blocks of that stack.
+
+    Returns:
+        Languages, in the order of the pairs; float64 [languages, neurons of all these blocks].
+    """
     side = STACKS.index(stack)
     codes = [split_pair(pair)[side] for pair in counts.language_pairs]
     languages = list(dict.fromkeys(codes))

@@ -114,7 +114,19 @@ def new_m2m100(
         "activation_dropout": 0.0,
         "init_std": d_model**-0.5,  # as in fairseq; with 0.02, the default, small models learn to align far later
     }
-    return M2M100ForConditionalGeneration(M2M100Config(**{**settings, **config}))
+    model = M2M100ForConditionalGeneration(M2M100Config(**{**settings, **config}))
+    freeze_unused_embedding(model)
+    return model
+
+
+def freeze_unused_embedding(model: Any) -> None:
+    """Freeze a model's input embedding where neither stack nor the output uses it: M2M100 has one more, to be shared,
+    beside those of its stacks, when its embeddings are not tied."""
+    readers = (model.get_encoder(), model.get_decoder())
+    used = [reader.get_input_embeddings() for reader in readers] + [model.get_output_embeddings()]
+    shared = model.get_input_embeddings().weight
+    if not any(module is not None and module.weight is shared for module in used):
+        shared.requires_grad_(False)
 
 
 def new_model(

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 from xxhash import xxh3_64_hexdigest
 
 from ..adapter.routing import is_routed
+from ..neurons.base_model import number_of_positions
 from .batching import TranslationCollator
 from .data_files import read_rows
 from .encoding import vocabulary_of
@@ -45,13 +46,14 @@ def corpus_batches(
             source in their order, and "word_tags", as many.
         language_tokens: language code → language token, where codes are not tokens themselves.
         source_tag: what the tag on the source side names.
-        max_length: truncate both sides to this many tokens.
+        max_length: truncate both sides to this many tokens, or to the model's positions if there are fewer.
         batch_size: sentence pairs per batch.
         tags: names of tags. Batches then hold "token_tags": for each token of the source the position in `tags` of its
             word's tag, -100 for others. A word that does not stand in the text as it is (the two of a contraction
             such as "du" for "de le") tags nothing.
     """
     tokens = resolve_tokens(tokenizer, corpus, language_tokens)
+    max_length = min(max_length, number_of_positions(model) or max_length)
     collate = TranslationCollator(tokenizer, model)
     state = this_process()
 
