@@ -46,11 +46,6 @@ class SpecializationTrainingArguments(Seq2SeqTrainingArguments):
         default=False, metadata={"help": "Discard the run that output_dir holds, and start again."}
     )
 
-    def __post_init__(self) -> None:
-        if self.max_steps <= 0:
-            raise ValueError("Set max_steps: with temperature sampling there are no epochs.")
-        super().__post_init__()
-
 
 class SpecializationTrainer(Seq2SeqTrainer):
     """Seq2SeqTrainer with direction-homogeneous batches and a loss that accumulation and processes do not change.

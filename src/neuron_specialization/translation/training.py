@@ -90,6 +90,8 @@ def fit(
     if overwrite:
         discard_run(str(args.output_dir), model)
     check_not_input(directory, getattr(unwrap(model), "name_or_path", None) or None)
+    if args.max_steps <= 0:
+        raise ValueError("Set max_steps: with temperature sampling there are no epochs.")
     if validation is not None:
         _keep_the_best(args)
     max_length = min(max_length, number_of_positions(model) or max_length)
