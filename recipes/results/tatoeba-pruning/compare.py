@@ -3,8 +3,8 @@
 python recipes/results/tatoeba-pruning/compare.py build/tatoeba-pruned "data/tatoeba/{pair}.parquet"
 
 A test is sacreBLEU's paired bootstrap of chrF++ on the pair trained last, at rates from 10 %; the random draws are
-those of the largest share of neurons that is not above the model's own. All tests are corrected together (Benjamini
-and Hochberg). Takes a second or two per test.
+those of the largest share of neurons that is not above the model's own, and those of as much mass where there are any.
+All tests are corrected together (Benjamini and Hochberg). Takes a second or two per test.
 """
 
 import json
@@ -31,7 +31,8 @@ def main(directory: Path, test_file: str) -> None:
     for row, texts in models:
         if row["criterion"].startswith(("none", *DRAWN)) or row["rate"] < LOWEST_RATE:
             continue
-        for name, others in {"whole": whole, **random_draws(models, row["pruned"])}.items():
+        matched = mass_matched_draws(models, row)
+        for name, others in {"whole": whole, **random_draws(models, row["pruned"]), **matched}.items():
             key = f"{row['criterion']} {row['rate']} {name}"
             ours[key], theirs[key] = texts, others
             about[key] = {**{what: row[what] for what in ("criterion", "rate", "pruned")}, "against": name}
@@ -46,6 +47,16 @@ def random_draws(models: list[tuple[dict[str, Any], list[str]]], pruned: float) 
     random = [(row, texts) for row, texts in models if row["criterion"] == "random" and row["pruned"] <= pruned]
     most = max(row["pruned"] for row, _ in random)
     return {f"random {row['rate']}, draw {row['draw']}": texts for row, texts in random if row["pruned"] == most}
+
+
+def mass_matched_draws(models: list[tuple[dict[str, Any], list[str]]], pruned: dict[str, Any]) -> dict[str, list[str]]:
+    """Return name → translations of the random draws that prune as much positive mass as a model does."""
+    matched = f"mass_matched:{pruned['criterion']}", pruned["rate"]
+    return {
+        f"{matched[0]} {matched[1]}, draw {row['draw']}": texts
+        for row, texts in models
+        if (row["criterion"], row["rate"]) == matched
+    }
 
 
 if __name__ == "__main__":
