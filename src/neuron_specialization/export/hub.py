@@ -66,8 +66,8 @@ def facts_from_results(
 
     Args:
         facts: the other facts.
-        scores: `results.json` of `recipes/score.py`, or `part.json` of a stage of `recipes/compare_methods.py` or of
-            `recipes/transfer_sequentially.py`.
+        scores: `results.json` of `recipes/score.py` or `recipes/continue_pretraining.py`, or `part.json` of a stage of
+            `recipes/compare_methods.py` or of `recipes/transfer_sequentially.py`.
         training: `run.json` of the run that trained it: of `recipes/specialize.py`, or of a stage of a comparison.
         identification: `results.json` of `recipes/identify.py`.
 
@@ -106,10 +106,11 @@ def _results(path: str | PathLike[str], recipe: str, *others: str) -> Iterator[d
 
 def _scored(path: str | PathLike[str]) -> dict[str, Any]:
     """Return the scores of every direction, and the name of the data that they are on."""
-    with _results(path, "score", *_STAGES) as results:
+    with _results(path, "score", "continue_pretraining", *_STAGES) as results:
         if results["recipe"] in _STAGES:
             return {"scores": _scored_in_stage(results)}
-        scores = {direction: {key: of[key] for key in _SCORE} for direction, of in results["directions"].items()}
+        directions = results.get("scores", results)["directions"]  # of continue_pretraining, beside its training
+        scores = {direction: {key: of[key] for key in _SCORE} for direction, of in directions.items()}
         return {"scores": scores, "test_data": _data_name(_settings(results)["test_file"])}
 
 
