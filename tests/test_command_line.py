@@ -55,9 +55,9 @@ def test_a_file_may_map_names_to_lists(config):
 
 
 def test_the_trainer_reads_its_dictionaries_from_a_file(config, tmp_path):
-    file = config(f"output_dir: {tmp_path}\nlr_scheduler_kwargs: {{num_cycles: 2}}\nmax_steps: 9\nseed: -1\n")
+    file = config(f"output_dir: {tmp_path}\nlr_scheduler_kwargs: {{num_cycles: 2}}\nmax_steps: -1\nuse_cpu: true\n")
     (training,) = parse(SpecializationTrainingArguments, argv=["--config", file])
-    assert training.lr_scheduler_kwargs == {"num_cycles": 2} and training.max_steps == 9 and training.seed == -1
+    assert training.lr_scheduler_kwargs == {"num_cycles": 2} and training.max_steps == -1 and training.use_cpu
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ class Comparison(Models):
             return
         updates = self._updates_in_equal_seconds(seed) if method == EQUAL_SECONDS else self.updates(method)
         model, spent = self.trained(method, seed, setting, pairs, updates, directory)
-        while_training = {"validation_losses": spent.pop("validation_losses", [])}
+        while_training = spent.pop("validation_losses", [])
         losses = {split: self.losses(model, split, pairs) for split in ("validation", "test")}
         wrong = [pair for pair in pairs if not math.isfinite(losses["validation"][pair])]
         if wrong:
@@ -129,7 +129,7 @@ class Comparison(Models):
             "learning_rate": setting.learning_rate,
             "knobs": vars(setting.knobs),
             **size_of(self.baseline, model),
-            **while_training,
+            "validation_losses": while_training,
         }
         part = {"rows": rows, "about": about, "signatures": signatures, "translations": scored["translations"]}
         write_results(directory, part, PART)

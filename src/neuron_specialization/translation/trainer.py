@@ -47,6 +47,12 @@ class SpecializationTrainingArguments(Seq2SeqTrainingArguments):
     )
 
 
+def check_max_steps(args: SpecializationTrainingArguments) -> None:
+    """Raise a ValueError unless `max_steps` is set."""
+    if args.max_steps <= 0:
+        raise ValueError("Set max_steps: with temperature sampling there are no epochs.")
+
+
 class SpecializationTrainer(Seq2SeqTrainer):
     """Seq2SeqTrainer with direction-homogeneous batches and a loss that accumulation and processes do not change.
 
@@ -79,6 +85,7 @@ class SpecializationTrainer(Seq2SeqTrainer):
         alignment: float = 0.0,
         target_tags: Sequence[int] = (),
     ) -> None:
+        check_max_steps(args)
         if not len(train_dataset):
             raise ValueError("The training data is empty.")
         args.dataloader_pin_memory &= torch.accelerator.is_available()  # or torch warns at each evaluation

@@ -26,7 +26,7 @@ from .processes import this_process
 from .results import environment
 from .runs import Run, discard_run, load_trained, run_dependencies, seconds_until
 from .tokenization import resolve_tokens
-from .trainer import SpecializationTrainer, SpecializationTrainingArguments
+from .trainer import SpecializationTrainer, SpecializationTrainingArguments, check_max_steps
 
 
 def fit(
@@ -90,8 +90,7 @@ def fit(
     if overwrite:
         discard_run(str(args.output_dir), model)
     check_not_input(directory, getattr(unwrap(model), "name_or_path", None) or None)
-    if args.max_steps <= 0:
-        raise ValueError("Set max_steps: with temperature sampling there are no epochs.")
+    check_max_steps(args)  # before text is tokenized
     if validation is not None:
         _keep_the_best(args)
     max_length = min(max_length, number_of_positions(model) or max_length)
