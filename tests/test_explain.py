@@ -163,9 +163,12 @@ def test_words_that_specific_neurons_fire_on_are_found_and_chance_is_not():
 def test_sets_of_too_few_neurons_are_not_compared():
     counts, masks = tagged_neurons(effect=True)
     masks.rows["e"][0, 40:] = False
-    row = tag_rows(counts, masks, draws=9)[0]
+    row, other = tag_rows(counts, masks, draws=9)
     assert row["specific"] == 0 and row["p"] is None
     assert mean_rows([row])[0]["pairs that differ"] == "0 of 0"
+    (mean,) = mean_rows([row, other])
+    assert mean["specific"] == other["specific"] / 2 > 0, "a pair that is not tested counts as well"
+    assert mean["difference"] == other["difference"]
 
 
 @pytest.fixture

@@ -139,18 +139,26 @@ def tag_rows(counts: TaggedCounts, masks: NeuronMasks, draws: int = 999, seed: i
 
 
 def mean_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return one row per block from those of `tag_rows`: means over pairs, and how many of them differ (p < 0.05)."""
+    """Return one row per block from those of `tag_rows`.
+
+    Numbers of neurons are means over all pairs, differences over the pairs that have enough neurons to be tested; "pairs
+    that differ" says how many of those do (p < 0.05).
+    """
     averaged: list[dict[str, Any]] = []
     for block in dict.fromkeys(row["block"] for row in rows):
-        tested = [row for row in rows if row["block"] == block and row["p"] is not None]
-        first = next(row for row in rows if row["block"] == block)
-        means = {
-            name: float(np.mean([row[name] for row in tested])) if tested else None
-            for name in ("specific", "shared", "difference", "chance")
-        }
-        differ = f"{sum(row['p'] < 0.05 for row in tested)} of {len(tested)}"
-        place = {key: first[key] for key in ("stack", "layer", "block")}
-        averaged.append({**place, **means, "pairs that differ": differ})
+        every = [row for row in rows if row["block"] == block]
+        tested = [row for row in every if row["p"] is not None]
+        averaged.append(
+            {
+                **{key: every[0][key] for key in ("stack", "layer", "block")},
+                **{name: float(np.mean([row[name] for row in every])) for name in ("specific", "shared")},
+                **{
+                    name: float(np.mean([row[name] for row in tested])) if tested else None
+                    for name in ("difference", "chance")
+                },
+                "pairs that differ": f"{sum(row['p'] < 0.05 for row in tested)} of {len(tested)}",
+            }
+        )
     return averaged
 
 
