@@ -45,9 +45,10 @@ def counts(toy_model, toy_tokenizer, toy_data):
     return ns.record_corpus(toy_model, toy_tokenizer, toy_data["validation"])
 
 
-def make_comparison(model, tokenizer, toy_data, directory):
+def make_comparison(model, tokenizer, toy_data, directory, **budget):
     data = {split: {pair: rows.select(range(16)) for pair, rows in of.items()} for split, of in toy_data.items()}
-    stage = StageArguments(single_updates=2, bilingual_updates=3, evaluations=2, num_beams=1, tuning_directions=1)
+    budget = {"single_updates": 2, "bilingual_updates": 3, "evaluations": 2, "num_beams": 1, **budget}
+    stage = StageArguments(tuning_directions=1, **budget)
     method = MethodArguments(k=0.5, exchange=["Aa=Ba", "Ba=Aa"])
     training = arguments(directory, max_steps=3, per_device_eval_batch_size=16)
     return Comparison(model, tokenizer, data, stage, method, training, pivot="Pv", max_length=64)
@@ -299,11 +300,19 @@ def test_the_learning_rate_is_the_best_of_trials_that_never_saw_the_test_set(com
     comparison.data["test"].clear()
     assert comparison.setting("fine_tune").learning_rate == 1e-2
     trials = collect(comparison.directory)["trials"]
-    assert {trial["learning_rate"] for trial in trials} == {1e-2, 1e-6}
+    assert {(trial["learning_rate"], trial["updates"]) for trial in trials} == {(1e-2, 4), (1e-6, 4)}
     comparison.stage.scratch_learning_rates = [1e-3]
     assert comparison.setting("bilingual").learning_rate == 1e-3, "one rate needs no trial"
     assert comparison.setting("masks_only").learning_rate is None
     assert len(collect(comparison.directory)["trials"]) == 2
+    comparison.stage.trial_share = 1
+    assert comparison.setting("ours").learning_rate == 1e-2
+    assert {trial["updates"] for trial in collect(comparison.directory)["trials"]} == {4, 12}
+
+
+def test_a_share_of_the_updates_is_checked(toy_model, toy_tokenizer, toy_data, tmp_path):
+    with pytest.raises(ValueError, match="trial_share must be above 0 and at most 1, got 1.5"):
+        make_comparison(toy_model, toy_tokenizer, toy_data, tmp_path, trial_share=1.5)
 
 
 def test_a_knob_is_the_best_of_trials_at_the_best_learning_rate(comparison):

@@ -141,8 +141,8 @@ def tag_rows(counts: TaggedCounts, masks: NeuronMasks, draws: int = 999, seed: i
 def mean_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return one row per block from those of `tag_rows`.
 
-    Numbers of neurons are means over all pairs, differences over the pairs that have enough neurons to be tested; "pairs
-    that differ" says how many of those do (p < 0.05).
+    Numbers of neurons are means over all pairs, differences over the pairs that have enough neurons to be tested;
+    "pairs that differ" says how many of those do (p < 0.05).
     """
     averaged: list[dict[str, Any]] = []
     for block in dict.fromkeys(row["block"] for row in rows):

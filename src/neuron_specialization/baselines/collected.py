@@ -53,7 +53,7 @@ def collect(directory: str | Path) -> dict[str, Any]:
         trial = json.loads(path.read_text())
         losses = trial["validation_loss"]
         mean = {"validation_loss": sum(losses.values()) / len(losses), "directions": len(losses)}
-        tried = {"learning_rate": trial["learning_rate"], "knobs": trial.get("knobs", {})}
+        tried = {key: trial.get(key) for key in ("learning_rate", "updates")} | {"knobs": trial.get("knobs", {})}
         found["trials"].append({"method": path.parts[-3], **tried, **mean})
     return found
 

@@ -50,10 +50,14 @@ class StageArguments:
         default_factory=list, metadata={"help": "method=number of seeds, or with a knob's value: ours_k=0.9=1."}
     )
     learning_rates: list[float] = field(
-        default_factory=lambda: [3e-4], metadata={"help": "Tried by each trained method for a third of the updates."}
+        default_factory=lambda: [3e-4], metadata={"help": "Tried by each trained method, see trial_share."}
     )
     scratch_learning_rates: list[float] = field(
         default_factory=lambda: [1e-3], metadata={"help": "The same, for models trained from scratch."}
+    )
+    trial_share: float = field(
+        default=1 / 3,
+        metadata={"help": "Share of the updates that a trial makes. Short trials favor low learning rates."},
     )
     single_updates: int = field(default=1000, metadata={"help": "Updates of a model or LoRA of one direction."})
     bilingual_updates: int = field(default=5000, metadata={"help": "Updates of a bilingual model from scratch."})
@@ -92,7 +96,8 @@ class Models:
         max_length: truncate training text to this many tokens.
 
     Raises:
-        ValueError: if a grid of knobs is malformed, or a listed method is unknown or lacks a setting.
+        ValueError: if a grid of knobs is malformed, `trial_share` is no share, or a listed method is unknown or lacks
+            a setting.
     """
 
     baseline: Any
@@ -109,11 +114,13 @@ class Models:
     def __post_init__(self) -> None:
         self.directory = Path(str(self.training.output_dir))
         self.language_pairs = list(self.data["train"])
+        if not 0 < self.stage.trial_share <= 1:
+            raise ValueError(f"trial_share must be above 0 and at most 1, got {self.stage.trial_share}.")
         self.grids = knob_grids(self.stage.knobs)
         check_methods(seeds_of(self.stage.methods), self.method, self.pivot)
 
     def setting(self, method: str) -> Setting:
-        """Return what a stage is trained with: what gave the lowest validation loss after a third of the updates.
+        """Return what a stage is trained with: what gave the lowest validation loss in trials.
 
         Learning rates are tried first, then the values of each knob that the comparison lists for the method, one knob
         after the other, all with seed 0. Methods with masks made from those of "ours" share its knobs. A knob's value
@@ -186,21 +193,21 @@ class Models:
         return settings[0] if len(settings) == 1 else min(settings, key=lambda setting: self._trial(method, setting))
 
     def _trial(self, method: str, setting: Setting) -> float:
-        """Return the mean validation loss over directions after a third of the updates."""
+        """Return the mean validation loss over directions after `trial_share` of the updates."""
         rate, knobs = setting.learning_rate, self._other_knobs(method, setting.knobs)
         named = [f"{name}={value:g}" for name, value in knobs.items()]
         directory = self.directory / method / "-".join(["trial", f"{rate:g}", *named])
         if not (directory / "trial.json").is_file():
-            groups = self.groups(method)
+            groups, updates = self.groups(method), max(1, int(self.updates(method) * self.stage.trial_share))
             if self.per_direction(method):
                 groups = groups[:: max(1, len(groups) // self.stage.tuning_directions)][: self.stage.tuning_directions]
             losses: dict[str, float] = {}
             for pairs in groups:
                 where = self.part_directory(directory, method, pairs)
-                model, _ = self.trained(method, 0, setting, pairs, max(1, self.updates(method) // 3), where)
+                model, _ = self.trained(method, 0, setting, pairs, updates, where)
                 losses |= self.losses(model, "validation", pairs)
                 shutil.rmtree(where)
-            trial = {"learning_rate": rate, "knobs": knobs, "validation_loss": losses}
+            trial = {"learning_rate": rate, "knobs": knobs, "updates": updates, "validation_loss": losses}
             write_results(directory, trial, "trial.json")
         losses = json.loads((directory / "trial.json").read_text())["validation_loss"]
         mean = sum(losses.values()) / len(losses)
