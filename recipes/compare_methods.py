@@ -60,6 +60,7 @@ def main() -> None:
         unused=UNUSED,
     )
     check_single_process()
+    planned = plan(compare, stage, training.seed)
     disable_progress_bars()
     model, tokenizer = load_checkpoint(where.model_name_or_path)
     train, validation, checked = data.load_checked()
@@ -68,15 +69,6 @@ def main() -> None:
         *(model, tokenizer, {"train": train, "validation": validation, "test": data.load("test")}),
         *(stage, method, training, data.tokens, data.source_tag, data.pivot, data.max_length),
     )
-    seeds = seeds_of(stage.methods)
-    planned = [(name, seed) for seed in range(max(seeds.values(), default=0)) for name in seeds if seed < seeds[name]]
-    if compare.only is not None:
-        if seeds.get(compare.only, 0) <= training.seed:
-            raise ValueError(
-                f"--only {compare.only} --seed {training.seed} is no stage of this comparison; it has "
-                f"{', '.join(f'{name} with {number} seeds' for name, number in seeds.items())}."
-            )
-        planned = [(compare.only, training.seed)]
     zero_shot = load_zero_shot(comparison, zero, data) if zero.zero_shot_pairs and not compare.tables_only else None
     for name, seed in planned if not compare.tables_only and not compare.zero_shot_only else []:
         print(f"\n== {name}, seed {seed}", flush=True)
@@ -93,6 +85,21 @@ def main() -> None:
     if compare.report is not None:
         masks = CumulativeThreshold(method.k).select(comparison.counts())
         print(f"wrote {write_report(compare.report, 'Comparison of methods', masks, [comparison.directory])}")
+
+
+def plan(compare: CompareArguments, stage: StageArguments, seed: int) -> list[tuple[str, int]]:
+    """Return the methods and seeds to run, or the one that --only and --seed name."""
+    seeds = seeds_of(stage.methods)
+    if not any(seeds.values()) and not compare.tables_only:
+        raise ValueError("There is nothing to compare: give methods and how many seeds, --methods fine_tune=3 ours=3.")
+    if compare.only is None:
+        return [(name, each) for each in range(max(seeds.values(), default=0)) for name in seeds if each < seeds[name]]
+    if seeds.get(compare.only, 0) <= seed:
+        raise ValueError(
+            f"--only {compare.only} --seed {seed} is no stage of this comparison; it has "
+            f"{', '.join(f'{name} with {number} seeds' for name, number in seeds.items())}."
+        )
+    return [(compare.only, seed)]
 
 
 def load_zero_shot(comparison: Comparison, zero: ZeroShotArguments, data: DataArguments) -> ZeroShot:

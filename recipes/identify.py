@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 
 import neuron_specialization as ns
 from neuron_specialization.analysis.report import write_report
+from neuron_specialization.export.hub import facts_from_results
 from neuron_specialization.neurons.adapter_file import CONFIG_NAME, WEIGHTS_NAME, check_holds_no_model
+from neuron_specialization.neurons.card import CardFacts, describe_adapter
 from neuron_specialization.neurons.extras import install
 from neuron_specialization.neurons.ffn import STACKS
 from neuron_specialization.neurons.files import atomic_directory, check_not_input, check_replaceable
@@ -106,7 +108,8 @@ def main() -> None:
     with atomic_directory(args.output_dir, args.overwrite_output_dir) as folder:
         masks.save_pretrained(folder)
         counts.save(folder / "counts.safetensors")
-        write_results(folder, results)
+        path = write_results(folder, results)
+        describe_adapter(folder, facts_from_results(CardFacts(), identification=path))
         if importlib.util.find_spec("matplotlib") and importlib.util.find_spec("scipy"):
             importlib.import_module("neuron_specialization.analysis.mask_plots").plot_pairs(
                 overlap, folder / "overlap.svg"

@@ -39,14 +39,14 @@ def main() -> None:
     (args,) = parse(PublishArguments)
     if (args.repo is None) == (args.card_only is None):
         raise ValueError("Say where to publish, --repo user/name, or where to write the card, --card_only DIRECTORY.")
-    facts = CardFacts(args.repo, args.license, args.datasets, args.sentence, shared=True)
+    facts = CardFacts(args.repo, args.license, args.datasets, args.sentence)
     facts = facts_from_results(facts, args.scores, args.training, args.identification)
     if args.repo is not None:
         print(f"published {publish(args.adapter, facts, private=args.private or None)}")
     else:
         Path(args.card_only).mkdir(parents=True, exist_ok=True)
-        describe_adapter(args.adapter, facts, args.card_only)
-        print(f"wrote {args.card_only}/README.md")
+        wrote = describe_adapter(args.adapter, facts, args.card_only)
+        print(f"{'wrote' if wrote else 'edited by you, and kept as it is:'} {args.card_only}/README.md")
 
 
 if __name__ == "__main__":

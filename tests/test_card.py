@@ -23,8 +23,10 @@ import neuron_specialization as ns
 from neuron_specialization.neurons.adapter_file import pack_rows
 from neuron_specialization.neurons.card import CardFacts, render_card
 from neuron_specialization.neurons.extras import install
+from neuron_specialization.neurons.files import atomic_directory
 from neuron_specialization.neurons.kept_picture import draw_kept, kept_shares
 from neuron_specialization.neurons.masks import NeuronMasks
+from neuron_specialization.translation.training import save_whole
 
 from .conftest import make_batch, make_m2m100, make_masks
 
@@ -68,6 +70,17 @@ def by_trainer(directory):
     Seq2SeqTrainer(model, args, train_dataset=rows).train()
 
 
+def as_identify(directory):
+    """With other files, all together."""
+    with atomic_directory(directory) as folder:
+        make_masks(make_m2m100()).save_pretrained(folder)
+
+
+def as_specialize(directory):
+    args = Seq2SeqTrainingArguments(directory, report_to="none", use_cpu=True)
+    save_whole(Seq2SeqTrainer(adapted(), args), directory)
+
+
 def by_accelerate(directory):
     accelerator = Accelerator(cpu=True)
     model = accelerator.prepare(adapted())
@@ -76,7 +89,7 @@ def by_accelerate(directory):
 
 WAYS = pytest.mark.parametrize(
     "save",
-    [by_peft, by_transformers, together, masks_alone, by_trainer, by_accelerate],
+    [by_peft, by_transformers, together, masks_alone, by_trainer, as_identify, as_specialize, by_accelerate],
     ids=lambda save: save.__name__,
 )
 
@@ -148,13 +161,16 @@ def test_a_card_is_written_anew_until_its_user_edits_it(directory, save):
     assert (directory / "kept_neurons.svg").read_text() == "mine"
 
 
-def test_a_license_that_the_user_added_stays(tmp_path):
+@pytest.mark.parametrize("edit", [{"license": "cc-by-4.0"}, {"tags": ["mine"]}, {"base_model": "me/my-base"}], ids=str)
+def test_front_matter_that_the_user_edited_stays(tmp_path, edit):
+    """PEFT's own cards get its tags and the base's directory with every save."""
     by_peft(tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
-    card.data.license = "cc-by-4.0"
+    for name, value in edit.items():
+        setattr(card.data, name, value)
     card.save(tmp_path / "README.md")
     by_peft(tmp_path)
-    assert ModelCard.load(tmp_path / "README.md").data.license == "cc-by-4.0"
+    assert ModelCard.load(tmp_path / "README.md").data.to_dict() == card.data.to_dict()
 
 
 def test_the_table_shows_the_kept_shares(tmp_path):

@@ -104,7 +104,7 @@ def test_a_card_that_trainer_generated_gives_way_until_its_user_edits_it(tmp_pat
 
 def by_publish(masks, directory):
     masks.save_pretrained(directory)
-    publish(directory, CardFacts("me/adapter", shared=True))
+    publish(directory, CardFacts("me/adapter"))
 
 
 def by_trainer(masks, directory):
@@ -137,7 +137,8 @@ def test_a_card_that_was_edited_here_is_published_over_one_of_the_hub(hub, tmp_p
         make_masks(make_m2m100()).save_pretrained(tmp_path)
         card = tmp_path / "README.md"
         card.write_text(card.read_text().replace("## Limits", f"## Limits\n\n{words}"))
-        publish(tmp_path, CardFacts("me/adapter"))
+        with pytest.warns(match="was edited and is published as it is"):
+            publish(tmp_path, CardFacts("me/adapter"))
         assert words in huggingface_hub.ModelCard.load("me/adapter").text
 
 

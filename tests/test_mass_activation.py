@@ -103,6 +103,9 @@ def test_recordings_of_parts_add_up_and_survive_a_file(tmp_path):
             shares = whole.tag_shares("a", layer)
             torch.testing.assert_close(shares.sum(1), (whole.credit[layer][0] > 0).double())
     whole.save(tmp_path / "mass.safetensors")
+    (tmp_path / "mass.json").write_text("{}")
+    with pytest.raises(ValueError, match="mass.json holds no mass activation"):
+        MassActivation.load(tmp_path / "mass.json")
     loaded = MassActivation.load(tmp_path / "mass.safetensors")
     assert list(loaded.credit) == list(whole.credit), "encoder first"
     assert (loaded.names, loaded.tags, loaded.token_ids) == (["a", "b"], ["x", "y", "z"], [5, 6, 7])

@@ -175,7 +175,7 @@ def test_a_line_for_each_scope_up_to_the_last_point(tmp_path):
     names = ("criterion", "scope", "pruned", "bleu")
     rows = [dict(zip(names, point, strict=True)) for point in points]
     texts = re.findall("<!-- (.*?) -->", plot_pruning(rows, tmp_path / "all.svg").read_text())
-    assert {"dead, layer", "dead, global", "unspecialized:en-de", "60"} <= set(texts)
+    assert {"dead, layer", "dead, global", "unspecialized:en-de", "60", "whole model"} <= set(texts)
     few = re.findall("<!-- (.*?) -->", plot_pruning(rows[:3], tmp_path / "few.svg").read_text())
     assert "dead" in few and "20" in few and "40" not in few
 
@@ -190,8 +190,8 @@ def test_no_two_lines_look_alike_and_draws_have_a_band(tmp_path):
     looks = re.findall(r'<use xlink:href="#(\w+)" x="[^"]+" y="[^"]+" style="([^"]+)"', plain)
     assert len({look for look in looks if "stroke-width" not in look[1]}) == 12, "ticks have a width"
     drawn = [{**row, "lowest": row["bleu"] - 1, "highest": row["bleu"] + 1} for row in rows[:2]]
-    assert "fill-opacity: 0.15" in plot_pruning(drawn, tmp_path / "drawn.svg").read_text()
-    assert "fill-opacity: 0.15" not in plain
+    for told in ("fill-opacity: 0.15", "bands: several draws"):
+        assert told in plot_pruning(drawn, tmp_path / "drawn.svg").read_text() and told not in plain
 
 
 def test_choices_are_read():

@@ -322,6 +322,9 @@ def test_the_comparison_runs_by_stages_and_makes_its_tables_from_those_that_are_
     )
     error = run_here(*compare, "--only", "ours", "--seed", "1", fails=True)
     assert "--only ours --seed 1 is no stage of this comparison; it has fine_tune with 2 seeds" in error
+    at = compare.index("--methods")
+    error = run_here(*compare[:at], *compare[at + 3 :], fails=True)
+    assert "There is nothing to compare" in error
     run_here(*compare, "--only", "fine_tune", "--seed", "1")
     assert [path.parent.name for path in output.rglob("part.json")] == ["seed-1"]
     printed = run_here(*compare, "--report", str(output / "report.html"))

@@ -10,7 +10,7 @@ from .adapter.loading import check_loaded_adapters
 from .adapter.model import NeuronSpecializationModel
 from .adapter.registration import register
 from .adapter.routing import language_pair, set_language_pair
-from .adapter.storage import described_training, described_upload, save_adapter
+from .adapter.storage import described_saving, described_training, described_upload, save_adapter
 from .export.compaction import compact
 from .neurons.activations import ActivationCounts, record_activations
 from .neurons.attribution import record_attribution
@@ -23,7 +23,7 @@ from .translation.data import load_parallel
 from .translation.identification import record_corpus
 from .translation.translate import translate
 
-register(NeuronSpecializationConfig, NeuronSpecializationModel, described_upload, described_training)
+register(NeuronSpecializationConfig, NeuronSpecializationModel, described_upload, described_training, described_saving)
 check_loaded_adapters()
 
 __version__ = "0.1.0"

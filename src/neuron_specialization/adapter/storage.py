@@ -3,7 +3,6 @@
 import functools
 import inspect
 import json
-import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from os import PathLike
@@ -48,9 +47,6 @@ def save_adapter(model: PeftModel, directory: str | PathLike[str], *, overwrite:
     """
     check_holds_no_model(directory)
     with atomic_directory(directory, overwrite) as fresh:
-        card = Path(directory) / "README.md"
-        if card.is_file():  # PEFT updates a card and keeps what its author wrote
-            shutil.copy(card, fresh)
         model.save_pretrained(str(fresh), **kwargs)
 
 
@@ -103,6 +99,18 @@ def described_upload(upload: Callable[..., Any]) -> Callable[..., Any]:
         if _holds_adapter(working_dir):
             describe_adapter(working_dir, CardFacts(repo_id=repo_id))
         return upload(model, working_dir, repo_id, *args, **kwargs)
+
+    return described
+
+
+def described_saving(update: Callable[..., None]) -> Callable[..., None]:
+    """Wrap `create_or_update_model_card` of PEFT's `PeftModel`: adapters of this method write cards of their own, into
+    which PEFT would put its tags and the base's directory, over what the user edited there."""
+
+    @functools.wraps(update)
+    def described(model: PeftModel, output_dir: str) -> None:
+        if any(config.peft_type != PEFT_TYPE for config in model.peft_config.values()):
+            update(model, output_dir)
 
     return described
 

@@ -26,7 +26,7 @@ from os import PathLike
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..neurons.ffn import same_weights
@@ -172,14 +172,18 @@ class MassActivation:
         Raises:
             ValueError: if the file holds something else.
         """
-        with safe_open(path, framework="pt") as file:
-            about = (file.metadata() or {}).get("mass_activation")
-            if about is None:
-                raise ValueError(f"{path} holds no mass activation; expected what MassActivation.save writes.")
-            sums: dict[str, Any] = {what: {} for what in (*SUMS, "positions")}
-            for key in file.keys():
-                what, _, name = key.partition(".")
-                sums[what][name] = file.get_tensor(key)
+        wrong = f"{path} holds no mass activation; expected what MassActivation.save writes."
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = (file.metadata() or {}).get("mass_activation")
+                if about is None:
+                    raise ValueError(wrong)
+                sums: dict[str, Any] = {what: {} for what in (*SUMS, "positions")}
+                for key in file.keys():
+                    what, _, name = key.partition(".")
+                    sums[what][name] = file.get_tensor(key)
+        except SafetensorError as error:
+            raise ValueError(wrong) from error
         values = json.loads(about)
         for what in SUMS:  # layers in the order of the model: the file has them sorted by name
             sums[what] = {layer: sums[what][layer] for layer in values["stacks"] if layer in sums[what]}

@@ -33,7 +33,7 @@ def plot_mass(mass: MassActivation, name: str, path: str | Path, layers: Sequenc
         axis.fill_between(units, positive[order], step="mid", color=BLUE, linewidth=0, label="positive")
         axis.fill_between(units, -negative[order], step="mid", color=ORANGE, linewidth=0, label="negative")
         axis.axhline(0, color="0.3", linewidth=0.8)
-        axis.set_title(_short(layer), fontsize=9)
+        axis.set_title(short_name(layer), fontsize=9)
         axis.set_xlim(0, len(order) - 1)
     for axis in axes.flat[len(layers) :]:
         axis.set_visible(False)
@@ -44,12 +44,13 @@ def plot_mass(mass: MassActivation, name: str, path: str | Path, layers: Sequenc
     return save(figure, path)
 
 
-def plot_alive(steps: Mapping[str, Mapping[str, tuple[int, int]]], path: str | Path) -> Path:
+def plot_alive(steps: Mapping[str, Mapping[str, tuple[int, int]]], path: str | Path, title: str = "") -> Path:
     """Draw how many units are alive and dead in each layer after each step.
 
     Args:
         steps: name of the step → layer → (alive, dead).
         path: of the SVG.
+        title: of the figure.
     """
     layers = list(next(iter(steps.values())))
     columns = min(2, len(layers))
@@ -63,7 +64,7 @@ def plot_alive(steps: Mapping[str, Mapping[str, tuple[int, int]]], path: str | P
         for x, value in enumerate(alive):
             axis.text(x, value / 2, str(value), ha="center", va="center", fontsize=8, color="white")
         axis.set_xticks(range(len(steps)), list(steps), fontsize=7)
-        axis.set_title(_short(layer), fontsize=9)
+        axis.set_title(short_name(layer), fontsize=9)
         axis.set_ylim(0, (alive + dead).max())
     for axis in axes.flat[len(layers) :]:
         axis.set_visible(False)
@@ -71,15 +72,17 @@ def plot_alive(steps: Mapping[str, Mapping[str, tuple[int, int]]], path: str | P
         *axes.flat[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, fontsize=8, frameon=False
     )
     figure.supylabel("neurons", fontsize=9)
+    figure.suptitle(title, fontsize=9)
     return save(figure, path)
 
 
-def plot_change(changes: Mapping[str, MassChange], path: str | Path) -> Path:
+def plot_change(changes: Mapping[str, MassChange], path: str | Path, title: str = "") -> Path:
     """Draw, for each unit alive before and after, how far its tokens moved against how many it gained or lost.
 
     Args:
         changes: layer → its change.
         path: of the SVG.
+        title: of the figure.
     """
     columns = min(2, len(changes))
     rows = -(-len(changes) // columns)
@@ -91,32 +94,35 @@ def plot_change(changes: Mapping[str, MassChange], path: str | Path) -> Path:
         axis.set_ylim(-0.03, 1.03)
         counts = [int(of.sum()) for of in (change.shared, change.only_before, change.only_after)]
         about = "{} in both, {} only before, {} only after".format(*counts)
-        axis.set_title(f"{_short(layer)}\n{about}", fontsize=8)
+        axis.set_title(f"{short_name(layer)}\n{about}", fontsize=8)
     for axis in axes.flat[len(changes) :]:
         axis.set_visible(False)
     figure.supxlabel("distinct tokens gained (right) or lost (left)", fontsize=9)
     figure.supylabel("Hellinger distance of token distributions", fontsize=9)
+    figure.suptitle(title, fontsize=9)
     return save(figure, path)
 
 
-def plot_top_tokens(units: Mapping[str, tuple[Tokens, Tokens]], path: str | Path) -> Path:
+def plot_top_tokens(units: Mapping[str, tuple[Tokens, Tokens]], path: str | Path, title: str = "") -> Path:
     """Draw the top tokens of units with their shares of the unit's credit, before and after, side by side.
 
     Args:
-        units: title → ((token, share), ...) before, and after.
+        units: name → ((token, share), ...) before, and after.
         path: of the SVG.
+        title: of the figure.
     """
     most = max(len(side) for both in units.values() for side in both)
     figure, axes = panels(len(units), 2, 7, 0.5 + len(units) * (0.5 + 0.18 * most))
     widest = max((share for both in units.values() for side in both for _, share in side), default=1.0)
-    for row, (title, both) in zip(axes, units.items(), strict=True):
+    for row, (name, both) in zip(axes, units.items(), strict=True):
         for axis, side, when, color in zip(row, both, ("before", "after"), (ORANGE, BLUE), strict=True):
             axis.barh(range(len(side)), [share for _, share in side], color=color, height=0.7)
             axis.set_yticks(range(len(side)), [_visible(token) for token, _ in side], fontsize=8)
             axis.set_ylim(most - 0.5, -0.5)
             axis.set_xlim(0, widest * 1.05)
-            axis.set_title(f"{title}, {when}" + ("" if side else ": dead"), fontsize=8)
+            axis.set_title(f"{name}, {when}" + ("" if side else ": dead"), fontsize=8)
     figure.supxlabel("share of the neuron's credit", fontsize=9)
+    figure.suptitle(title, fontsize=9)
     return save(figure, path)
 
 
@@ -201,7 +207,7 @@ def plot_pruning(rows: Rows, path: str | Path, value: str = "bleu", label: str =
         if ends:
             axes.fill_between(shares, *ends, color=look["color"], alpha=0.15, linewidth=0)
     if whole:
-        axes.axhline(whole[0], color="0.4", linestyle=":", linewidth=1)
+        axes.axhline(whole[0], color="0.4", linestyle=":", linewidth=1, label="whole model")
     axes.set_xscale("symlog", linthresh=1, linscale=0.3)
     most = 1.12 * max((share for points in lines.values() for share, *_ in points), default=1.0)
     axes.set_xlim(0, most)
@@ -210,7 +216,10 @@ def plot_pruning(rows: Rows, path: str | Path, value: str = "bleu", label: str =
     axes.minorticks_off()
     axes.set_xlabel("neurons pruned (%)")
     axes.set_ylabel(label)
-    axes.legend(frameon=False, fontsize=7.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    title = "bands: several draws" if axes.collections else None
+    axes.legend(
+        title=title, frameon=False, fontsize=7.5, title_fontsize=7.5, loc="center left", bbox_to_anchor=(1.0, 0.5)
+    )
     return save(figure, path)
 
 
@@ -239,7 +248,7 @@ def plot_attention(
     return save(figure, path)
 
 
-def _short(layer: str) -> str:
+def short_name(layer: str) -> str:
     """Return "encoder 0" for "model.encoder.layers.0.fc1"."""
     parts = layer.split(".")
     stack = next((part for part in parts if part in ("encoder", "decoder")), parts[0])

@@ -8,7 +8,7 @@ import torch
 
 from .mass_activation import MassActivation
 from .mass_comparison import MassChange, compare_mass
-from .mass_plots import plot_alive, plot_change, plot_mass, plot_top_tokens
+from .mass_plots import plot_alive, plot_change, plot_mass, plot_top_tokens, short_name
 from .mass_recording import IGNORED_TAG
 
 
@@ -57,6 +57,8 @@ def draw_steps(
     """
     directory = Path(directory)
     *_, before, after = masses.values()
+    *_, earlier, later = masses
+    text = f"{name} validation text"
 
     def named(mass: MassActivation, unit: int) -> list[tuple[str, float]]:
         return [(token(i), share) for i, share in mass.top_tokens(name, last, unit, 8)]
@@ -74,9 +76,9 @@ def draw_steps(
     tokens = {f"neuron {unit}": (named(before, unit), named(after, unit)) for unit in most}
     return [
         plot_mass(after, name, directory / "mass.svg"),
-        plot_alive(alive, directory / "alive.svg"),
-        plot_change(changes, directory / "change.svg"),
-        plot_top_tokens(tokens, directory / "tokens.svg"),
+        plot_alive(alive, directory / "alive.svg", text),
+        plot_change(changes, directory / "change.svg", f"{text}, from {earlier} to {later}"),
+        plot_top_tokens(tokens, directory / "tokens.svg", f"{text}, {short_name(last)}, from {earlier} to {later}"),
     ]
 
 

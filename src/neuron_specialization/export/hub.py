@@ -1,6 +1,7 @@
 """Publish an adapter directory on the Hub, with a card that says how it was made and how well it translates."""
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -51,7 +52,8 @@ def publish(
     api = HfApi(token=token)
     repo_id = make_repository(api, facts.repo_id, private)
     keep_card_of_hub(api, repo_id, directory)
-    describe_adapter(directory, facts)
+    if not describe_adapter(directory, facts):
+        warnings.warn(f"The card in {directory} was edited and is published as it is.", stacklevel=2)
     files = [CONFIG_NAME, WEIGHTS_NAME, CARD_NAME, PICTURE_NAME]
     return str(api.upload_folder(repo_id=repo_id, folder_path=directory, allow_patterns=files))
 

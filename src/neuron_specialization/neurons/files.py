@@ -15,6 +15,7 @@ from os import PathLike
 from pathlib import Path
 
 WRITTEN = ".written_by_neuron_specialization.json"
+CARD_NAME = "README.md"
 _PARTIAL = ".neuron_specialization_partial"
 _COMPLETE = ".neuron_specialization_complete"
 # one checkpoint's or adapter's weights, in whatever format and number of files they are written
@@ -25,9 +26,9 @@ _WEIGHTS = re.compile(r"(.*/)?(adapter_)?(?:pytorch_)?model(-\d+-of-\d+)?\.(safe
 def atomic_directory(directory: str | PathLike[str], overwrite: bool = False) -> Iterator[Path]:
     """Write several files into a directory together: yield an empty folder, then move its files into `directory`.
 
-    Files that this package wrote there earlier are replaced; weights among them that would be read in place of the new
-    ones, and translations of an earlier scoring, are removed. All other files stay. If the body raises, nothing
-    changes.
+    Files that this package wrote there earlier are replaced, but for a card that its user edited; weights among them
+    that would be read in place of the new ones, and translations of an earlier scoring, are removed. All other files
+    stay. If the body raises, nothing changes.
 
     Args:
         directory: where to write; created if missing.
@@ -49,13 +50,18 @@ def atomic_directory(directory: str | PathLike[str], overwrite: bool = False) ->
 
 
 def begin_writing(target: Path) -> Path:
-    """Return an empty folder inside `target` to write into, for `finish_writing`; `target` is created if missing."""
+    """Return a folder inside `target` to write into, for `finish_writing`; `target` is created if missing.
+
+    The folder holds nothing but the card of `target`, if there is one: who writes cards keeps what its user edited.
+    """
     if target.is_file():
         raise ValueError(f"{target} is a file; expected the path of a directory to write.")
     complete_writing(target)
     partial = partial_folder(target)
     shutil.rmtree(partial, ignore_errors=True)  # what a process that was killed left there
     partial.mkdir(parents=True)
+    if (target / CARD_NAME).is_file():
+        shutil.copyfile(target / CARD_NAME, partial / CARD_NAME)
     return partial
 
 
@@ -67,6 +73,9 @@ def partial_folder(target: Path) -> Path:
 def finish_writing(target: Path, overwrite: bool = False) -> None:
     """Move what was written into the folder that `begin_writing` returned into its place in `target`."""
     partial = partial_folder(target)
+    before, after = target / CARD_NAME, partial / CARD_NAME
+    if before.is_file() and after.is_file() and before.read_bytes() == after.read_bytes():
+        after.unlink()  # it stays, whoever wrote it
     files = sorted(path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file())
     files = [name for name in files if name != WRITTEN]
     check_replaceable(target, files, overwrite)
@@ -162,9 +171,9 @@ def _written(target: Path) -> set[str]:
     files = _listed(target / WRITTEN)
     if config.is_file() and '"NEURON_SPECIALIZATION"' in config.read_text(errors="replace"):
         files |= {"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "kept_neurons.svg"}
-        card = target / "README.md"
+        card = target / CARD_NAME
         if card.is_file() and "library_name: peft" in card.read_text(errors="replace"):
-            files.add("README.md")
+            files.add(CARD_NAME)
     return files
 
 

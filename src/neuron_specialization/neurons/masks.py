@@ -5,7 +5,6 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from huggingface_hub import HfApi
 from safetensors.torch import save_file
 
 from . import adapter_file
-from .card import CARD_NAME, CardFacts, describe_adapter, is_edited, keep_card_of_hub, write_card
+from .card import CardFacts, describe_adapter, keep_card_of_hub, write_card
 from .combination import combined, joined
 from .ffn import ENCODER, STACKS, in_order
 from .files import WRITTEN, atomic_directory
@@ -214,8 +213,7 @@ class NeuronMasks:
             save_file(tensors, fresh / adapter_file.WEIGHTS_NAME, metadata={"format": "pt"})
             config["weights_digest"] = adapter_file.file_digest(fresh / adapter_file.WEIGHTS_NAME)
             (fresh / adapter_file.CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-            if not is_edited(Path(directory) / CARD_NAME):
-                write_card(fresh, config, {name: tensors[adapter_file.mask_key(name)] for name in self.rows})
+            write_card(fresh, config, {name: tensors[adapter_file.mask_key(name)] for name in self.rows})
 
     def push_to_hub(self, repo_id: str, *, token: str | bool | None = None, private: bool | None = None) -> str:
         """Write the adapter directory to a Hub repository, created if missing, and return its address.
