@@ -1,4 +1,4 @@
-"""The whole method on artificial related languages, in a few minutes on two CPU cores.
+"""The whole method, its control and its ceiling on artificial related languages, in a few minutes on two CPU cores.
 
 accelerate launch --quiet recipes/demo.py --config recipes/configs/demo.yaml
 """
@@ -8,11 +8,11 @@ import time
 from dataclasses import dataclass, field
 
 from datasets import disable_progress_bars
-from peft import get_peft_model
 from transformers import set_seed
 
 import neuron_specialization as ns
 from neuron_specialization.analysis.report import write_report
+from neuron_specialization.baselines.methods import MethodArguments, build_model
 from neuron_specialization.neurons.files import atomic_directory
 from neuron_specialization.translation.checkpoints import new_model
 from neuron_specialization.translation.command_line import parse, run
@@ -26,6 +26,12 @@ from neuron_specialization.translation.toy import PIVOT, ToyLanguages
 from neuron_specialization.translation.trainer import SpecializationTrainingArguments
 from neuron_specialization.translation.training import fit
 
+METHODS = {
+    "fine_tune": "every parameter",
+    "ours": "every parameter, under the masks of each pair",
+    "random_overlap": "the same, with the neurons of the masks renumbered: the control",
+    "ffn_copies": "an FFN of its own for every direction: the ceiling",
+}
 UNUSED = ("max_steps", "num_train_epochs")
 
 
@@ -33,16 +39,19 @@ UNUSED = ("max_steps", "num_train_epochs")
 class DemoArguments:
     """Sizes of the languages, the model and the runs."""
 
-    families: int = field(default=2, metadata={"help": "Language families."})
-    languages_per_family: int = field(default=3, metadata={"help": "Languages in each."})
+    families: int = field(default=3, metadata={"help": "Language families."})
+    languages_per_family: int = field(default=2, metadata={"help": "Languages in each."})
+    replaced: float = field(default=0.5, metadata={"help": "Share of roots that a language replaces by its own."})
+    roots: int = field(default=44, metadata={"help": "Roots in each language, a multiple of 11."})
     sentences: int = field(default=4000, metadata={"help": "Training sentences, in every language."})
-    held_out: int = field(default=200, metadata={"help": "Validation sentences, and as many test sentences."})
-    vocab_size: int = field(default=1000, metadata={"help": "Entries of the shared BPE."})
+    held_out: int = field(default=100, metadata={"help": "Validation sentences, and as many test sentences."})
+    vocab_size: int = field(default=700, metadata={"help": "Entries of the shared BPE."})
     layers: int = field(default=2, metadata={"help": "Encoder layers, and decoder layers."})
-    d_model: int = field(default=128, metadata={"help": "Width of the model."})
-    d_ff: int = field(default=512, metadata={"help": "FFN neurons per layer."})
-    pretrain_steps: int = field(default=1000, metadata={"help": "Updates of the baseline."})
-    continue_steps: int = field(default=300, metadata={"help": "Updates of fine-tuning, and of specialization."})
+    d_model: int = field(default=32, metadata={"help": "Width of the model."})
+    d_ff: int = field(default=256, metadata={"help": "FFN neurons per layer."})
+    pretrain_steps: int = field(default=2000, metadata={"help": "Updates of the baseline."})
+    continue_steps: int = field(default=500, metadata={"help": "Updates of each method."})
+    continue_learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of each method."})
     k: float = field(default=0.95, metadata={"help": "Share of activations that the kept neurons make up."})
 
 
@@ -52,7 +61,7 @@ def main() -> None:
     set_seed(training.seed)
     disable_progress_bars()  # of tokenizing, which takes no time here; training shows its own
     started = time.perf_counter()
-    toy = ToyLanguages(demo.families, demo.languages_per_family, training.seed)
+    toy = ToyLanguages(demo.families, demo.languages_per_family, training.seed, demo.replaced, demo.roots)
     data = write_data(toy, demo, str(training.output_dir))
     tokenizer = train_tokenizer(
         (text for code in toy.languages for text in toy.sentences(demo.sentences, "train")[code]),
@@ -60,27 +69,25 @@ def main() -> None:
         demo.vocab_size,
     )
 
-    def run(name: str, model, steps: int) -> dict:
+    def run(name: str, model, steps: int, learning_rate: float) -> dict:
         print(f"\n== {name}: {steps} updates", flush=True)
         args = copy.deepcopy(training)
-        args.max_steps, args.output_dir = steps, f"{training.output_dir}/{name}"
+        args.max_steps, args.learning_rate = steps, learning_rate
+        args.output_dir = f"{training.output_dir}/{name}"
         fit(model, tokenizer, data["train"], data["validation"], args, max_length=64)
         result = evaluate(model, tokenizer, data["test"], pivot=PIVOT, num_beams=1, batch_size=200)
         return {key: result[key] for key in ("averages", "directions")}
 
-    baseline = new_model(tokenizer, demo.layers, demo.d_model, demo.d_ff, heads=4, dropout=0.1, max_length=64)
-    results = {"baseline": run("baseline", baseline, demo.pretrain_steps)}
-    fine_tuned, specialized = copy.deepcopy(baseline), copy.deepcopy(baseline)
-
+    baseline = new_model(tokenizer, demo.layers, demo.d_model, demo.d_ff, heads=4, dropout=0.0, max_length=64)
+    results = {"baseline": run("baseline", baseline, demo.pretrain_steps, training.learning_rate)}
     print("\n== identify")
     counts = record_corpus(baseline, tokenizer, data["validation"])
     masks = ns.CumulativeThreshold(demo.k).select(counts)
     masks.save_pretrained(f"{training.output_dir}/masks")
 
-    results["fine_tune"] = run("fine_tune", fine_tuned, demo.continue_steps)
-    config = ns.NeuronSpecializationConfig(masks=masks, trainable="full", task_type="SEQ_2_SEQ_LM")
-    specialized = get_peft_model(specialized, config)
-    results["specialized"] = run("specialized", specialized, demo.continue_steps)
+    for method in METHODS:
+        model = build_model(method, baseline, counts, MethodArguments(demo.k), PIVOT, training.seed)
+        results[method] = run(method, model, demo.continue_steps, demo.continue_learning_rate)
 
     rows = [
         {"run": name, **{f"{group} {s}": v[s] for group, v in result["averages"].items() for s in SCORES}}
@@ -89,6 +96,7 @@ def main() -> None:
     results["iou"] = {side: family_overlap(masks, toy, side) for side in ("encoder", "decoder")}
     results["kept"] = {pair: 1 - sum((s := masks.sparsity(pair)).values()) / len(s) for pair in masks.language_pairs}
     print("\n" + table(rows))
+    print("\nwhat is trained\n" + table([{"run": name, "": what} for name, what in METHODS.items()]))
     print("\nIoU of the neurons of two languages' pairs, mean over layers")
     print(table([{"stack": side, **iou} for side, iou in results["iou"].items()]))
     seconds = round(time.perf_counter() - started, 1)

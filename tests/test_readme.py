@@ -28,16 +28,16 @@ def demo(tmp_path_factory):
     return directory, output
 
 
-def test_the_demo_compares_three_models_and_families(demo):
+def test_the_demo_compares_five_models_and_families(demo):
     directory, output = demo
     results = json.loads((directory / "build" / "demo" / "results.json").read_text())
-    for name in ("baseline", "fine_tune", "specialized"):
+    for name in ("baseline", "fine_tune", "ours", "random_overlap", "ffn_copies"):
         scores = results[name]["averages"]["all"]
         assert len(results[name]["directions"]) == 12
         assert f"| {name}" in output and f"{scores['chrf++']:.2f}" in output
-    assert results["specialized"]["averages"] != results["baseline"]["averages"], "training changed the model"
+    assert results["ours"]["averages"] != results["baseline"]["averages"], "training changed the model"
     report = (directory / "build" / "demo" / "report.html").read_text()
-    assert all(pair in report for pair in results["specialized"]["directions"]) and "fine_tune" in report
+    assert all(pair in report for pair in results["ours"]["directions"]) and "fine_tune" in report
     for stack in ("encoder", "decoder"):
         assert 0 < results["iou"][stack]["within"] <= 1 and 0 < results["iou"][stack]["across"] <= 1
 
