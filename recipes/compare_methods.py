@@ -25,7 +25,7 @@ from neuron_specialization.analysis.comparison_tables import usable_rows
 from neuron_specialization.analysis.report import write_report
 from neuron_specialization.baselines.collected import collect
 from neuron_specialization.baselines.methods import MethodArguments, seeds_of
-from neuron_specialization.baselines.models import StageArguments
+from neuron_specialization.baselines.settings import StageArguments
 from neuron_specialization.baselines.stages import Comparison
 from neuron_specialization.baselines.zero_shot import ZeroShot, ZeroShotArguments, collect_zero_shot
 from neuron_specialization.neurons.selection import CumulativeThreshold

@@ -28,7 +28,7 @@ from neuron_specialization.baselines.methods import (
     parse_method,
     seeds_of,
 )
-from neuron_specialization.baselines.models import StageArguments
+from neuron_specialization.baselines.settings import StageArguments
 from neuron_specialization.baselines.stages import PART, SETTINGS, Comparison
 from neuron_specialization.translation.results import write_results
 from neuron_specialization.translation.token_loss import token_losses
@@ -305,9 +305,26 @@ def test_the_learning_rate_is_the_best_of_trials_that_never_saw_the_test_set(com
     assert comparison.setting("bilingual").learning_rate == 1e-3, "one rate needs no trial"
     assert comparison.setting("masks_only").learning_rate is None
     assert len(collect(comparison.directory)["trials"]) == 2
-    comparison.stage.trial_share = 1
-    assert comparison.setting("ours").learning_rate == 1e-2
-    assert {trial["updates"] for trial in collect(comparison.directory)["trials"]} == {4, 12}
+
+
+@pytest.mark.parametrize("method", ["ours", "fine_tune_single"])
+def test_a_trial_of_all_updates_is_the_stage_that_it_chooses(comparison, method):
+    comparison.stage.trial_share, comparison.stage.learning_rates = 1, [1e-6, 1e-2]
+    comparison.stage.tuning_directions = len(TOY_PAIRS)
+    rate = comparison.setting(method).learning_rate
+    folder = comparison.directory / method
+    parts = [pairs[0] if method == "fine_tune_single" else "" for pairs in comparison.groups(method)]
+    tried = {part: json.loads((folder / f"trial-{rate:g}" / part / "run.json").read_text()) for part in parts}
+    assert comparison.run(method, 0) and comparison.run(method, 1)
+    assert len(list(folder.rglob("run.json"))) == len(list(folder.rglob("*.safetensors"))) == 2 * len(parts)
+    for part in parts:
+        at = [json.loads((folder / f"seed-{seed}" / part / "run.json").read_text()) for seed in (0, 1)]
+        assert at[0] == tried[part] and [run["depends_on"]["seed"] for run in at] == [0, 1]
+    found = collect(comparison.directory)
+    assert {trial["updates"] for trial in found["trials"]} == {comparison.updates(method)}
+    chosen = next(trial for trial in found["trials"] if trial["learning_rate"] == rate)
+    losses = [row["validation_loss"] for row in found["rows"] if row["seed"] == 0]
+    assert sum(losses) / len(losses) == pytest.approx(chosen["validation_loss"], rel=1e-12)
 
 
 def test_a_share_of_the_updates_is_checked(toy_model, toy_tokenizer, toy_data, tmp_path):

@@ -55,6 +55,7 @@ def test_a_base_on_the_hub_is_named_whether_or_not_it_has_an_owner(base):
     [
         ("/home/me/test.parquet", "test.parquet", "unknown"),
         ("data/test.{lang}", "test.{lang}", "unknown"),
+        ("data/tatoeba/{pair}.parquet", "tatoeba/{pair}.parquet", "unknown"),
         ("wmt/wmt16:de-en", "wmt/wmt16:de-en", "wmt/wmt16"),
     ],
 )

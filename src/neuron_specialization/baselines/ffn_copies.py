@@ -18,7 +18,8 @@ def ffn_copies(model: Any, language_pairs: Sequence[str], source_tag: str = "sou
 
     Each block is widened in place to one copy of its neurons per pair, and a mask row keeps the pair's copy and
     masks all others, so a pair starts from exactly what `model` computes. Only the output bias of a block is shared.
-    In multi-task learning these are called language-specific FFNs.
+    In multi-task learning these are called language-specific FFNs. A copy for each direction can do all that one for
+    each target language could, and more.
 
     Args:
         model: a seq2seq model without adapters; it is changed.

@@ -6,21 +6,19 @@ import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import TrainerCallback, set_seed
 
-from ..adapter.active import active_config
 from ..neurons.activations import ACTIVITY, ActivationCounts
-from ..neurons.adapter_file import MASK
 from ..translation.identification import record_corpus
 from ..translation.results import write_results
+from ..translation.runs import RUN_FILE
 from ..translation.token_loss import token_losses
 from ..translation.trainer import SpecializationTrainingArguments
 from ..translation.training import fit
@@ -40,35 +38,7 @@ from .methods import (
     parse_method,
     seeds_of,
 )
-
-
-@dataclass
-class StageArguments:
-    """What is compared, and with which budget; the Trainer's `max_steps` is the number of updates of joint methods."""
-
-    methods: list[str] = field(
-        default_factory=list, metadata={"help": "method=number of seeds, or with a knob's value: ours_k=0.9=1."}
-    )
-    learning_rates: list[float] = field(
-        default_factory=lambda: [3e-4], metadata={"help": "Tried by each trained method, see trial_share."}
-    )
-    scratch_learning_rates: list[float] = field(
-        default_factory=lambda: [1e-3], metadata={"help": "The same, for models trained from scratch."}
-    )
-    trial_share: float = field(
-        default=1 / 3,
-        metadata={"help": "Share of the updates that a trial makes. Short trials favor low learning rates."},
-    )
-    single_updates: int = field(default=1000, metadata={"help": "Updates of a model or LoRA of one direction."})
-    bilingual_updates: int = field(default=5000, metadata={"help": "Updates of a bilingual model from scratch."})
-    knobs: list[str] = field(
-        default_factory=list, metadata={"help": "Values to try of a method's knobs: ours_k=[0.9, 0.95, 0.98]."}
-    )
-    tuning_directions: int = field(
-        default=2, metadata={"help": "Directions to tune on, for methods with a model per direction."}
-    )
-    evaluations: int = field(default=5, metadata={"help": "Evaluations in a run, the best of which is kept."})
-    num_beams: int = field(default=5, metadata={"help": "Beams on the test set."})
+from .settings import StageArguments
 
 
 @dataclass(frozen=True)
@@ -194,9 +164,7 @@ class Models:
 
     def _trial(self, method: str, setting: Setting) -> float:
         """Return the mean validation loss over directions after `trial_share` of the updates."""
-        rate, knobs = setting.learning_rate, self._other_knobs(method, setting.knobs)
-        named = [f"{name}={value:g}" for name, value in knobs.items()]
-        directory = self.directory / method / "-".join(["trial", f"{rate:g}", *named])
+        directory = self._trial_directory(method, setting)
         if not (directory / "trial.json").is_file():
             groups, updates = self.groups(method), max(1, int(self.updates(method) * self.stage.trial_share))
             if self.per_direction(method):
@@ -206,12 +174,39 @@ class Models:
                 where = self.part_directory(directory, method, pairs)
                 model, _ = self.trained(method, 0, setting, pairs, updates, where)
                 losses |= self.losses(model, "validation", pairs)
-                shutil.rmtree(where)
-            trial = {"learning_rate": rate, "knobs": knobs, "updates": updates, "validation_loss": losses}
-            write_results(directory, trial, "trial.json")
+                if updates == self.updates(method):
+                    remove_checkpoints(where)  # the rest may become a stage
+                else:
+                    shutil.rmtree(where)
+            knobs = {"learning_rate": setting.learning_rate, "knobs": self._other_knobs(method, setting.knobs)}
+            write_results(directory, {**knobs, "updates": updates, "validation_loss": losses}, "trial.json")
         losses = json.loads((directory / "trial.json").read_text())["validation_loss"]
         mean = sum(losses.values()) / len(losses)
         return mean if math.isfinite(mean) else math.inf
+
+    def _trial_directory(self, method: str, setting: Setting) -> Path:
+        knobs = [f"{name}={value:g}" for name, value in self._other_knobs(method, setting.knobs).items()]
+        return self.directory / method / "-".join(["trial", f"{setting.learning_rate:g}", *knobs])
+
+    def adopt_trial(self, method: str, setting: Setting, pairs: list[str], directory: Path) -> None:
+        """Make the chosen trial of all updates, if there is one, the run of the stage with its seed, which it is.
+
+        What other trials trained is removed.
+        """
+        if setting.learning_rate is None or (directory / RUN_FILE).is_file():
+            return
+        chosen = self._trial_directory(method, setting)
+        for trial in (self.directory / method).glob("trial-*"):
+            where = self.part_directory(trial, method, pairs)
+            # the run's description last: without it there is no run, with it there is the whole one
+            for path in [where / name for name in ("model", "adapter", RUN_FILE) if (where / name).exists()]:
+                if trial == chosen:
+                    directory.mkdir(parents=True, exist_ok=True)
+                    shutil.move(path, directory)
+                elif path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
 
     def _other_knobs(self, method: str, knobs: MethodArguments) -> dict[str, Any]:
         """Return the knobs that differ from those that the comparison or the stage's name gives."""
@@ -290,24 +285,6 @@ def remove_checkpoints(directory: Path) -> None:
     """Remove the checkpoints with optimizer states of a run that is done."""
     for checkpoint in directory.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
-
-
-def size_of(baseline: Any, model: Any) -> dict[str, Any]:
-    """Return parameters beyond the baseline's (for a model per direction, of one of them), bytes of masks, and the
-    share of neurons that they keep."""
-    extra = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in baseline.parameters())
-    of_weights = lass.mask_bytes(model)
-    if of_weights:
-        return {"extra_parameters": extra, "mask_bytes": of_weights, "kept": None}
-    config = active_config(model)
-    encoder, decoder = (len(config.encoder_rows), len(config.decoder_rows)) if config is not None else (0, 0)
-    rows = {"encoder": encoder, "decoder": decoder}
-    widths = {} if config is None else config.d_ff
-    masks = sum(rows[config.stacks[name]] * -(-width // 8) for name, width in widths.items())
-    bits = [tensor for name, tensor in model.named_buffers() if MASK in name]
-    kept = sum(int(np.unpackbits(packed.numpy(force=True)).sum()) for packed in bits)
-    neurons = sum(rows[config.stacks[name]] * width for name, width in widths.items())
-    return {"extra_parameters": extra, "mask_bytes": masks, "kept": kept / neurons if neurons else None}
 
 
 def identification_folder(directory: Path, by: str) -> Path:

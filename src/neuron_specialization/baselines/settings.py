@@ -1,11 +1,41 @@
-"""What the stages of one output directory have in common: written down, so that no others are mixed with them."""
+"""What the stages of a comparison have in common: written down, so that no others are mixed with them."""
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..translation.results import write_results
+
+
+@dataclass
+class StageArguments:
+    """What is compared, and with which budget; the Trainer's `max_steps` is the number of updates of joint methods."""
+
+    methods: list[str] = field(
+        default_factory=list, metadata={"help": "method=number of seeds, or with a knob's value: ours_k=0.9=1."}
+    )
+    learning_rates: list[float] = field(
+        default_factory=lambda: [3e-4], metadata={"help": "Tried by each trained method, see trial_share."}
+    )
+    scratch_learning_rates: list[float] = field(
+        default_factory=lambda: [1e-3], metadata={"help": "The same, for models trained from scratch."}
+    )
+    trial_share: float = field(
+        default=1 / 3,
+        metadata={"help": "Share of the updates that a trial makes. Short trials favor low learning rates."},
+    )
+    single_updates: int = field(default=1000, metadata={"help": "Updates of a model or LoRA of one direction."})
+    bilingual_updates: int = field(default=5000, metadata={"help": "Updates of a bilingual model from scratch."})
+    knobs: list[str] = field(
+        default_factory=list, metadata={"help": "Values to try of a method's knobs: ours_k=[0.9, 0.95, 0.98]."}
+    )
+    tuning_directions: int = field(
+        default=2, metadata={"help": "Directions to tune on, for methods with a model per direction."}
+    )
+    evaluations: int = field(default=5, metadata={"help": "Evaluations in a run, the best of which is kept."})
+    num_beams: int = field(default=5, metadata={"help": "Beams on the test set."})
 
 
 def check_settings(

@@ -11,13 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from ..adapter.active import active_config
+from ..neurons.adapter_file import MASK
 from ..neurons.language_pairs import split_pair
 from ..translation.evaluation import SCORES, check_lengths, check_scorers, evaluate
 from ..translation.results import write_results
 from ..translation.runs import digest, load_trained
+from . import lass
 from .methods import EQUAL_SECONDS, MethodArguments
-from .models import Models, Setting, StageArguments, identification_seconds, remove_checkpoints, size_of
-from .settings import check_settings
+from .models import Models, Setting, identification_seconds, remove_checkpoints
+from .settings import StageArguments, check_settings
 
 PART, FAILED, SETTINGS = "part.json", "failed.json", "comparison.json"
 _TRAINING = (
@@ -94,6 +99,8 @@ class Comparison(Models):
     def _part(self, method: str, seed: int, setting: Setting, pairs: list[str], directory: Path) -> None:
         if (directory / PART).is_file():
             return
+        if seed == 0:
+            self.adopt_trial(method, setting, pairs, directory)
         updates = self._updates_in_equal_seconds(seed) if method == EQUAL_SECONDS else self.updates(method)
         model, spent = self.trained(method, seed, setting, pairs, updates, directory)
         while_training = spent.pop("validation_losses", [])
@@ -152,3 +159,21 @@ class Comparison(Models):
             spent[method] = json.loads(part.read_text())["rows"][0]
         seconds = spent["ours"]["seconds"] + identification_seconds(self.directory, "ours")
         return max(1, round(spent["fine_tune"]["updates"] * seconds / spent["fine_tune"]["seconds"]))
+
+
+def size_of(baseline: Any, model: Any) -> dict[str, Any]:
+    """Return parameters beyond the baseline's (for a model per direction, of one of them), bytes of masks, and the
+    share of neurons that they keep."""
+    extra = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in baseline.parameters())
+    of_weights = lass.mask_bytes(model)
+    if of_weights:
+        return {"extra_parameters": extra, "mask_bytes": of_weights, "kept": None}
+    config = active_config(model)
+    encoder, decoder = (len(config.encoder_rows), len(config.decoder_rows)) if config is not None else (0, 0)
+    rows = {"encoder": encoder, "decoder": decoder}
+    widths = {} if config is None else config.d_ff
+    masks = sum(rows[config.stacks[name]] * -(-width // 8) for name, width in widths.items())
+    bits = [tensor for name, tensor in model.named_buffers() if MASK in name]
+    kept = sum(int(np.unpackbits(packed.numpy(force=True)).sum()) for packed in bits)
+    neurons = sum(rows[config.stacks[name]] * width for name, width in widths.items())
+    return {"extra_parameters": extra, "mask_bytes": masks, "kept": kept / neurons if neurons else None}

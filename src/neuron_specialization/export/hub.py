@@ -156,6 +156,11 @@ def _settings(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _data_name(data: str) -> str:
-    """Return a file's name without its directory, or a dataset's on the Hub as it is."""
+    """Return a file's name without its directory, or a dataset's on the Hub as it is.
+
+    The directory's own name stays where the file's says nothing, as in "tatoeba/{pair}.parquet".
+    """
     path = Path(data)
+    if path.name.startswith("{"):
+        return "/".join(path.parts[-2:])
     return path.name if "." in path.name or path.is_absolute() or path.exists() else data
