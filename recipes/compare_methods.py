@@ -10,7 +10,9 @@ step, and on several machines. Zero-shot directions (`--zero_shot_pairs`) are sc
 that they kept; `--zero_shot_only true` runs no stage before that.
 
 `knobs: {ours_k: [0.9, 0.95, 0.98], lass_alpha: [0.3, 0.5, 0.7]}` in the configuration chooses a method's own knob on
-validation data, as `learning_rates` does its learning rate. For larger models, fix what a small one has chosen.
+validation data, as `learning_rates` does its learning rate. For larger models, fix what a small one has chosen. Trials
+make a third of the updates, and prefer lower learning rates than a whole stage would; with `trial_share: 1` they make
+all, and the best one is the stage.
 """
 
 from dataclasses import dataclass, field, replace
