@@ -111,7 +111,7 @@ def test_help_shows_ours_and_all_of_the_trainers_only_when_asked(capsys):
         assert stopped.value.code == 0
         shown[option] = capsys.readouterr().out
     short, everything = shown.values()
-    assert len(short.splitlines()) < 100 < len(everything.splitlines())
+    assert 3 * len(short.splitlines()) < len(everything.splitlines())  # how many lines depends on who calls
     for text in (
         "--config FILE.yaml",
         "--help_all",
