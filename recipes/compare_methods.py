@@ -26,7 +26,7 @@ from neuron_specialization.analysis.comparison_report import comparison_tables, 
 from neuron_specialization.analysis.comparison_tables import usable_rows
 from neuron_specialization.analysis.report import write_report
 from neuron_specialization.baselines.collected import collect
-from neuron_specialization.baselines.methods import MethodArguments, seeds_of
+from neuron_specialization.baselines.methods import MethodArguments, planned_stages
 from neuron_specialization.baselines.settings import StageArguments
 from neuron_specialization.baselines.stages import Comparison
 from neuron_specialization.baselines.zero_shot import ZeroShot, ZeroShotArguments, collect_zero_shot
@@ -62,7 +62,7 @@ def main() -> None:
         unused=UNUSED,
     )
     check_single_process()
-    planned = plan(compare, stage, training.seed)
+    planned = [] if compare.tables_only else planned_stages(stage.methods, compare.only, training.seed)
     disable_progress_bars()
     model, tokenizer = load_checkpoint(where.model_name_or_path)
     train, validation, checked = data.load_checked()
@@ -71,8 +71,8 @@ def main() -> None:
         *(model, tokenizer, {"train": train, "validation": validation, "test": data.load("test")}),
         *(stage, method, training, data.tokens, data.source_tag, data.pivot, data.max_length),
     )
-    zero_shot = load_zero_shot(comparison, zero, data) if zero.zero_shot_pairs and not compare.tables_only else None
-    for name, seed in planned if not compare.tables_only and not compare.zero_shot_only else []:
+    zero_shot = load_zero_shot(comparison, zero, data) if zero.zero_shot_pairs and planned else None
+    for name, seed in planned if not compare.zero_shot_only else []:
         print(f"\n== {name}, seed {seed}", flush=True)
         print("done" if comparison.run(name, seed) else "FAILED, see failed.json", flush=True)
     for name, seed in planned if zero_shot is not None else []:
@@ -87,21 +87,6 @@ def main() -> None:
     if compare.report is not None:
         masks = CumulativeThreshold(method.k).select(comparison.counts())
         print(f"wrote {write_report(compare.report, 'Comparison of methods', masks, [comparison.directory])}")
-
-
-def plan(compare: CompareArguments, stage: StageArguments, seed: int) -> list[tuple[str, int]]:
-    """Return the methods and seeds to run, or the one that --only and --seed name."""
-    seeds = seeds_of(stage.methods)
-    if not any(seeds.values()) and not compare.tables_only:
-        raise ValueError("There is nothing to compare: give methods and how many seeds, --methods fine_tune=3 ours=3.")
-    if compare.only is None:
-        return [(name, each) for each in range(max(seeds.values(), default=0)) for name in seeds if each < seeds[name]]
-    if seeds.get(compare.only, 0) <= seed:
-        raise ValueError(
-            f"--only {compare.only} --seed {seed} is no stage of this comparison; it has "
-            f"{', '.join(f'{name} with {number} seeds' for name, number in seeds.items())}."
-        )
-    return [(compare.only, seed)]
 
 
 def load_zero_shot(comparison: Comparison, zero: ZeroShotArguments, data: DataArguments) -> ZeroShot:

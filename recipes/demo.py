@@ -11,8 +11,10 @@ from datasets import disable_progress_bars
 from transformers import set_seed
 
 import neuron_specialization as ns
+from neuron_specialization.analysis.overlap import neuron_overlap
 from neuron_specialization.analysis.report import write_report
 from neuron_specialization.baselines.methods import MethodArguments, build_model
+from neuron_specialization.neurons.ffn import STACKS
 from neuron_specialization.neurons.files import atomic_directory
 from neuron_specialization.translation.checkpoints import new_model
 from neuron_specialization.translation.command_line import parse, run
@@ -22,7 +24,7 @@ from neuron_specialization.translation.identification import record_corpus
 from neuron_specialization.translation.processes import check_single_process
 from neuron_specialization.translation.results import table, write_results
 from neuron_specialization.translation.tokenization import train_tokenizer
-from neuron_specialization.translation.toy import PIVOT, ToyLanguages
+from neuron_specialization.translation.toy import PIVOT, SPLITS, ToyLanguages
 from neuron_specialization.translation.trainer import SpecializationTrainingArguments
 from neuron_specialization.translation.training import fit
 
@@ -62,7 +64,9 @@ def main() -> None:
     disable_progress_bars()  # of tokenizing, which takes no time here; training shows its own
     started = time.perf_counter()
     toy = ToyLanguages(demo.families, demo.languages_per_family, training.seed, demo.replaced, demo.roots)
-    data = write_data(toy, demo, str(training.output_dir))
+    with atomic_directory(f"{training.output_dir}/data") as folder:  # to try other recipes on
+        toy.write(folder, demo.sentences, demo.held_out)
+    data = {split: load_parallel(f"{training.output_dir}/data/{split}.jsonl", toy.language_pairs) for split in SPLITS}
     tokenizer = train_tokenizer(
         (text for code in toy.languages for text in toy.sentences(demo.sentences, "train")[code]),
         toy.languages,
@@ -93,7 +97,10 @@ def main() -> None:
         {"run": name, **{f"{group} {s}": v[s] for group, v in result["averages"].items() for s in SCORES}}
         for name, result in results.items()
     ]
-    results["iou"] = {side: family_overlap(masks, toy, side) for side in ("encoder", "decoder")}
+    overlaps = [neuron_overlap(masks, stack, PIVOT) for stack in STACKS]
+    families = [overlap.by_family([toy.family[code] for code in overlap.languages]) for overlap in overlaps]
+    iou = [{name: float(of.mean()) for name, of in groups.items()} for groups in families]
+    results["iou"] = dict(zip(STACKS, iou, strict=True))
     results["kept"] = {pair: 1 - sum((s := masks.sparsity(pair)).values()) / len(s) for pair in masks.language_pairs}
     print("\n" + table(rows))
     print("\nwhat is trained\n" + table([{"run": name, "": what} for name, what in METHODS.items()]))
@@ -105,27 +112,6 @@ def main() -> None:
     report = f"{training.output_dir}/report.html"
     write_report(report, "Neurons of artificial languages", masks, [str(training.output_dir)], toy.family)
     print(f"\n{seconds} s; wrote {path}; look at {report}")
-
-
-def write_data(toy: ToyLanguages, demo: DemoArguments, directory: str) -> dict:
-    """Write the languages to JSONL files, to try the other recipes on, and load every direction from them."""
-    splits = {"train": demo.sentences, "validation": demo.held_out, "test": demo.held_out}
-    with atomic_directory(f"{directory}/data") as folder:
-        for split, count in splits.items():
-            toy.sentences(count, split).to_json(folder / f"{split}.jsonl")
-    return {split: load_parallel(f"{directory}/data/{split}.jsonl", toy.language_pairs) for split in splits}
-
-
-def family_overlap(masks: ns.NeuronMasks, toy: ToyLanguages, stack: str) -> dict[str, float]:
-    """Return the mean IoU within and across families, of pairs into the pivot (encoder) or out of it (decoder)."""
-    pairs = {c: f"{c}-{PIVOT}" if stack == "encoder" else f"{PIVOT}-{c}" for c in toy.languages if c != PIVOT}
-    found: dict[str, list[float]] = {"within": [], "across": []}
-    for a in pairs:
-        for b in pairs:
-            if a < b:
-                iou = [v for name, v in masks.iou(pairs[a], pairs[b]).items() if masks.stacks[name] == stack]
-                found["within" if toy.family[a] == toy.family[b] else "across"].append(sum(iou) / len(iou))
-    return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 if __name__ == "__main__":

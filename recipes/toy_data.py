@@ -36,8 +36,7 @@ def main() -> None:
     disable_progress_bars()
     toy = ToyLanguages(args.families, args.languages_per_family, args.seed, args.replaced, args.roots)
     with atomic_directory(args.output_dir) as folder:
-        for split, count in (("train", args.sentences), ("validation", args.held_out), ("test", args.held_out)):
-            toy.sentences(count, split).to_json(folder / f"{split}.jsonl")
+        toy.write(folder, args.sentences, args.held_out)
         with (folder / "distances.csv").open("w", newline="") as file:
             rows = ((a, b, toy.distance(a, b)) for a, b in combinations(toy.languages, 2))
             csv.writer(file).writerows([("a", "b", "distance"), *rows])

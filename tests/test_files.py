@@ -85,8 +85,10 @@ def test_a_readme_of_the_users_is_no_card_of_an_adapter(tmp_path):
     masks = make_masks(model)
     masks.save_pretrained(tmp_path)
     adapted = get_peft_model(model, ns.NeuronSpecializationConfig(masks=masks, task_type="SEQ_2_SEQ_LM"))
-    ns.save_adapter(adapted, tmp_path)
-    assert (tmp_path / "README.md").read_text() == "# Mine"
+    for overwrite in (False, True):
+        ns.save_adapter(adapted, tmp_path, overwrite=overwrite)
+        assert (tmp_path / "README.md").read_text() == "# Mine"
+    assert ns.NeuronSpecializationConfig.from_pretrained(tmp_path).trainable == "delta", "the adapter is there"
 
 
 def test_a_failing_body_leaves_no_trace(tmp_path):

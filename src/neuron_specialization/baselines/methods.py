@@ -75,6 +75,30 @@ def seeds_of(words: Sequence[str]) -> dict[str, int]:
     return {name: int(number) for name, _, number in split}
 
 
+def planned_stages(words: Sequence[str], only: str | None = None, seed: int = 0) -> list[tuple[str, int]]:
+    """Return the stages to run, seed after seed: (method, seed), or the one that `only` and `seed` name.
+
+    Args:
+        words: methods and their numbers of seeds; see `seeds_of`.
+        only: a method among them.
+        seed: its seed; not used without `only`.
+
+    Raises:
+        ValueError: if there is no stage, or not that one.
+    """
+    seeds = seeds_of(words)
+    if not any(seeds.values()):
+        raise ValueError("There is nothing to compare: give methods and how many seeds, --methods fine_tune=3 ours=3.")
+    if only is None:
+        return [(name, each) for each in range(max(seeds.values())) for name in seeds if each < seeds[name]]
+    if seeds.get(only, 0) <= seed:
+        raise ValueError(
+            f"--only {only} --seed {seed} is no stage of this comparison; it has "
+            f"{', '.join(f'{name} with {number} seeds' for name, number in seeds.items())}."
+        )
+    return [(only, seed)]
+
+
 def check_methods(stages: Iterable[str], args: MethodArguments, pivot: str | None) -> None:
     """Check that stages name methods, with the settings that these need.
 

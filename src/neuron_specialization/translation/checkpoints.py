@@ -58,7 +58,7 @@ def load_checkpoint(location: str) -> tuple[Any, Any]:
     except _DAMAGES as error:
         raise ValueError(
             f"Cannot load {location!r} as a seq2seq checkpoint: expected a directory or Hub id of an encoder-decoder "
-            f"model with its tokenizer ({error})."
+            f"model with its tokenizer ({_in_a_line(error)})."
         ) from error
     return model, tokenizer
 
@@ -73,7 +73,7 @@ def load_adapted(location: str, adapter: str | None, is_trainable: bool = False)
             read_config_file(fetch(adapter, CONFIG_NAME))  # PEFT does not say which file is damaged, or how
             model = PeftModel.from_pretrained(model, adapter, is_trainable=is_trainable)
         except _DAMAGES as error:
-            raise ValueError(f"Cannot load the adapter {adapter!r}: {error}") from error
+            raise ValueError(f"Cannot load the adapter {adapter!r}: {_in_a_line(error)}") from error
     return model, tokenizer
 
 
@@ -195,3 +195,8 @@ def new_checkpoint(
     tokenizer = train_tokenizer(text, tags, shape.vocab_size, max_length, mask_token)
     sizes = (shape.layers, shape.d_model, shape.d_ff, shape.heads, shape.dropout)
     return new_model(tokenizer, *sizes, max_length, shape.activation, shape.tie_embeddings), tokenizer
+
+
+def _in_a_line(error: Exception) -> str:
+    """Return what an error says without the line breaks that libraries put in: recipes print one line."""
+    return " ".join(str(error).split())

@@ -6,6 +6,7 @@ The pivot is related to none of them. Everything depends on the seed only.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
@@ -15,6 +16,7 @@ _VOWELS = ("a", "e", "i", "o", "u")
 _ORDERS = ("SVO", "SOV", "VSO", "VOS", "OVS", "OSV")
 _CLASSES = {"noun": 5, "verb": 3, "adjective": 2, "adverb": 1}  # shares of the roots, in elevenths
 PIVOT = "Pv"  # a capital, so that no language token occurs inside a word
+SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,12 @@ class ToyLanguages:
         draw = np.random.default_rng([self.seed, 1, *split.encode()])
         meanings = [_meaning(draw, self._sizes) for _ in range(count)]
         return Dataset.from_dict({code: [self._speak(code, m) for m in meanings] for code in self.languages})
+
+    def write(self, directory: Path, sentences: int, held_out: int) -> None:
+        """Write train.jsonl, with `sentences` in every language, validation.jsonl and test.jsonl, with `held_out`."""
+        for split in SPLITS:
+            count = sentences if split == "train" else held_out
+            self.sentences(count, split).to_json(directory / f"{split}.jsonl")
 
     def _roots(self, code: str) -> list[str]:
         return [root for roots in self._lexicons[code].values() for root in roots]
