@@ -39,7 +39,7 @@ from neuron_specialization.translation.results import table, write_results
 from neuron_specialization.translation.runs import training_of
 from neuron_specialization.translation.trainer import SpecializationTrainingArguments
 
-UNUSED = ("adapter", "learning_rate", "patience", "eval_steps", "num_train_epochs")
+UNUSED = ("adapter", "learning_rate", "patience", "eval_steps")
 
 
 @dataclass
@@ -64,7 +64,7 @@ def main() -> None:
     check_single_process()
     planned = [] if compare.tables_only else planned_stages(stage.methods, compare.only, training.seed)
     disable_progress_bars()
-    model, tokenizer = load_checkpoint(where.model_name_or_path)
+    model, tokenizer = load_checkpoint(where.model_name_or_path, "float32")
     train, validation, checked = data.load_checked()
     print(table(checked))
     comparison = Comparison(

@@ -67,7 +67,7 @@ def main() -> None:
     train, validation, checked = data.load_checked()
     if training.process_index == 0:
         print(table(checked))
-    model, tokenizer = load_checkpoint(where.model_name_or_path)
+    model, tokenizer = load_checkpoint(where.model_name_or_path, "float32")
     tokens = resolve_tokens(tokenizer, data.language_pairs, data.tokens)
     tags: dict[str, Any] = {"language_tokens": tokens, "source_tag": data.source_tag}
     check_scorers(split_pair(pair)[1] for pair in test)

@@ -34,7 +34,7 @@ METHODS = {
     "random_overlap": "the same, with the neurons of the masks renumbered: the control",
     "ffn_copies": "an FFN of its own for every direction: the ceiling",
 }
-UNUSED = ("max_steps", "num_train_epochs")
+UNUSED = ("max_steps",)
 
 
 @dataclass

@@ -23,6 +23,7 @@ from neuron_specialization.analysis.mask_plots import plot_gradients, plot_tags
 from neuron_specialization.translation.arguments import DataArguments, ModelArguments
 from neuron_specialization.translation.checkpoints import load_adapted, load_checkpoint
 from neuron_specialization.translation.command_line import parse, run
+from neuron_specialization.translation.processes import this_process
 from neuron_specialization.translation.results import table, write_results
 from neuron_specialization.translation.tagged_text import LENGTHS, by_length, load_tagged, tagged_batches
 from neuron_specialization.translation.token_loss import scored_batches
@@ -50,6 +51,7 @@ def main() -> None:
     if args.tags and args.tagged_file is None:
         raise ValueError("--tags needs tagged sentences, such as --tagged_file 'ud_pud/{lang}.parquet'.")
     model, tokenizer = load_checkpoint(where.model_name_or_path)
+    model.to(this_process().device)
     corpus = data.load("validation", max_sentences=data.max_sentences)
     tokens = resolve_tokens(tokenizer, corpus, data.tokens)
     convention = {"language_tokens": tokens, "source_tag": data.source_tag}
@@ -62,7 +64,7 @@ def main() -> None:
         masked = get_peft_model(copy.deepcopy(model), config)
     else:
         masks = ns.NeuronMasks.from_pretrained(where.adapter)
-        masked, _ = load_adapted(where.model_name_or_path, where.adapter)
+        masked = load_adapted(where.model_name_or_path, where.adapter)[0].to(this_process().device)
     results: dict[str, Any] = {"selector": masks.selector, "arguments": [vars(args), vars(where), vars(data)]}
     if args.gradients:
         results |= compare_gradients(args, {"dense": model, "masked": masked}, tokenizer, corpus, convention)

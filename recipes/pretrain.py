@@ -44,7 +44,7 @@ def main() -> None:
     if training.process_index == 0:
         print(table(checked))
     if pretrain.model_name_or_path:
-        model, tokenizer = load_checkpoint(pretrain.model_name_or_path)
+        model, tokenizer = load_checkpoint(pretrain.model_name_or_path, "float32")
     else:
         mask = MASK_TOKEN if objective.objective == "denoising" else None
         model, tokenizer = new_checkpoint(train, data.tokens, pretrain, data.max_length, mask)

@@ -24,6 +24,7 @@ from neuron_specialization.translation.checkpoints import load_adapted, load_che
 from neuron_specialization.translation.command_line import parse, run
 from neuron_specialization.translation.data import load_parallel
 from neuron_specialization.translation.identification import record_corpus, record_corpus_parts
+from neuron_specialization.translation.processes import this_process
 from neuron_specialization.translation.results import table, write_results
 
 UNUSED = ("adapter", "test_file", "pivot", "drop_faulty")
@@ -48,15 +49,16 @@ def main() -> None:
     others = dict(other_text(args, data))
     validation = data.load("validation", max_sentences=data.max_sentences)
     model, tokenizer = load_checkpoint(where.model_name_or_path)
+    device = this_process().device
     selector = ns.CumulativeThreshold(args.k)
     convention = {"language_tokens": data.tokens, "source_tag": data.source_tag}
     options: dict[str, Any] = {**convention, "batch_size": args.batch_size, "max_length": data.max_length}
-    halves = record_corpus_parts(model, tokenizer, validation, parts=2, **options)
+    halves = record_corpus_parts(model.to(device), tokenizer, validation, parts=2, **options)
     originals = selector.select(halves[0].merge(halves[1]))
     rows = named("half against half of the text", mask_agreement(*map(selector.select, halves)))
 
     def identify(name: str, again: Any, corpus: Any) -> None:
-        masks = selector.select(record_corpus(again, tokenizer, corpus, **options))
+        masks = selector.select(record_corpus(again.to(device), tokenizer, corpus, **options))
         rows.extend(named(name, mask_agreement(originals, masks)))
 
     for name, corpus in others.items():

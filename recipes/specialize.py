@@ -58,7 +58,7 @@ def main() -> None:
     train, validation, checked = data.load_checked()
     if training.process_index == 0:
         print(table(checked))
-    model, tokenizer = load_checkpoint(where.model_name_or_path)
+    model, tokenizer = load_checkpoint(where.model_name_or_path, "float32")
     tokens = resolve_tokens(tokenizer, data.language_pairs, data.tokens)
     token_ids = ns.language_token_ids(tokenizer, tokens)
     if where.adapter is not None:

@@ -1,3 +1,4 @@
+import os
 import warnings
 
 import pytest
@@ -133,6 +134,9 @@ def test_adding_and_saving(tmp_path):
     other = ns.record_activations(make_m2m100(encoder_ffn_dim=24), {"en-de": [make_batch()]}, progress=False)
     with pytest.raises(ValueError, match="different models"):
         _ = a + other
+    os.truncate(tmp_path / "counts.safetensors", 100)
+    with pytest.raises(ValueError, match="counts.safetensors holds no activation counts.* It cannot be read"):
+        ns.ActivationCounts.load(tmp_path / "counts.safetensors")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -53,6 +53,14 @@ def test_scores_are_those_of_a_backward_pass_by_hand(make, pad):
     assert all(scores.tokens[stack].equal(tokens) for stack, tokens in counts.tokens.items())
 
 
+def test_scores_that_overflowed_are_refused_by_name():
+    model = make_m2m100()
+    with torch.no_grad():
+        model.model.decoder.layers[1].fc2.weight[0, 0] = torch.inf
+    with pytest.raises(ValueError, match=r"attribution of .* is not finite for en-de: values overflowed"):
+        ns.record_attribution(model, {"en-de": [make_batch()]}, progress=False)
+
+
 def test_of_gated_blocks_it_is_that_of_the_gate_too():
     """h = g · u, and so h ∂L/∂h = g ∂L/∂g: what the mask silences is what is scored."""
     model, batch = make_t5().double(), make_batch(pad=0)

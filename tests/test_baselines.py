@@ -292,6 +292,8 @@ def test_a_diverged_run_is_a_failure(comparison):
     comparison.stage.learning_rates = [1e30]
     assert not comparison.run("fine_tune", 0)
     assert "diverged" in collect(comparison.directory)["stages"][0]["error"]
+    failure = json.loads((comparison.stage_directory("fine_tune", 0) / "failed.json").read_text())
+    assert "in _part" in failure["traceback"]
 
 
 def test_the_learning_rate_is_the_best_of_trials_that_never_saw_the_test_set(comparison):

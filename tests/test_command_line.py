@@ -80,6 +80,15 @@ def test_options_that_a_recipe_does_not_use_are_refused(argv, message):
         parse(Arguments, DataArguments, unused=UNUSED, argv=argv)
 
 
+def test_options_of_the_trainer_that_would_do_nothing_are_refused():
+    with pytest.raises(ValueError, match="no option --num_train_epochs"):
+        parse(SpecializationTrainingArguments, argv=["--output_dir", "x", "--num_train_epochs", "5"])
+    (training,) = parse(
+        SpecializationTrainingArguments, argv=["--output_dir", "x", "--use_cpu", "true", "--weight_decay", "0.5"]
+    )
+    assert training.weight_decay == 0.5
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

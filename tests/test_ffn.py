@@ -1,9 +1,12 @@
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import neuron_specialization as ns
+from neuron_specialization.neurons.ffn import sample_weights
 
 from .conftest import make_m2m100, make_t5
 
@@ -28,6 +31,16 @@ def test_gated_blocks_are_named_by_the_gate():
     assert block.name.endswith("wi_0")
     assert block.gate is dense.wi_0 and block.up is dense.wi_1 and block.down is dense.wo
     assert len(ns.find_ffn_blocks(model)) == 4
+
+
+def test_weights_of_large_layers_are_sampled_to_their_end():
+    """The last place of 41,943,040 is beyond the end in float32 (MADLAD-10B, mT5-XXL)."""
+    down = nn.Linear(10240, 4096, bias=False, dtype=torch.float16, device="meta").to_empty(device="cpu")
+    with torch.no_grad():
+        down.weight.zero_()
+        down.weight[-1, -1] = 3
+    block = dataclasses.replace(ns.find_ffn_blocks(make_m2m100())[0], down=down)
+    assert sample_weights([block]) == [0, 0, 0, 0, 0, 0, 0, 3] * 3
 
 
 @pytest.mark.parametrize("d_ff", [8, 16])

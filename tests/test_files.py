@@ -262,3 +262,13 @@ def test_an_adapter_whose_saving_was_interrupted_is_completed_by_who_loads_it(tm
             patch.setattr(os, "replace", fail)
             new.save_pretrained(tmp_path)
         assert all(load().rows[name].equal(rows) for name, rows in new.rows.items())
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "file.json"
+    with files.replacing(path) as partial:
+        partial.write_text("before")
+    with pytest.raises(KeyboardInterrupt), files.replacing(path) as partial:
+        partial.write_text("half of wh")
+        raise KeyboardInterrupt
+    assert path.read_text() == "before" and [file.name for file in path.parent.iterdir()] == ["file.json"]

@@ -13,7 +13,7 @@ from neuron_specialization.analysis.shapes import random_masks
 from neuron_specialization.neurons import adapter_file
 from neuron_specialization.neurons.language_pairs import Routes
 
-from .conftest import make_batch, make_m2m100
+from .conftest import make_batch, make_m2m100, make_masks
 
 BLOCK = "encoder.0"
 
@@ -89,6 +89,15 @@ def test_only_one_stack(four):
     assert encoder.rows["decoder.0"].all()
     with pytest.raises(ValueError, match="'encoder' or 'decoder'"):
         four.only("middle")
+
+
+def test_factorized_masks_keep_pairs_of_one_language():
+    model = make_m2m100()
+    masks = make_masks(model, ("en-en", "en-de")).factorize()
+    assert set(masks.language_pairs) == {"en-en", "en-de"}
+    for name in masks.rows:
+        expected = masks.row("en-de", name) if masks.stacks[name] == "encoder" else masks.rows[name][0]
+        assert masks.row("en-en", name).equal(expected)
 
 
 def test_factorized_rows_belong_to_languages(four):

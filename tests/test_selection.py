@@ -10,7 +10,7 @@ from neuron_specialization.neurons.specificity import GeneralSpecific, Specifici
 
 
 def counts_of(table: dict[str, list[list[int]]], pairs: list[str], tokens: int = 100) -> ActivationCounts:
-    counts = {name: torch.tensor(rows) for name, rows in table.items()}
+    counts = {name: torch.as_tensor(rows) for name, rows in table.items()}
     stacks = {name: name.split(".")[0] for name in table}
     totals = {stack: torch.full((len(pairs),), tokens) for stack in ("encoder", "decoder")}
     return ActivationCounts(pairs, counts, totals, stacks)
@@ -46,6 +46,12 @@ def test_the_crossing_neuron_is_included():
     assert kept(masks, "en-de", "encoder.0") == [1, 2]
     exact = ns.CumulativeThreshold(0.5).select(counts_of({"encoder.0": [[10, 50, 40, 0]]}, ["en-de"]))
     assert kept(exact, "en-de", "encoder.0") == [1]
+
+
+def test_k_of_1_keeps_all_that_were_active_also_what_rounding_loses_in_the_sum():
+    values = torch.tensor([[1e6, 1, 1e-12, 0]], dtype=torch.float64)
+    masks = ns.CumulativeThreshold(1.0).select(counts_of({"encoder.0": values}, ["en-de"]))
+    assert kept(masks, "en-de", "encoder.0") == [0, 1, 2]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from peft import AutoPeftModelForSeq2SeqLM, PeftModel, get_peft_model
 from transformers import TrainerCallback
 
 import neuron_specialization as ns
+from neuron_specialization.translation.batching import TranslationCollator
 from neuron_specialization.translation.checkpoints import load_adapted, load_checkpoint
 from neuron_specialization.translation.encoding import encode_parallel
 from neuron_specialization.translation.identification import record_corpus
@@ -264,6 +265,41 @@ def test_the_validation_loss_leaves_out_the_languages_tag_as_the_losses_of_a_com
     assert found == pytest.approx(token_losses(toy_model, toy_tokenizer, corpus)[pair], rel=1e-5)
 
 
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_the_validation_loss_does_not_depend_on_the_batches(toy_data, toy_tokenizer, toy_model, tmp_path, batch_size):
+    pairs = ["Pv-Aa", "Aa-Pv"]
+    corpus = {pair: toy_data["validation"][pair].select(range(10)) for pair in pairs}
+    encoded = encode_parallel(corpus, toy_tokenizer, resolve_tokens(toy_tokenizer, corpus))
+    args = arguments(tmp_path, per_device_eval_batch_size=batch_size)
+    trainer = SpecializationTrainer(toy_model, args, toy_tokenizer, encoded, encoded, pairs)
+    nats, tokens = 0.0, 0
+    with torch.no_grad():
+        for example in encoded:
+            batch = trainer.data_collator([example])
+            logits = toy_model.eval()(**batch).logits[0]
+            nats += torch.nn.functional.cross_entropy(logits, batch["labels"][0], reduction="sum").item()
+            tokens += len(example["labels"])
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(nats / tokens, rel=1e-5)
+    assert trainer.validation_loss() == pytest.approx(nats / tokens, rel=1e-5)
+
+
+def test_ends_of_sentences_are_attended_to_where_padding_is_the_same_token(toy_tokenizer, toy_model):
+    toy_tokenizer = copy.deepcopy(toy_tokenizer)
+    toy_tokenizer.pad_token = toy_tokenizer.eos_token
+    end = toy_tokenizer.eos_token_id
+    examples = [{"input_ids": ids, "labels": [5, end]} for ids in ([5, 6, end], [5, 6, 7, 8, end])]
+    batch = TranslationCollator(toy_tokenizer, toy_model)(examples)
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
+
+
+def test_several_gpus_in_one_process_are_refused(toy_data, toy_tokenizer, toy_model, tmp_path):
+    """transformers would copy the model to each of them, masks and their routes not included."""
+    args = arguments(tmp_path)
+    args._n_gpu = 2
+    with pytest.raises(ValueError, match="One process sees 2 GPUs: start one for each with `accelerate launch`"):
+        fit(toy_model, toy_tokenizer, toy_data["train"], None, args)
+
+
 def test_bad_settings_are_refused_before_training(toy_data, toy_tokenizer, toy_model, tmp_path):
     with pytest.raises(ValueError, match="Set max_steps"):
         fit(toy_model, toy_tokenizer, toy_data["train"], None, arguments(tmp_path, max_steps=-1))
@@ -302,6 +338,20 @@ def test_adapters_with_a_damaged_config_are_refused(tmp_path, toy_checkpoint, te
     (tmp_path / "adapter_config.json").write_text(text)
     with pytest.raises(ValueError, match=f"Cannot load the adapter .*{message}"):
         load_adapted(str(toy_checkpoint), str(tmp_path))
+
+
+def test_recipes_train_half_precision_checkpoints_in_float32(tmp_path, toy_checkpoint, toy_files, run_here):
+    model, tokenizer = load_checkpoint(str(toy_checkpoint))
+    for place in (model.to(torch.float16), tokenizer):
+        place.save_pretrained(tmp_path / "half")
+    assert load_checkpoint(str(tmp_path / "half"))[0].dtype == torch.float16
+    files = ["--train_file", str(toy_files / "train.jsonl"), "--validation_file", str(toy_files / "validation.jsonl")]
+    run_here(
+        "specialize.py",
+        *("--model_name_or_path", str(tmp_path / "half"), "--masks", "none", *files, "--language_pairs", "Pv-Aa"),
+        *("--output_dir", str(tmp_path / "run"), "--max_steps", "1", "--use_cpu", "true"),
+    )
+    assert load_checkpoint(str(tmp_path / "run" / "model"))[0].dtype == torch.float32
 
 
 def test_an_adapter_and_its_base_stay_in_two_directories(tmp_path):

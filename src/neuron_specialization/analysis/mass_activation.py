@@ -30,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..neurons.ffn import same_weights
+from ..neurons.files import replacing
 from ..neurons.language_pairs import shorten
 from ..neurons.observation import sum_over_processes
 
@@ -163,7 +164,8 @@ class MassActivation:
             for key, tensor in getattr(self, what).items()
         }
         about = {what: getattr(self, what) for what in (*_ABOUT, *_ORIGIN)}
-        save_file(tensors, path, metadata={"mass_activation": json.dumps(about)})
+        with replacing(path) as partial:
+            save_file(tensors, partial, metadata={"mass_activation": json.dumps(about)})
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "MassActivation":

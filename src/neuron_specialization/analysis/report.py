@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -14,6 +13,7 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from ..neurons.card import describe_selector
+from ..neurons.files import replacing
 from ..neurons.masks import NeuronMasks
 from .distances import families
 from .report_results import results_sections
@@ -61,12 +61,9 @@ def write_report(
         data=Markup(json.dumps(shown).replace("<", "\\u003c")),
         sections=sections,
     )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(html, encoding="utf-8")
-    os.replace(partial, path)
-    return path
+    with replacing(path) as partial:
+        partial.write_text(html, encoding="utf-8")
+    return Path(path)
 
 
 def _describe(masks: NeuronMasks, known: Mapping[str, str]) -> dict[str, Any]:

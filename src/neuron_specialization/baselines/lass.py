@@ -9,7 +9,6 @@ directions share them.
 
 import copy
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from ..adapter.call import innermost_call
 from ..adapter.config import NeuronSpecializationConfig
 from ..neurons.adapter_file import pack_rows, unpack_rows
 from ..neurons.ffn import STACKS, find_ffn_blocks, fingerprint
+from ..neurons.files import replacing
 from ..neurons.language_pairs import Routes
 from ..neurons.masks import NeuronMasks
 from ..neurons.selection import exact_share
@@ -98,9 +98,8 @@ def magnitude_masks(model: Any, alpha: float) -> dict[str, torch.Tensor]:
 
 def save_masks(per_pair: Sequence[Mapping[str, torch.Tensor]], path: Path) -> None:
     """Write the masks of several pairs into one safetensors file: matrix → uint8 [pairs, out, ceil(in / 8)]."""
-    partial = path.with_suffix(".partial")
-    save_file({name: torch.stack([masks[name] for masks in per_pair]) for name in per_pair[0]}, partial)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        save_file({name: torch.stack([masks[name] for masks in per_pair]) for name in per_pair[0]}, partial)
 
 
 def lass(

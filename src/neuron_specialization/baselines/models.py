@@ -17,6 +17,7 @@ from transformers import TrainerCallback, set_seed
 
 from ..neurons.activations import ACTIVITY, ActivationCounts
 from ..translation.identification import record_corpus
+from ..translation.processes import this_process
 from ..translation.results import write_results
 from ..translation.runs import RUN_FILE
 from ..translation.token_loss import token_losses
@@ -82,6 +83,7 @@ class Models:
     max_length: int = 128
 
     def __post_init__(self) -> None:
+        self.baseline.to(this_process().device)
         self.directory = Path(str(self.training.output_dir))
         self.language_pairs = list(self.data["train"])
         if not 0 < self.stage.trial_share <= 1:
@@ -115,12 +117,11 @@ class Models:
         """Return the baseline's activity or attribution on the validation data, recorded once for all methods."""
         path = identification_folder(self.directory, measure) / "counts.safetensors"
         if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
             started = time.perf_counter()
             options = {"measure": measure, **self.convention()}
             recorded = record_corpus(self.baseline, self.tokenizer, self.data["validation"], **options)
-            recorded.save(path)
             write_results(path.parent, {"seconds": time.perf_counter() - started})
+            recorded.save(path)  # last: while it is missing, it is recorded and timed again
         return ActivationCounts.load(path)
 
     def weight_masks(self, alpha: float) -> dict[str, torch.Tensor]:
@@ -231,9 +232,11 @@ class Models:
         kind = self.kind(method)
         if kind == "lass":
             masks = self.weight_masks(knobs.alpha)
-            return lass.lass(copy.deepcopy(self.baseline), masks, self.language_pairs, self.source_tag)
-        counts = self.counts(IDENTIFIED_BY.get(kind, ACTIVITY))
-        return build_model(kind, self.baseline, counts, knobs, self.pivot, seed)
+            model = lass.lass(copy.deepcopy(self.baseline), masks, self.language_pairs, self.source_tag)
+        else:
+            counts = self.counts(IDENTIFIED_BY.get(kind, ACTIVITY))
+            model = build_model(kind, self.baseline, counts, knobs, self.pivot, seed)
+        return model.to(this_process().device)
 
     def fit(
         self,

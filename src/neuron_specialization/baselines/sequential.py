@@ -27,6 +27,7 @@ from ..translation.encoding import text_digest
 from ..translation.evaluation import SCORES, check_lengths, check_scorers, evaluate
 from ..translation.identification import record_corpus
 from ..translation.noise import NoiseArguments, noisy_characters, substitute_words
+from ..translation.processes import this_process
 from ..translation.recording import corpus_batches, vocabulary_digest
 from ..translation.results import write_results
 from ..translation.runs import digest, load_trained
@@ -233,7 +234,7 @@ class SequentialTransfer:
             options: dict[str, Any] = {"trainable": "full", "source_tag": self.source_tag, "task_type": "SEQ_2_SEQ_LM"}
             model = get_peft_model(model, NeuronSpecializationConfig(masks=self.masks(stage.seed), **options))
         freeze_unused_embedding(unwrap(model))
-        return model
+        return model.to(this_process().device)
 
     def _trained(self, stage: Stage) -> tuple[Any, dict[str, Any]]:
         model, start = self._new(stage), stage.start

@@ -7,6 +7,7 @@ when it is done. A stage that fails leaves `failed.json`, and the others continu
 
 import json
 import math
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,8 @@ class Comparison(Models):
             for pairs in self.groups(method):
                 self._part(method, seed, setting, pairs, self.part_directory(directory, method, pairs))
         except Exception as error:
-            write_results(directory, {"error": f"{type(error).__name__}: {error}"}, FAILED)
+            failure = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+            write_results(directory, failure, FAILED)
             return False
         (directory / FAILED).unlink(missing_ok=True)
         return True

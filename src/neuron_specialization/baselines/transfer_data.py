@@ -22,7 +22,7 @@ TRANSFER_ARGUMENTS = (
     SpecializationTrainingArguments,
 )
 # seeds are those of the plan, each of which seeds the initialization, dropout and the order of batches
-UNUSED_ARGUMENTS = ("pivot", "patience", "eval_steps", "num_train_epochs", "seed", "data_seed")
+UNUSED_ARGUMENTS = ("pivot", "patience", "eval_steps", "seed", "data_seed")
 
 
 def settings_of(*arguments: Any) -> dict[str, dict[str, Any]]:
@@ -88,7 +88,7 @@ def load_transfer(
         "validation": sentences_to_copy(held_out[0], held_out[1:], plan.word_dropout),
     }
     if start.model_name_or_path:
-        model, tokenizer = load_checkpoint(start.model_name_or_path)
+        model, tokenizer = load_checkpoint(start.model_name_or_path, "float32")
     else:
         model, tokenizer = new_checkpoint(train, data.tokens, start, data.max_length)
     text = {"train": train, "validation": held_out[0], "test": held_out[1]}

@@ -11,13 +11,14 @@ from os import PathLike
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
 from .base_model import device_of, unwrap
 from .ffn import STACKS, find_ffn_blocks, fingerprint, same_weights, sample_weights
+from .files import replacing
 from .language_pairs import check_pairs, check_source_tag, shorten
 from .observation import is_distributed, observed, recording_bar, sum_over_processes
 from .recorder import Recorder
@@ -117,7 +118,8 @@ class ActivationCounts:
             "weights_sample": self.weights_sample,
             "measure": self.measure,
         }
-        save_file(tensors, path, metadata={"activation_counts": json.dumps(about)})
+        with replacing(path) as partial:
+            save_file(tensors, partial, metadata={"activation_counts": json.dumps(about)})
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "ActivationCounts":
@@ -126,16 +128,18 @@ class ActivationCounts:
         Raises:
             ValueError: if the file holds something else.
         """
-        with safe_open(path, framework="pt") as file:
-            about = (file.metadata() or {}).get("activation_counts")
-            if about is None:
-                raise ValueError(
-                    f"{path} holds no activation counts; expected a file written by ActivationCounts.save."
-                )
-            values = json.loads(about)
-            # in the order of the model: the file has its keys sorted as text
-            counts = {name: file.get_tensor(f"counts.{name}") for name in values["stacks"]}
-            tokens = {stack: file.get_tensor(f"tokens.{stack}") for stack in STACKS}
+        wrong = f"{path} holds no activation counts; expected a file written by ActivationCounts.save."
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = (file.metadata() or {}).get("activation_counts")
+                if about is None:
+                    raise ValueError(wrong)
+                values = json.loads(about)
+                # in the order of the model: the file has its keys sorted as text
+                counts = {name: file.get_tensor(f"counts.{name}") for name in values["stacks"]}
+                tokens = {stack: file.get_tensor(f"tokens.{stack}") for stack in STACKS}
+        except SafetensorError as error:
+            raise ValueError(f"{wrong} It cannot be read: {error}") from error
         return cls(counts=counts, tokens=tokens, **values)
 
     def _check_same_model(self, other: "ActivationCounts") -> None:
@@ -233,11 +237,23 @@ def recorded(
     source_tag: str,
     language_token_ids: Mapping[str, int] | None,
 ) -> ActivationCounts:
-    """Return what a recorder summed up, after warning of padding that had to be told by its token."""
+    """Return what a recorder summed up, after warning of padding that had to be told by its token.
+
+    Raises:
+        ValueError: if a sum is not finite.
+    """
     recorder.warn_about_padding()
+    pairs, counts = list(language_pairs), {name: tensor.cpu() for name, tensor in recorder.counts.items()}
+    for name, tensor in counts.items():
+        wrong = (~tensor.isfinite()).any(1)
+        if wrong.any():
+            raise ValueError(
+                f"The {measure} of {name} is not finite for {pairs[int(wrong.nonzero()[0])]}: values overflowed. "
+                "Record with a model in float32."
+            )
     return ActivationCounts(
-        list(language_pairs),
-        {name: tensor.cpu() for name, tensor in recorder.counts.items()},
+        pairs,
+        counts,
         {stack: tensor.cpu() for stack, tensor in recorder.tokens.items()},
         {block.name: block.stack for block in recorder.blocks},
         fingerprint(recorder.model, recorder.blocks),

@@ -100,8 +100,9 @@ def fingerprint(model: nn.Module, blocks: list[FfnBlock]) -> dict[str, str | int
 def sample_weights(blocks: list[FfnBlock]) -> list[float]:
     """Return a few weights of the base model, to recognize another checkpoint of the same architecture.
 
-    They are read from down projections, which adapters of this method do not change. Values, unlike a hash, survive a
-    cast to another type (see `same_weights`). Empty where the weights are not plain (quantized, sharded, offloaded).
+    They are read from down projections, before an adapter is loaded that may have trained them. Values, unlike a hash,
+    survive a cast to another type (see `same_weights`). Empty where the weights are not plain (quantized, sharded,
+    offloaded).
     """
     values: list[float] = []
     for block in (blocks[0], blocks[len(blocks) // 2], blocks[-1]):
@@ -111,7 +112,9 @@ def sample_weights(blocks: list[FfnBlock]) -> list[float]:
         flat = weight.detach().flatten()
         if not flat.is_floating_point() or not len(flat):
             return []
-        values += flat[torch.linspace(0, len(flat) - 1, 8).long().to(flat.device)].float().tolist()
+        # float32 may round the last place of a large matrix up, beyond its end
+        places = torch.linspace(0, len(flat) - 1, 8).long().clamp(max=len(flat) - 1)
+        values += flat[places.to(flat.device)].float().tolist()
     return values
 
 

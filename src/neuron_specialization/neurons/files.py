@@ -1,8 +1,8 @@
-"""Write the files of a directory together, and touch no file that is not ours.
+"""Write files whole, those of a directory together, and touch no file that is not ours.
 
-Files are written into a hidden folder inside the target first. Renaming that folder marks it complete; then its files
-are moved into place one by one. What an interruption leaves is completed at the next read or write. A list of the
-files written stays beside them: only those may be replaced or removed later.
+Files of a directory are written into a hidden folder inside the target first. Renaming that folder marks it complete;
+then its files are moved into place one by one. What an interruption leaves is completed at the next read or write. A
+list of the files written stays beside them: only those may be replaced or removed later.
 """
 
 import json
@@ -82,6 +82,22 @@ def finish_writing(target: Path, overwrite: bool = False) -> None:
     (partial / WRITTEN).write_text(json.dumps(files, indent=1) + "\n")
     os.rename(partial, target / _COMPLETE)
     complete_writing(target)
+
+
+@contextmanager
+def replacing(path: str | PathLike[str]) -> Iterator[Path]:
+    """Write one file whole: yield the path of a file beside it, which takes its place when the body is done.
+
+    The directory is created if missing. If the body raises, nothing changes.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f"{target.name}.partial")
+    try:
+        yield partial
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def check_replaceable(target: str | PathLike[str], files: Iterable[str], overwrite: bool = False) -> None:

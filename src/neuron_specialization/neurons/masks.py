@@ -160,7 +160,10 @@ class NeuronMasks:
             for pair in pairs:
                 merged[languages[side].index(split_pair(pair)[side])] |= self.row(pair, name)
             rows[name] = merged
-        return replace(self, rows=rows, routes=Routes(languages[0], languages[1]))
+        # the cross product leaves out a language with itself, which a model may be trained to copy or denoise
+        sides = {pair: split_pair(pair) for pair in pairs}
+        same = {p: (languages[0].index(s), languages[1].index(t)) for p, (s, t) in sides.items() if s == t}
+        return replace(self, rows=rows, routes=Routes(languages[0], languages[1], same))
 
     def compose(self, pair: str, pivot: str | None = None) -> "NeuronMasks":
         """Return these masks with the zero-shot `pair` added: X→pivot's encoder row, pivot→Y's decoder row.

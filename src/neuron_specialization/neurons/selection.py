@@ -183,7 +183,8 @@ def smallest_prefix(counts: torch.Tensor, k: float) -> torch.Tensor:
         needed = torch.tensor([float(share * Fraction(total)) for total in totals], dtype=counts.dtype)
     else:  # whole numbers reach a share of their sum when they reach it rounded up
         needed = torch.tensor([math.ceil(share * total) for total in totals])
-    kept = running - ordered < needed.unsqueeze(1)
+    # all that were active for a share of 1, also where rounding loses the smallest in the sum
+    kept = ordered > 0 if share == 1 else running - ordered < needed.unsqueeze(1)
     return torch.zeros_like(kept).scatter_(1, order, kept)
 
 

@@ -101,7 +101,8 @@ class TranslationCollator:
         labels = self._pad([example["labels"] for example in examples], IGNORED)
         batch = {
             "input_ids": input_ids,
-            "attention_mask": (input_ids != self.pad_token_id).long(),
+            # by length: in some tokenizers padding is also the end of sentences, or the unknown token
+            "attention_mask": self._pad([[1] * len(example["input_ids"]) for example in examples], 0),
             "labels": labels,
             "decoder_input_ids": self.shift_right(labels),
         }

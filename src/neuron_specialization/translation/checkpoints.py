@@ -29,11 +29,13 @@ from .tokenization import train_tokenizer
 _DAMAGES = (OSError, ValueError, SafetensorError, UnpicklingError, EOFError, RuntimeError)
 
 
-def load_checkpoint(location: str) -> tuple[Any, Any]:
+def load_checkpoint(location: str, dtype: str = "auto") -> tuple[Any, Any]:
     """Load a seq2seq model and its tokenizer.
 
     Args:
         location: checkpoint directory, or Hub id.
+        dtype: of the weights, by default as they are stored. To train, load "float32": half precision has no room for
+            small updates, and mixed precision (`--bf16`) computes in it all the same.
 
     Raises:
         ValueError: if a directory holds no checkpoint, or an adapter beside it, or the model is not a seq2seq model.
@@ -53,7 +55,7 @@ def load_checkpoint(location: str) -> tuple[Any, Any]:
             f"{location} holds a model and an adapter, and transformers would load both. Keep them in two directories."
         )
     try:
-        model = AutoModelForSeq2SeqLM.from_pretrained(location)
+        model = AutoModelForSeq2SeqLM.from_pretrained(location, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(location)
     except _DAMAGES as error:
         raise ValueError(
@@ -63,7 +65,7 @@ def load_checkpoint(location: str) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def load_adapted(location: str, adapter: str | None, is_trainable: bool = False) -> tuple[Any, Any]:
+def load_adapted(location: str, adapter: str | None) -> tuple[Any, Any]:
     """Load a checkpoint, and an adapter onto it where one is named."""
     model, tokenizer = load_checkpoint(location)
     if adapter is not None:
@@ -71,7 +73,7 @@ def load_adapted(location: str, adapter: str | None, is_trainable: bool = False)
             raise ValueError(f"{adapter} is not an adapter directory.")
         try:
             read_config_file(fetch(adapter, CONFIG_NAME))  # PEFT does not say which file is damaged, or how
-            model = PeftModel.from_pretrained(model, adapter, is_trainable=is_trainable)
+            model = PeftModel.from_pretrained(model, adapter)
         except _DAMAGES as error:
             raise ValueError(f"Cannot load the adapter {adapter!r}: {_in_a_line(error)}") from error
     return model, tokenizer

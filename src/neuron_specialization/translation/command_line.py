@@ -74,13 +74,15 @@ def parse(*types: Any, unused: Collection[str] = (), argv: Sequence[str] | None 
 
     Args:
         *types: dataclasses, such as DataArguments and Seq2SeqTrainingArguments.
-        unused: their fields that the recipe does not use; these keep their defaults, and setting one is an error.
+        unused: their fields that the recipe does not use; these keep their defaults, and setting one is an error. So it
+            is for those that a dataclass lists in `NO_EFFECT`.
         argv: the command line, by default that of the process.
 
     Raises:
         ValueError: if an option or a key of the file is unknown or unused, a value does not fit, or the output
             directory holds the results of another recipe.
     """
+    unused = {*unused, *(name for kind in types for name in getattr(kind, "NO_EFFECT", ()))}
     words = list(sys.argv[1:] if argv is None else argv)
     config = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     config.add_argument("--config", action="append", default=[])
@@ -121,9 +123,7 @@ class _Parser(HfArgumentParser):
         self.add_argument("--help", "-h", action="help", default=SUPPRESS, help="Show this help.")
         trainer = {name for kind in types if issubclass(kind, TrainingArguments) for name in _inherited(kind)}
         if trainer:
-            text = (
-                "Show the options of transformers' Trainer too (--bf16, --logging_steps, ...): all of them work here."
-            )
+            text = "Show the options of transformers' Trainer too (--bf16, --logging_steps, ...) that work here."
             self.add_argument("--help_all", action="help", default=SUPPRESS, help=text)
         self._known: dict[str, Action] = {}
         for option, action in self._option_string_actions.items():

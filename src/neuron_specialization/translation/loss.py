@@ -117,9 +117,10 @@ def logits_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, smoothing: 
 def _target_over_mean(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """Return Σ (z_target - mean(z)) over tokens."""
-    difference = (hidden * (F.embedding(labels, weight) - weight.mean(0))).sum()
-    return difference if bias is None else difference + (bias[labels] - bias.mean()).sum()
+    """Return Σ (z_target - mean(z)) over tokens, in float32 at least."""
+    precise = torch.promote_types(hidden.dtype, torch.float32)
+    difference = (hidden * (F.embedding(labels, weight) - weight.mean(0))).sum(dtype=precise)
+    return difference if bias is None else difference + (bias[labels] - bias.mean()).sum(dtype=precise)
 
 
 @torch.no_grad()

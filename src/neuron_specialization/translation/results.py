@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
+from ..neurons.files import replacing
 from .processes import this_process
 
 _VERSIONED = (
@@ -71,11 +71,9 @@ def write_results(directory: str | Path, results: Mapping[str, Any], name: str =
         Path of the file.
     """
     path = Path(directory) / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
     written = {"recipe": _recipe(), **results, "environment": environment()}
-    partial.write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n")
     return path
 
 

@@ -1,17 +1,18 @@
 """Loss of a model on parallel text, per direction."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from datasets import Dataset
-from torch.nn import functional as F
 
 from ..adapter.routing import is_routed
 from ..neurons.base_model import device_of
 from ..neurons.language_pairs import split_pair
 from ..neurons.positions import IGNORED
 from .batching import TranslationCollator
+from .loss import find_linear_head, logits_cross_entropy
 from .tokenization import encode, resolve_tokens
 
 
@@ -44,16 +45,19 @@ def token_losses(
     device = device_of(model)
     training = model.training
     model.eval()
-    losses = {}
+    losses, head, first = {}, None, True
     try:
         for pair, rows in data.items():
             nats, count = 0.0, 0
             for batch in scored_batches(model, tokenizer, pair, rows, tokens, source_tag, batch_size, max_length):
                 moved = {name: t.to(device) if isinstance(t, torch.Tensor) else t for name, t in batch.items()}
+                if first:
+                    head, first = find_linear_head(model, moved), False
                 labels = moved.pop("labels")
-                with torch.no_grad():
-                    logits = model(**moved).logits.float()
-                nats += F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
+                with torch.no_grad(), head.computes_loss(labels, 0.0) if head else nullcontext():
+                    logits = model(**moved).logits
+                    found = logits if head else logits_cross_entropy(logits.flatten(0, 1), labels.flatten(), 0.0)
+                nats += found.item()
                 count += int(labels.ne(IGNORED).sum())
             losses[pair] = nats / count
     finally:

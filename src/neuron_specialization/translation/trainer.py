@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
 
 from ..adapter.active import active_config
 from ..adapter.routing import router_of
@@ -26,7 +27,18 @@ from .sharding import shard
 
 @dataclass
 class SpecializationTrainingArguments(Seq2SeqTrainingArguments):
-    """Seq2SeqTrainingArguments with the paper's settings (section 4.2) as defaults."""
+    """Seq2SeqTrainingArguments with settings of the paper (section 4.2) as defaults.
+
+    It also warms up over 4,000 updates, and stops after 20 evaluations without a better loss.
+    """
+
+    # fields of transformers' that mean nothing where directions are sampled, and scored apart from training
+    NO_EFFECT: ClassVar[tuple[str, ...]] = (
+        *("num_train_epochs", "train_sampling_strategy", "length_column_name", "sortish_sampler"),
+        *("dataloader_multiprocessing_context", "dataloader_in_order"),
+        *("predict_with_generate", "generation_max_length", "generation_num_beams", "generation_config"),
+        *("do_train", "do_eval", "do_predict"),
+    )
 
     temperature: float = field(default=5.0, metadata={"help": "Sampling temperature T over directions."})
     patience: int | None = field(
@@ -86,6 +98,11 @@ class SpecializationTrainer(Seq2SeqTrainer):
         target_tags: Sequence[int] = (),
     ) -> None:
         check_max_steps(args)
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"One process sees {args.n_gpu} GPUs: start one for each with `accelerate launch`, or show it one "
+                "with CUDA_VISIBLE_DEVICES=0."
+            )
         if not len(train_dataset):
             raise ValueError("The training data is empty.")
         args.dataloader_pin_memory &= torch.accelerator.is_available()  # or torch warns at each evaluation
@@ -93,6 +110,7 @@ class SpecializationTrainer(Seq2SeqTrainer):
         self._head: LinearHead | None = None  # the one that computes the loss of the current call
         self._plain_head: LinearHead | None = None
         self._looked_for_head = self._loss_only = False
+        self._evaluated: list[torch.Tensor] = []  # nats and tokens of each batch of an evaluation
         if alignment < 0 or (alignment and (noise is not None or active_config(model) is not None)):
             raise ValueError(
                 "The weight of the token-alignment loss is 0 (off) or above, and it is computed of translations, in "
@@ -115,6 +133,10 @@ class SpecializationTrainer(Seq2SeqTrainer):
             callbacks=callbacks,
             compute_loss_func=self._token_loss,
         )
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2 and active_config(model) is not None:
+            raise ValueError(
+                "FSDP version 1 flattens weights, so that masks would meet the wrong rows: set fsdp_version to 2."
+            )
         if self.accelerator.is_fsdp2:
             if alignment:
                 raise ValueError("The token-alignment loss runs the encoder alone, which FSDP2 does not allow.")
@@ -130,6 +152,8 @@ class SpecializationTrainer(Seq2SeqTrainer):
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
         )
         return self.accelerator.prepare(loader)
 
@@ -168,6 +192,25 @@ class SpecializationTrainer(Seq2SeqTrainer):
         found = loop.metrics or {}
         self.callback_handler.on_predict(self.args, self.state, self.control, found)  # closes the progress bar
         return found["eval_loss"]
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As the Trainer's, whose loss is a mean over batches; this one is in nats per token, whatever the batches.
+
+        Of several processes, some repeat a few sentences, so that all make as many batches; these count again.
+        """
+        self._evaluated = []
+        about = (description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        output = super().evaluation_loop(dataloader, *about)
+        nats, tokens = cast(Any, self.accelerator.reduce(torch.stack(self._evaluated).sum(0)))
+        metrics = {**(output.metrics or {}), f"{metric_key_prefix}_loss": (nats / tokens).item()}
+        return output._replace(metrics=metrics)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         state: Any = self.state
@@ -233,6 +276,8 @@ class SpecializationTrainer(Seq2SeqTrainer):
             logits = outputs["logits"].flatten(0, 1)
             loss = logits_cross_entropy(logits, labels.flatten(), self._smoothing)
         counted = labels.ne(IGNORED)
+        if not self._is_training:
+            self._evaluated.append(torch.stack([loss.detach().float(), counted.sum().float()]))
         if self._source_mask is not None:
             # weighted by tokens, as the cross-entropy is, so that accumulated batches count by their size
             model, tokenizer = cast(Any, self.model), cast(Any, self.processing_class)

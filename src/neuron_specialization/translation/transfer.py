@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from safetensors.numpy import save_file
 from transformers import AutoConfig, AutoTokenizer
 
 from ..neurons.base_model import number_of_positions
+from ..neurons.files import replacing
 from .arguments import as_mapping
 from .encoder_heads import HeadTraining, train_and_predict
 from .encoders import (
@@ -298,11 +298,8 @@ class _Store:
 
     def save(self, found: Predictions) -> None:
         """Write the file atomically."""
-        path = self._path(found.seed)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        save_file(found.labels, partial, {"depends_on": json.dumps(self.depends_on)})
-        os.replace(partial, path)
+        with replacing(self._path(found.seed)) as partial:
+            save_file(found.labels, partial, {"depends_on": json.dumps(self.depends_on)})
         print(f"finished {found.task}, {found.mode}, {found.model}, seed {found.seed}", file=sys.stderr, flush=True)
 
     def _path(self, seed: int) -> Path:
