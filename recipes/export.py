@@ -15,7 +15,7 @@ from neuron_specialization.export import ctranslate2
 from neuron_specialization.export.compaction import save_compact
 from neuron_specialization.export.vocabulary import check_trimmable, trim_vocabulary, unknown_rate
 from neuron_specialization.neurons.adapter_file import PREFIX
-from neuron_specialization.neurons.files import atomic_directory, check_not_input, check_replaceable
+from neuron_specialization.neurons.files import atomic_directory, check_not_input, check_replaceable, remove_written
 from neuron_specialization.neurons.language_pairs import split_pair
 from neuron_specialization.translation.arguments import DataArguments, ModelArguments
 from neuron_specialization.translation.checkpoints import load_adapted, load_checkpoint
@@ -24,6 +24,7 @@ from neuron_specialization.translation.data import load_parallel
 from neuron_specialization.translation.evaluation import check_scorers
 from neuron_specialization.translation.processes import this_process
 from neuron_specialization.translation.results import table, write_results
+from neuron_specialization.translation.translate import note_composed
 from neuron_specialization.translation.verification import Verification
 
 UNUSED = "language_pairs train_file validation_file source_tag pivot max_length max_sentences drop_faulty".split()
@@ -61,6 +62,7 @@ def main() -> None:
     data.language_pairs = [args.pair]
     sample = data.load("test", max_sentences=args.sample)[args.pair]
     model, tokenizer = load_adapted(where.model_name_or_path, where.adapter)
+    note_composed(model, [args.pair])
     small = ns.compact(model, args.pair)
     if args.quantization:
         ctranslate2.check_convertible(small, args.quantization)
@@ -77,6 +79,8 @@ def main() -> None:
         print("The checkpoint translates some sentences differently; that is expected only of near ties.")
     if args.quantization:
         rows.append(export_ctranslate2(small, tokenizer, adapted, args))
+    else:
+        remove_written(output / "ctranslate2")  # of an earlier export, maybe of another pair
     print(table(rows))
     arguments = [vars(args), vars(where), vars(data)]
     results = {"exports": rows, "vocabulary": vocabulary, "sentences": len(sample), "arguments": arguments}

@@ -106,7 +106,7 @@ def main() -> None:
     if args.stability:
         results["stability"] = report_stability(stability(parts, selector))
     with atomic_directory(args.output_dir, args.overwrite_output_dir) as folder:
-        masks.save_pretrained(folder)
+        masks.save_pretrained(folder, overwrite=True)  # the card that stands there came from output_dir
         counts.save(folder / "counts.safetensors")
         path = write_results(folder, results)
         describe_adapter(folder, facts_from_results(CardFacts(), identification=path))

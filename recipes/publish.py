@@ -40,7 +40,7 @@ def main() -> None:
     if (args.repo is None) == (args.card_only is None):
         raise ValueError("Say where to publish, --repo user/name, or where to write the card, --card_only DIRECTORY.")
     facts = CardFacts(args.repo, args.license, args.datasets, args.sentence)
-    facts = facts_from_results(facts, args.scores, args.training, args.identification)
+    facts = facts_from_results(facts, args.scores, args.training, args.identification, args.adapter)
     if args.repo is not None:
         print(f"published {publish(args.adapter, facts, private=args.private or None)}")
     else:

@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass, field
 
 from neuron_specialization.analysis.spectrum import with_spectrum_of
+from neuron_specialization.neurons.adapter_file import WEIGHTS_NAME, fetch, file_digest
 from neuron_specialization.neurons.files import atomic_directory, check_replaceable
 from neuron_specialization.neurons.language_pairs import split_pair
 from neuron_specialization.translation.arguments import DataArguments, ModelArguments
@@ -22,6 +23,7 @@ from neuron_specialization.translation.long_sentences import LongSentences
 from neuron_specialization.translation.processes import this_process
 from neuron_specialization.translation.results import table, write_results
 from neuron_specialization.translation.text_files import one_line
+from neuron_specialization.translation.translate import note_composed
 
 UNUSED = ("train_file", "validation_file", "max_length", "train_sentences", "document_column", "drop_faulty")
 
@@ -56,6 +58,7 @@ def main() -> None:
     test = data.load("test", max_sentences=data.max_sentences)
     check_scorers(split_pair(pair)[1] for pair in test)
     model, tokenizer = load_adapted(where.model_name_or_path, where.adapter)
+    note_composed(model, test)
     if args.spectrum_of is not None:
         model = with_spectrum_of(model, load_checkpoint(args.spectrum_of)[0])
     started = time.perf_counter()
@@ -74,7 +77,8 @@ def main() -> None:
     if not this_process().is_main_process:
         return
     print(table(score_rows(result)))
-    settings = {"seconds": seconds, "arguments": [vars(args), vars(where), vars(data)]}
+    digest = None if where.adapter is None else file_digest(fetch(where.adapter, WEIGHTS_NAME))
+    settings = {"seconds": seconds, "arguments": [vars(args), vars(where), vars(data)], "adapter_digest": digest}
     translations = result.pop("translations")
     with atomic_directory(args.output_dir, args.overwrite_output_dir) as folder:
         (folder / "translations").mkdir()

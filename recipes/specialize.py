@@ -49,6 +49,8 @@ def main() -> None:
     check_not_input(f"{training.output_dir}/adapter", args.masks, where.adapter)
     if training.overwrite_output_dir:
         check_not_input(training.output_dir, args.masks, where.adapter, contents=True)
+    if args.trainable == "none":
+        raise ValueError("--trainable none trains nothing; expected full, delta or low_rank.")
     dense, shares = args.masks == "none", {}
     if (where.adapter or args.protect) and (dense or args.trainable != "delta"):
         raise ValueError("--adapter and --protect need --masks and --trainable delta, whose rows belong to pairs.")

@@ -13,6 +13,7 @@ from neuron_specialization.translation.command_line import parse, run
 from neuron_specialization.translation.long_sentences import LongSentences
 from neuron_specialization.translation.processes import this_process
 from neuron_specialization.translation.text_files import LineWriter, digest, read_lines, translate_lines, weights_of
+from neuron_specialization.translation.translate import check_long_sentences, note_composed
 
 
 @dataclass
@@ -44,8 +45,12 @@ def main() -> None:
     weights = {"weights": weights_of(where.model_name_or_path), "adapter_weights": weights_of(where.adapter)}
     with LineWriter(args.output, {**settings, **weights, "input": digest(lines)}) as output:
         model, tokenizer = load_adapted(where.model_name_or_path, where.adapter)
+        model.to(this_process().device)
+        note_composed(model, [args.pair])
+        if args.long_sentences == "error":  # now, not after hours of translating
+            check_long_sentences(model, tokenizer, lines, args.pair, as_mapping(args.language_tokens), args.source_tag)
         translations = translate_lines(
-            model.to(this_process().device),
+            model,
             tokenizer,
             lines,
             args.pair,

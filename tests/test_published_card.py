@@ -67,7 +67,7 @@ def test_scores_are_told_of_the_data_they_are_on(tmp_path, file, told, kind):
     config = {**make_masks(make_m2m100(), pairs=("en-de",)).metadata(), "trainable": "full"}
     text = render_card(config, {}, facts)
     assert {(r.dataset_name, r.dataset_type) for r in ModelCard(text).data.eval_results} == {(told, kind)}
-    assert f"## Evaluation\n\nOn `{told}`:\n\n| direction |" in text and ModelCard(text).data.datasets == [
+    assert f"## Evaluation\n\nOn `{told}`, 5 beams:\n\n| direction |" in text and ModelCard(text).data.datasets == [
         "me/training"
     ]
 

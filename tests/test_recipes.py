@@ -73,7 +73,7 @@ def identified(workspace, toy_files, toy_checkpoint):
     return workspace / "masks", output
 
 
-def test_identify_writes_masks_counts_and_a_report(identified, workspace):
+def test_identify_writes_masks_counts_and_a_report(identified, workspace, toy_files, toy_checkpoint, run_here):
     directory, output = identified
     masks = ns.NeuronMasks.from_pretrained(directory)
     assert masks.language_pairs == PAIRS and masks.selector["k"] == 0.7
@@ -89,6 +89,11 @@ def test_identify_writes_masks_counts_and_a_report(identified, workspace):
     overlap = output.partition("overlap of the pairs' neurons in the decoder")[2]
     assert f"{results['overlap']['decoder']['Pv-Aa']['Pv-Ba']:.2f}" in re.search(r"\| Pv-Aa +\| +1.00 .*", overlap)[0]
     assert (directory / "overlap.svg").read_text().lstrip().startswith("<?xml")
+    before = (directory / "adapter_model.safetensors").read_bytes()
+    options = ("--language_pairs", *PAIRS, "--output_dir", str(directory), "--k", "0.7", "--stability", "true")
+    options += ("--model_name_or_path", str(toy_checkpoint), "--validation_file", str(toy_files / "validation.jsonl"))
+    assert f"wrote {directory}" in run_here("identify.py", *options, "--parts", "4"), "what it wrote may be replaced"
+    assert (directory / "adapter_model.safetensors").read_bytes() == before
     page = (workspace / "report.html").read_text()
     assert all(pair in page for pair in PAIRS) and "CumulativeThreshold (k=0.7)" in page and "overlap, encoder" in page
 
@@ -164,7 +169,14 @@ def test_specialize_then_evaluate_then_translate(identified, workspace, toy_file
         told = ["--training", f"{output}/run.json", "--scores", f"{output}/scores/results.json"]
         told += ["--identification", f"{identified[0]}/results.json", "--card_only", f"{output}/card"]
         run_here("publish.py", "--adapter", f"{output}/adapter", *told)
+        base = {**scores, "arguments": [{**part, "adapter": None} for part in scores["arguments"]]}
+        for name, other in {"base": base, "other": {**scores, "adapter_digest": "0"}}.items():
+            (output / f"{name}.json").write_text(json.dumps({**other, "recipe": "score"}))
+            told[3] = f"{output}/{name}.json"
+            error = run_here("publish.py", "--adapter", f"{output}/adapter", *told, fails=True)
+            assert f"{name}.json has the scores of" in error
         card = (output / "card" / "README.md").read_text()
+        assert "test.jsonl`, 2 beams:" in card
         for line in ("| updates | 4 |", "| per_device_train_batch_size | 8 |", "| seed | 0 |", "sentence pairs |"):
             assert line in card
         assert f"| torch | {trained['environment']['torch']} |" in card and "not recorded" not in card
@@ -214,6 +226,8 @@ def test_export_writes_a_checkpoint_and_a_ctranslate2_model(identified, workspac
     vocabulary = json.loads((trimmed / "checkpoint" / "config.json").read_text())["vocab_size"]
     assert vocabulary == results["vocabulary"]["after"] < results["vocabulary"]["before"]
     assert results["environment"]["ctranslate2"] == metadata.version("ctranslate2")
+    run("export.py", *options, "--output_dir", str(trimmed), "--sample", "2")
+    assert not (trimmed / "ctranslate2").exists(), "of the export before"
     base, smaller, quantized = results["exports"]
     assert smaller["parameters"] < checkpoint["parameters"] and quantized["MB"] < ctranslate2["MB"]
     assert {"identical", "BLEU"} <= smaller.keys() & quantized.keys()
@@ -255,6 +269,7 @@ def test_memory_is_computed_for_nllb_and_measured_here(workspace, run_here, monk
 
 TRANSLATE = ["translate.py", "--model_name_or_path", "{checkpoint}", "--pair", "Pv-Aa"]
 SCORE = ["score.py", "--model_name_or_path", "{workspace}", "--output_dir", "{workspace}/ja", "--test_file", "{test}"]
+SPECIALIZE = ["specialize.py", "--model_name_or_path", "x", "--masks", "x", "--output_dir", "{workspace}/no"]
 
 
 @pytest.mark.parametrize(
@@ -268,6 +283,9 @@ SCORE = ["score.py", "--model_name_or_path", "{workspace}", "--output_dir", "{wo
             "language token of the tokenizer: 'Zz'",
         ),
         (2, TRANSLATE, "Sentence 2 of Pv-Aa"),  # in one process of the two
+        (1, [*TRANSLATE, "--batch_size", "1", "--output", "{workspace}/new/out"], "Sentence 2 of Pv-Aa"),  # at once
+        (1, [*SPECIALIZE, "--trainable", "none"], "--trainable none trains nothing"),
+        (1, [*SCORE[:4], "{workspace}/report.html"], "report.html is a file; expected the path of a directory"),
         (1, [*TRANSLATE, "--num_beam", "2"], "the nearest is --num_beams"),
         (1, [*TRANSLATE, "--output", "/proc/cannot/be/made"], "/proc/cannot"),
         (1, [*SCORE, "--language_pairs", "Pv-ja", "--columns", "ja=Aa"], "neuron-specialization[ja]"),

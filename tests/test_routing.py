@@ -175,6 +175,19 @@ def test_a_forced_token_after_a_start_token_is_read():
     assert read.equal(german) and not read.equal(french)
 
 
+def test_generate_sets_the_tag_where_the_sources_language_has_one_pair():
+    """Else it would run the masks of that pair and generate whatever language the model falls into."""
+    pairs = ["en-de", "de-en"]
+    model, sources = adapted(pairs), tagged(pairs, "nllb")["input_ids"]
+    found = model.generate(input_ids=sources, max_new_tokens=5)
+    assert found.equal(model.generate(input_ids=sources, max_new_tokens=5, language_pairs=pairs))
+    assert found[:, 1].tolist() == [DE, EN]
+    model.generation_config.forced_bos_token_id = DE  # what is said of the target goes before
+    assert model.generate(input_ids=sources[:1], max_new_tokens=5)[:, 1].tolist() == [DE]
+    with pytest.raises(ValueError, match="Sample 0 of the batch is from en.*rows differ: en-de, en-fr"):
+        adapted().generate(input_ids=sources[:1], max_new_tokens=5)
+
+
 @pytest.mark.parametrize("how", ["passed", "selected", "with", "only", "id"])
 def test_generate_sets_the_targets_tag_of_the_chosen_pair(how):
     """Else it would run the masks of one language and generate another."""

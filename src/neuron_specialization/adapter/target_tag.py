@@ -9,7 +9,7 @@ from ..neurons.base_model import device_of
 from ..neurons.language_pairs import split_pair
 from ..neurons.positions import IGNORED
 from .call import Call
-from .language_tokens import TagReader
+from .language_tokens import TagReader, fitting_pairs
 from .pair_resolver import PairResolver
 
 
@@ -34,10 +34,11 @@ def target_arguments(
     resolver = next((r for r in resolvers if r.reader is not None), None)
     if resolver is None or resolver.reader is None:
         return {}
-    pairs = _names(resolver, call)
+    reader = resolver.reader
+    own = getattr(model.generation_config, "forced_bos_token_id", None)  # of a target that was chosen for all calls
+    pairs = _names(resolver, reader, call) if own is None or call.pairs is not None else []
     if not pairs or any("-" not in pair for pair in pairs):  # unknown, the base, or pairs without language codes
         return {}
-    reader = resolver.reader
     if call.pairs is not None and call.tokens.source is not None:
         _check_source_tags(reader, call.tokens.source, pairs)
     tags = [reader.ids.get(split_pair(pair)[1]) for pair in pairs]
@@ -87,14 +88,23 @@ def label_shift(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     return shift_right
 
 
-def _names(resolver: PairResolver, call: Call) -> list[str]:
-    """Return the names of the call's pairs, or the adapter's only one; [] where tokens decide or the base runs."""
+def _names(resolver: PairResolver, reader: TagReader, call: Call) -> list[str]:
+    """Return the names of the call's pairs, the adapter's only one, or those that the sources leave no choice of; []
+    where the target's tokens decide or the base runs."""
     if call.pairs is None:
-        return resolver.pairs if len(resolver.pairs) == 1 else []
+        return resolver.pairs if len(resolver.pairs) == 1 else _only_pairs(resolver, reader, call.tokens.source)
     if not isinstance(call.pairs, torch.Tensor):
         return call.pairs
     ids = call.pairs.tolist()
     return [] if min(ids) < 0 or max(ids) >= len(resolver.pairs) else [resolver.pairs[i] for i in ids]
+
+
+def _only_pairs(resolver: PairResolver, reader: TagReader, source: torch.Tensor | None) -> list[str]:
+    """Return the pair of each sample if every source's language has one pair only, else []."""
+    if source is None or reader.source_tag == "target":
+        return []
+    fits = [fitting_pairs(resolver.pairs, code, None) if code is not None else [] for code in reader.read(source)]
+    return [pairs[0] for pairs in fits] if all(len(pairs) == 1 for pairs in fits) else []
 
 
 def _check_source_tags(reader: TagReader, source: torch.Tensor, pairs: list[str]) -> None:

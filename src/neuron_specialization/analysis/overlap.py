@@ -104,9 +104,11 @@ def mantel(
         ValueError: if the matrices differ in size, or there are fewer than 3 languages.
     """
     n = len(overlap)
-    if n < 3 or any(matrix.shape != (n, n) for matrix in (overlap, distances, *controlled)):
+    if n < 3:
+        raise ValueError(f"Overlap is compared with distance between 3 languages at least, 7 for a p-value; got {n}.")
+    if any(matrix.shape != (n, n) for matrix in (overlap, distances, *controlled)):
         shapes = [list(matrix.shape) for matrix in (overlap, distances, *controlled)]
-        raise ValueError(f"Expected [n, n] matrices of the same three or more languages, got {shapes}.")
+        raise ValueError(f"Expected [n, n] matrices of the same languages, got {shapes}.")
     pairs = np.triu_indices(n, 1)
     basis = np.stack([np.ones(len(pairs[0])), *(rankdata(matrix[pairs]) for matrix in controlled)], axis=1)
     solve = np.linalg.pinv(basis)

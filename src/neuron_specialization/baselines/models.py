@@ -21,7 +21,7 @@ from ..translation.processes import this_process
 from ..translation.results import write_results
 from ..translation.runs import RUN_FILE
 from ..translation.token_loss import token_losses
-from ..translation.trainer import SpecializationTrainingArguments
+from ..translation.trainer import SpecializationTrainingArguments, check_one_gpu
 from ..translation.training import fit
 from . import lass
 from .gradual import GradualMasks
@@ -83,6 +83,7 @@ class Models:
     max_length: int = 128
 
     def __post_init__(self) -> None:
+        check_one_gpu(self.training)
         self.baseline.to(this_process().device)
         self.directory = Path(str(self.training.output_dir))
         self.language_pairs = list(self.data["train"])

@@ -32,7 +32,7 @@ from ..translation.recording import corpus_batches, vocabulary_digest
 from ..translation.results import write_results
 from ..translation.runs import digest, load_trained
 from ..translation.token_loss import token_losses
-from ..translation.trainer import SpecializationTrainingArguments
+from ..translation.trainer import SpecializationTrainingArguments, check_one_gpu
 from ..translation.training import fit
 from .freezing import NONE, frozen_parameters
 from .settings import check_settings
@@ -93,6 +93,7 @@ class SequentialTransfer:
     pretrained: bool = False
 
     def __post_init__(self) -> None:
+        check_one_gpu(self.training)
         self.directory = Path(str(self.training.output_dir))
         self.language_pairs = list(self.data["train"])
         self.orders = orders_of(self.plan.orders, self.language_pairs)

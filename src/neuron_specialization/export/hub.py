@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from ..neurons.adapter_file import CONFIG_NAME, WEIGHTS_NAME, make_repository
+from ..neurons.adapter_file import CONFIG_NAME, WEIGHTS_NAME, file_digest, make_repository
 from ..neurons.card import CARD_NAME, CardFacts, describe_adapter, keep_card_of_hub
 from ..neurons.kept_picture import PICTURE_NAME
 from ..neurons.masks import NeuronMasks
@@ -20,6 +20,11 @@ _TRAINING = (
     *("max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "per_device_train_batch_size"),
     *("temperature", "label_smoothing_factor", "weight_decay", "seed", "bf16", "fp16"),
 )
+_VALIDATION = {
+    "base_validation_loss": "validation loss of the base",
+    "masked_validation_loss": "under the masks, not trained",
+    "best_validation_loss": "of what was saved",
+}
 _STAGES = ("compare_methods", "transfer_sequentially")
 _SCORE = ("bleu", "chrf++", "bleu_signature", "chrf++_signature", "sentences")
 
@@ -63,6 +68,7 @@ def facts_from_results(
     scores: str | PathLike[str] | None = None,
     training: str | PathLike[str] | None = None,
     identification: str | PathLike[str] | None = None,
+    adapter: str | PathLike[str] | None = None,
 ) -> CardFacts:
     """Add the facts in results files.
 
@@ -72,16 +78,18 @@ def facts_from_results(
             `recipes/compare_methods.py` or of `recipes/transfer_sequentially.py`.
         training: `run.json` of the run that trained it: of `recipes/specialize.py`, or of a stage of a comparison.
         identification: `results.json` of `recipes/identify.py`.
+        adapter: directory of the adapter, to compare with what the files tell.
 
     Raises:
-        ValueError: if a file is not what that recipe writes, is incomplete, or tells of a run that did not finish.
+        ValueError: if a file is not what that recipe writes, is incomplete, tells of a run that did not finish, or of
+            another model than the adapter.
     """
     if scores is not None:
-        facts = replace(facts, **_scored(scores))
+        facts = replace(facts, **_scored(scores, adapter))
     if training is not None:
         facts = replace(facts, training=_trained(training))
     if identification is not None:
-        facts = replace(facts, identification=_counted(identification))
+        facts = replace(facts, identification=_counted(identification, adapter))
     return facts
 
 
@@ -106,14 +114,22 @@ def _results(path: str | PathLike[str], recipe: str, *others: str) -> Iterator[d
         raise ValueError(f"{path} was written by {author or 'something else'}, expected recipes/{recipe}.py.")
 
 
-def _scored(path: str | PathLike[str]) -> dict[str, Any]:
-    """Return the scores of every direction, and the name of the data that they are on."""
+def _scored(path: str | PathLike[str], adapter: str | PathLike[str] | None) -> dict[str, Any]:
+    """Return the scores of every direction, the name of the data that they are on, and the beams."""
     with _results(path, "score", "continue_pretraining", *_STAGES) as results:
         if results["recipe"] in _STAGES:
             return {"scores": _scored_in_stage(results)}
         directions = results.get("scores", results)["directions"]  # of continue_pretraining, beside its training
         scores = {direction: {key: of[key] for key in _SCORE} for direction, of in directions.items()}
-        return {"scores": scores, "test_data": _data_name(_settings(results)["test_file"])}
+        settings = _settings(results)
+        about = {"test_data": _data_name(settings["test_file"]), "num_beams": settings.get("num_beams")}
+    if adapter is not None and results["recipe"] == "score":
+        scored = results.get("adapter_digest")
+        if settings.get("adapter", "") is None or scored not in (None, file_digest(Path(adapter, WEIGHTS_NAME))):
+            raise ValueError(
+                f"{path} has the scores of {settings.get('adapter') or 'a model without adapter'}, not of {adapter}."
+            )
+    return {"scores": scores, **about}
 
 
 def _scored_in_stage(part: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -133,15 +149,23 @@ def _trained(path: str | PathLike[str]) -> dict[str, Any]:
         told |= {name: settings.get(name) for name in _TRAINING if settings.get(name) is not False}
         batches = next((value for name, value in settings.items() if name.startswith("batches per update")), None)
         told |= {"batches per update": batches, "target tokens": result.get("target_tokens")}
+        told |= {title: f"{result[key]:.4f}" for key, title in _VALIDATION.items() if result.get(key) is not None}
         told |= {"trained on": str(settings.get("training data", "")).partition(",")[0]}
         versions = result.get("environment", {})
         told |= {name: versions.get(name) for name in ("device", "torch", "transformers", "peft")}
         return {name: value for name, value in told.items() if value not in (None, "")}
 
 
-def _counted(path: str | PathLike[str]) -> dict[str, Any]:
+def _counted(path: str | PathLike[str], adapter: str | PathLike[str] | None) -> dict[str, Any]:
     """Return what activations were counted on: the data's name, without its directory, and how much of it."""
     with _results(path, "identify") as results:
+        kept = results.get("kept", {})
+        masks = NeuronMasks.from_pretrained(adapter) if adapter is not None else None
+        if masks is not None and masks.selector == results.get("selector"):  # else they were made from several
+            found = {pair: masks.sparsity(pair) for pair in kept if pair in masks.language_pairs}
+            other = [p for p, of in found.items() if any(abs(1 - s - kept[p].get(n, 2)) > 1e-6 for n, s in of.items())]
+            if other:
+                raise ValueError(f"{path} tells of other masks than those of {adapter}, for {', '.join(other)}.")
         settings = _settings(results)
         positions = {stack: f"{min(of):,} to {max(of):,}" for stack, of in results["tokens"].items() if of}
         tokens = {f"{stack} positions per pair": told for stack, told in positions.items()}

@@ -56,6 +56,7 @@ class CardFacts:
         training: setting → value.
         scores: direction → "bleu", "chrf++", their "..._signature" and "sentences", as `recipes/score.py` writes them.
         test_data: what `scores` are on: the name of a file, or a dataset's Hub id, also with ":" and a configuration.
+        num_beams: beams that they were translated with.
     """
 
     repo_id: str | None = None
@@ -66,6 +67,7 @@ class CardFacts:
     training: Mapping[str, Any] = field(default_factory=dict)
     scores: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     test_data: str | None = None
+    num_beams: int | None = None
 
 
 def write_card(
@@ -180,6 +182,7 @@ def render_card(config: Mapping[str, Any], packed: Mapping[str, torch.Tensor], f
         can_compose=routes.source_tag == "source",
         **_evaluation(facts.scores),
         test_data=facts.test_data,
+        num_beams=facts.num_beams,
         versions={"PEFT": _version("peft"), **{name: _version(name) for name in _VERSIONED}},
     )
     card.text = _MARK.sub("", card.text).rstrip() + "\n"

@@ -112,6 +112,8 @@ def check_replaceable(target: str | PathLike[str], files: Iterable[str], overwri
         ValueError: naming those that may not.
     """
     target = Path(target)
+    if target.is_file():
+        raise ValueError(f"{target} is a file; expected the path of a directory to write.")
     ours = _written(target)
     others = [name for name in files if name not in ours and (target / name).exists()]
     others = [name for name in others if Path(name).name not in _written((target / name).parent)]

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -33,6 +34,8 @@ def run(main: Callable[[], None]) -> None:
     file. Any other exception keeps its traceback. Of several processes that fail, the first one says why: the others
     mostly fail because it is gone.
     """
+    # of transformers to PEFT, whenever an adapter is loaded
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     try:
         main()
     except Exception as error:
@@ -74,8 +77,8 @@ def parse(*types: Any, unused: Collection[str] = (), argv: Sequence[str] | None 
 
     Args:
         *types: dataclasses, such as DataArguments and Seq2SeqTrainingArguments.
-        unused: their fields that the recipe does not use; these keep their defaults, and setting one is an error. So it
-            is for those that a dataclass lists in `NO_EFFECT`.
+        unused: their fields that the recipe does not use; these keep their defaults, and setting one is an error; and
+            so it is with those that a dataclass lists in `NO_EFFECT`.
         argv: the command line, by default that of the process.
 
     Raises:

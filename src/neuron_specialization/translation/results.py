@@ -91,6 +91,9 @@ def report_training(
     if not this_process().is_main_process:
         return
     print(table([{name: metrics[name] for name in _TRAINING_COLUMNS if metrics.get(name) is not None}]))
+    start = [metrics[name] for name in ("base_validation_loss", "masked_validation_loss") if metrics.get(name)]
+    if start and metrics.get("best_validation_loss", 0) > min(start):
+        print("The validation loss got worse by training: what is saved is the best of its checkpoints.")
     path = Path(directory) / "results.json"
     if not (metrics["finished_before"] and path.is_file()):
         settings = [each.to_dict() if hasattr(each, "to_dict") else vars(each) for each in arguments]

@@ -65,6 +65,16 @@ def check_max_steps(args: SpecializationTrainingArguments) -> None:
         raise ValueError("Set max_steps: with temperature sampling there are no epochs.")
 
 
+def check_one_gpu(args: SpecializationTrainingArguments) -> None:
+    """Raise a ValueError if this process sees several GPUs: transformers would copy the model to each, and masks with
+    their routes stay with the original."""
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"One process sees {args.n_gpu} GPUs: start one for each with `accelerate launch`, or show it one with "
+            "CUDA_VISIBLE_DEVICES=0."
+        )
+
+
 class SpecializationTrainer(Seq2SeqTrainer):
     """Seq2SeqTrainer with direction-homogeneous batches and a loss that accumulation and processes do not change.
 
@@ -98,11 +108,7 @@ class SpecializationTrainer(Seq2SeqTrainer):
         target_tags: Sequence[int] = (),
     ) -> None:
         check_max_steps(args)
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"One process sees {args.n_gpu} GPUs: start one for each with `accelerate launch`, or show it one "
-                "with CUDA_VISIBLE_DEVICES=0."
-            )
+        check_one_gpu(args)
         if not len(train_dataset):
             raise ValueError("The training data is empty.")
         args.dataloader_pin_memory &= torch.accelerator.is_available()  # or torch warns at each evaluation

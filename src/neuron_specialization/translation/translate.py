@@ -1,5 +1,6 @@
 """Translate sentences with any seq2seq model, adapted or plain."""
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import chain, islice
@@ -15,6 +16,7 @@ from ..adapter.target_tag import label_shift
 from ..neurons.base_model import device_of, number_of_positions, unwrap
 from ..neurons.language_pairs import split_pair
 from .long_sentences import LongSentences, encode_within, join_pieces
+from .processes import this_process
 from .tokenization import encode, resolve_tokens
 
 
@@ -135,6 +137,15 @@ def _translate_ids(
     return [list(islice(rest, len(parts))) for parts in pieces]
 
 
+def note_composed(model: Any, pairs: Iterable[str]) -> None:
+    """Say on stderr, on the main process, which pairs the adapter was not made for and composes of others' rows."""
+    config = active_config(model)
+    routes = config.build_routes() if config is not None else None
+    composed = [p for p in pairs if routes is not None and p not in routes.language_pairs and routes.knows(p)]
+    if composed and this_process().is_main_process:
+        print(f"composed of the rows of other pairs (zero-shot): {', '.join(composed)}", file=sys.stderr, flush=True)
+
+
 def check_long_sentences(
     model: Any,
     tokenizer: Any,
@@ -207,7 +218,7 @@ def pair_tokens(
     Raises:
         ValueError: if one is no language token of the tokenizer.
     """
-    return resolve_tokens(tokenizer, [pair], known_language_tokens(model, tokenizer) or language_tokens)
+    return resolve_tokens(tokenizer, [pair], {**(language_tokens or {}), **known_language_tokens(model, tokenizer)})
 
 
 def _generate(model: Any, tokenizer: Any, rows: list[list[int]], kwargs: Mapping[str, Any]) -> list[list[int]]:
