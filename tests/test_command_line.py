@@ -160,6 +160,15 @@ def fail_for_a_pair():
     split_pair("en_de")
 
 
+def test_an_interruption_shows_no_traceback(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        run(interrupted)
+    assert ended.value.code == 130 and "Interrupted. The same command goes on" in capsys.readouterr().err
+
+
 def test_foreseen_errors_end_with_one_sentence_and_others_keep_their_traceback(capsys, monkeypatch):
     for main, message in ((fail_for_a_pair, "en_de"), (fail_on_a_file, "/missing/file")):
         with pytest.raises(SystemExit) as stopped:

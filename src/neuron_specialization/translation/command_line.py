@@ -31,8 +31,8 @@ def run(main: Callable[[], None]) -> None:
     """Run a recipe. An expected error ends it with that error's message on stderr and exit code 1.
 
     Expected are the errors that this package or the recipe raises itself, and those of the operating system about a
-    file. Any other exception keeps its traceback. Of several processes that fail, the first one says why: the others
-    mostly fail because it is gone.
+    file. Any other exception keeps its traceback, but for an interruption by the user. Of several processes that fail,
+    the first one says why: the others mostly fail because it is gone.
     """
     # of transformers to PEFT, whenever an adapter is loaded
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
@@ -48,6 +48,10 @@ def run(main: Callable[[], None]) -> None:
             start = "\n" if any(name in os.environ for name in _LOCAL_RANK) else ""  # others' bars may stand there
             print(f"{start}Error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        if get_int_from_env(_LOCAL_RANK, 0) == 0:
+            print("\nInterrupted. The same command goes on from what was saved.", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
 
 
 def _is_first_to_fail() -> bool:
