@@ -1,6 +1,7 @@
 """Loading, checking, encoding and batching parallel text."""
 
 import hashlib
+import json
 import os
 import shutil
 
@@ -96,6 +97,14 @@ def test_columns_can_be_mapped(tmp_path):
     pandas.DataFrame({"eng": ["a"], "deu": ["b"]}).to_parquet(tmp_path / "x.parquet")
     data = load_parallel(str(tmp_path / "x.parquet"), ["en-de"], columns={"en": "eng", "de": "deu"})
     assert data["en-de"][0] == {"source": "a", "target": "b"}
+
+
+def test_empty_sides_of_held_out_data_are_told(tmp_path):
+    lines = [{"en": "a", "de": "b"}, {"en": "", "de": "c"}, {"en": "d", "de": "  "}]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    arguments = DataArguments(language_pairs=["en-de"], test_file=str(tmp_path / "test.jsonl"))
+    with pytest.warns(UserWarning, match="A side is empty in sentence pairs of the test data: 2 of en-de."):
+        assert len(arguments.load("test")["en-de"]) == 3
 
 
 def test_bad_data_is_refused(tmp_path):

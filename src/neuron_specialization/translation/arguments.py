@@ -7,7 +7,7 @@ from typing import Any
 from datasets import Dataset
 
 from ..neurons.language_pairs import check_pairs, split_pair
-from .check import check_parallel, data_check_rows
+from .check import check_parallel, data_check_rows, warn_of_empty_sides
 from .data import load_parallel
 from .data_files import FORMATS
 
@@ -93,7 +93,10 @@ class DataArguments:
             **limits,
             **changes,
         }
-        return load_parallel(path, self.language_pairs, **options)
+        loaded = load_parallel(path, self.language_pairs, **options)
+        if split != "train":  # of training data the check tells
+            warn_of_empty_sides(loaded, split)
+        return loaded
 
     def load_checked(self) -> tuple[dict[str, Dataset], dict[str, Dataset], list[dict[str, Any]]]:
         """Load training and validation data, and check the former against all held-out data there is.

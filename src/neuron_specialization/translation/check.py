@@ -1,5 +1,6 @@
 """Check parallel text for what should not be in training data, on 64-bit hashes and one direction at a time."""
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -93,6 +94,19 @@ def _hashes(data: Dataset, side: str) -> np.ndarray:
         hashes[start : start + len(text)] = np.fromiter(map(xxh3_64_intdigest, text), np.uint64, len(text))
         start += len(text)
     return hashes
+
+
+def warn_of_empty_sides(data: Mapping[str, Dataset], name: str) -> None:
+    """Warn of directions with sentence pairs of which a side is empty: they are recorded, evaluated and scored too.
+
+    Args:
+        data: pair → Dataset with columns "source" and "target".
+        name: of the data, for the warning.
+    """
+    found = {pair: int(_lengths(rows)[1].sum()) for pair, rows in data.items()}
+    told = ", ".join(f"{number} of {pair}" for pair, number in found.items() if number)
+    if told:
+        warnings.warn(f"A side is empty in sentence pairs of the {name} data: {told}.", stacklevel=3)
 
 
 def _lengths(data: Dataset) -> tuple[np.ndarray, np.ndarray]:
