@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..neurons.base_model import device_of, unwrap
+from ..neurons.activations import each_batch
+from ..neurons.base_model import unwrap
 from ..neurons.ffn import DECODER, ENCODER, STACKS, find_ffn_blocks, fingerprint, is_time_major, sample_weights
-from ..neurons.observation import is_distributed, observed, recording_bar
+from ..neurons.observation import observed
 from ..neurons.positions import fit_positions, source_positions, target_positions
 from .mass_activation import SUMS, MassActivation
 from .sites import Place, attached, find_places
@@ -62,23 +63,10 @@ def record_mass(
             f"numbers, more than the {MOST_CELLS:,} allowed. Name fewer token_ids, layers, or sets at a time."
         )
     recorder = _Recorder(base, places, list(batches), tracked, list(tags))
-    device = device_of(base)
-    with (
-        attached(places, recorder.add, recorder.add_active),
-        observed(model) as run,
-        recording_bar(batches.values(), progress) as bar,
-    ):
-        for row, name in enumerate(batches):
-            bar.set_postfix_str(name, refresh=False)
-            seen = 0
-            for batch in batches[name]:
-                moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-                recorder.start_batch(row, moved)
-                run({key: value for key, value in moved.items() if key != "token_tags"})
-                bar.update()
-                seen += 1
-            if not seen and not is_distributed():  # other processes may hold this set's batches
-                raise ValueError(f"{name} has no batch to record.")
+    with attached(places, recorder.add, recorder.add_active), observed(model) as run:
+        for row, batch in each_batch(base, batches, progress):
+            recorder.start_batch(row, batch)
+            run({key: value for key, value in batch.items() if key != "token_tags"})
     return recorder.result(site, vocabulary)
 
 

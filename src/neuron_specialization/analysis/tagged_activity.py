@@ -25,6 +25,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..neurons.activations import each_batch
 from ..neurons.base_model import unwrap
 from ..neurons.ffn import DECODER, ENCODER, STACKS, FfnBlock, find_ffn_blocks, is_time_major
 from ..neurons.masks import NeuronMasks
@@ -74,7 +75,7 @@ def record_tagged(
     blocks = find_ffn_blocks(base)
     counts = {block.name: torch.zeros(len(batches), len(tags), block.d_ff, dtype=torch.int64) for block in blocks}
     positions = {stack: torch.zeros(len(batches), len(tags), dtype=torch.int64) for stack in STACKS}
-    device, time_major = next(base.parameters()).device, is_time_major(base)
+    time_major = is_time_major(base)
     places: dict[str, torch.Tensor] = {}  # of the batch that runs: [batch, length], 0 for no tag
     row = 0
 
@@ -89,16 +90,14 @@ def record_tagged(
     handles = [watch_neurons(block, partial(see, block)) for block in blocks]
     try:
         with observed(model) as run:
-            for row, group in enumerate(batches.values()):
-                for batch in group:
-                    moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-                    given = (moved.pop("source_tags"), moved.pop("target_tags"))
-                    places |= {s: (tags_of + 1).clamp_min(0) for s, tags_of in zip(STACKS, given, strict=True)}
-                    for stack, found in places.items():
-                        if found.max() > len(tags):
-                            raise ValueError(f"Expected tags from 0 to {len(tags) - 1}, got {int(found.max()) - 1}.")
-                        positions[stack][row] += torch.bincount(found.flatten(), minlength=len(tags) + 1)[1:].cpu()
-                    run(moved)
+            for row, batch in each_batch(base, batches, progress=False):
+                given = (batch.pop("source_tags"), batch.pop("target_tags"))
+                places |= {s: (tags_of + 1).clamp_min(0) for s, tags_of in zip(STACKS, given, strict=True)}
+                for stack, found in places.items():
+                    if found.max() > len(tags):
+                        raise ValueError(f"Expected tags from 0 to {len(tags) - 1}, got {int(found.max()) - 1}.")
+                    positions[stack][row] += torch.bincount(found.flatten(), minlength=len(tags) + 1)[1:].cpu()
+                run(batch)
     finally:
         for handle in handles:
             handle.remove()
