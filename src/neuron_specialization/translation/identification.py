@@ -5,17 +5,14 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from torch.utils.data import DataLoader
 
 from ..adapter.language_tokens import language_token_ids
-from ..adapter.routing import is_routed
 from ..neurons.activations import ACTIVITY, ATTRIBUTION, ActivationCounts, record_activations
 from ..neurons.attribution import record_attribution
-from ..neurons.base_model import number_of_positions
 from ..neurons.observation import recording_bar
-from .batching import TranslationCollator
 from .processes import this_process
-from .tokenization import encode, resolve_tokens
+from .recording import corpus_batches
+from .tokenization import resolve_tokens
 
 
 def record_corpus(model: Any, tokenizer: Any, corpus: Mapping[str, Dataset], **options: Any) -> ActivationCounts:
@@ -67,33 +64,17 @@ def record_corpus_parts(
             f"{' with count_padding' if count_padding else ''}."
         )
     tokens = resolve_tokens(tokenizer, corpus, language_tokens)
-    max_length = min(max_length, number_of_positions(model) or max_length)
     token_ids = language_token_ids(tokenizer, tokens)
-    collate = TranslationCollator(tokenizer, model)
-    encoded = {}
     for pair, rows in corpus.items():
         if len(rows) < parts:
             raise ValueError(f"{pair} has {len(rows)} sentence pairs, which cannot be split into {parts} parts.")
-        batch = encode(tokenizer, pair, rows["source"], rows["target"], tokens, source_tag, max_length)
-        encoded[pair] = [
-            {"input_ids": source, "labels": target}
-            for source, target in zip(batch["input_ids"], batch["labels"], strict=True)
-        ]
 
-    def batches(pair: str, part: int) -> DataLoader:
-        order = np.random.default_rng(seed).permutation(len(encoded[pair]))[part::parts]
-        examples = sorted((encoded[pair][i] for i in order), key=lambda e: len(e["input_ids"]) + len(e["labels"]))
-        whole = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
-        route = {"language_pairs": [pair]} if is_routed(model) else {}
-        state = this_process()
-        # processes get whole batches, so that their number changes no batch
-        return DataLoader(
-            whole[state.process_index :: state.num_processes],  # type: ignore[arg-type]
-            batch_size=None,
-            collate_fn=lambda share: {**collate(share), **route},
-        )
+    def part_of(rows: Dataset, part: int) -> Dataset:
+        return rows.select(np.random.default_rng(seed).permutation(len(rows))[part::parts])
 
-    recordings = [{pair: batches(pair, part) for pair in encoded} for part in range(parts)]
+    options: dict[str, Any] = {"language_tokens": tokens, "source_tag": source_tag, "max_length": max_length}
+    split = [{pair: part_of(rows, part) for pair, rows in corpus.items()} for part in range(parts)]
+    recordings = [corpus_batches(model, tokenizer, part, batch_size=batch_size, **options) for part in split]
     every = [loader for recording in recordings for loader in recording.values()]
     with recording_bar(every, this_process().is_main_process) as bar:
         shown: dict[str, Any] = {"progress": bar, "language_token_ids": token_ids}
