@@ -4,7 +4,6 @@ After every stage every pair is evaluated. A stage that is done is skipped, one 
 """
 
 import copy
-import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,10 +30,10 @@ from ..translation.processes import this_process
 from ..translation.recording import corpus_batches, vocabulary_digest
 from ..translation.results import write_results
 from ..translation.runs import digest, load_trained
-from ..translation.token_loss import token_losses
 from ..translation.trainer import SpecializationTrainingArguments, check_one_gpu
 from ..translation.training import fit
 from .freezing import NONE, frozen_parameters
+from .scored_part import scored_part
 from .settings import check_settings
 from .transfer_plan import (
     BILINGUAL,
@@ -165,32 +164,9 @@ class SequentialTransfer:
         return {"updates": metrics["updates"], "seconds": metrics["train_runtime"]}
 
     def evaluate(self, model: Any, pairs: Sequence[str], about: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the scores and losses on the test set, one row per pair that begins with `about`, and translations.
-
-        Raises:
-            ValueError: if a loss on validation data is not finite.
-        """
-        rows = {split: {pair: self.data[split][pair] for pair in pairs} for split in ("validation", "test")}
-        options = {**self.convention(), "batch_size": self.training.per_device_eval_batch_size}
-        losses = {split: token_losses(model, self.tokenizer, of, **options) for split, of in rows.items()}
-        wrong = [pair for pair in pairs if not math.isfinite(losses["validation"][pair])]
-        if wrong:
-            raise ValueError(f"The validation loss is not finite in {', '.join(wrong)}: the training diverged.")
-        scored = self.scores(model, rows["test"])
-        found = [
-            {
-                **about,
-                "direction": pair,
-                "loss": losses["test"][pair],
-                "validation_loss": losses["validation"][pair],
-                **{name: scored["directions"][pair][name] for name in SCORES},
-            }
-            for pair in pairs
-        ]
-        signatures = {
-            pair: {k: v for k, v in of.items() if k.endswith("signature")} for pair, of in scored["directions"].items()
-        }
-        return {"rows": found, "signatures": signatures, "translations": scored["translations"]}
+        """Return what is kept of a model, with rows that begin with `about`; see `scored_part`."""
+        options = {"batch_size": self.training.per_device_eval_batch_size, "num_beams": self.plan.num_beams}
+        return scored_part(model, self.tokenizer, self.data, pairs, about, **options, **self.convention())
 
     def scores(self, model: Any, rows: Mapping[str, Dataset]) -> dict[str, Any]:
         """Translate and score; see `evaluate` of `translation.evaluation`."""

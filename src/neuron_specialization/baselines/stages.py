@@ -6,7 +6,6 @@ when it is done. A stage that fails leaves `failed.json`, and the others continu
 """
 
 import json
-import math
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +16,13 @@ import numpy as np
 from ..adapter.active import active_config
 from ..neurons.adapter_file import MASK
 from ..neurons.language_pairs import split_pair
-from ..translation.evaluation import SCORES, check_lengths, check_scorers, evaluate
+from ..translation.evaluation import check_lengths, check_scorers
 from ..translation.results import write_results
 from ..translation.runs import digest, load_trained
 from . import lass
 from .methods import EQUAL_SECONDS, MethodArguments
 from .models import Models, Setting, identification_seconds, remove_checkpoints
+from .scored_part import scored_part
 from .settings import StageArguments, check_settings
 
 PART, FAILED, SETTINGS = "part.json", "failed.json", "comparison.json"
@@ -106,33 +106,13 @@ class Comparison(Models):
         updates = self._updates_in_equal_seconds(seed) if method == EQUAL_SECONDS else self.updates(method)
         model, spent = self.trained(method, seed, setting, pairs, updates, directory)
         while_training = spent.pop("validation_losses", [])
-        losses = {split: self.losses(model, split, pairs) for split in ("validation", "test")}
-        wrong = [pair for pair in pairs if not math.isfinite(losses["validation"][pair])]
-        if wrong:
-            raise ValueError(f"The validation loss is not finite in {', '.join(wrong)}: the training diverged.")
-        scored = evaluate(
-            model,
-            self.tokenizer,
-            {pair: self.data["test"][pair] for pair in pairs},
+        scored = scored_part(
+            *(model, self.tokenizer, self.data, pairs, {"method": method, "seed": seed}),
             batch_size=self.training.per_device_eval_batch_size,
             num_beams=self.stage.num_beams,
             **self.convention(),
         )
-        rows = [
-            {
-                "method": method,
-                "seed": seed,
-                "direction": pair,
-                "loss": losses["test"][pair],
-                "validation_loss": losses["validation"][pair],
-                **{name: scored["directions"][pair][name] for name in SCORES},
-                **spent,
-            }
-            for pair in pairs
-        ]
-        signatures = {
-            pair: {k: v for k, v in scored["directions"][pair].items() if k.endswith("signature")} for pair in pairs
-        }
+        scored["rows"] = [{**row, **spent} for row in scored["rows"]]
         about = {
             "parts": len(self.groups(method)),
             "learning_rate": setting.learning_rate,
@@ -140,8 +120,7 @@ class Comparison(Models):
             **size_of(self.baseline, model),
             "validation_losses": while_training,
         }
-        part = {"rows": rows, "about": about, "signatures": signatures, "translations": scored["translations"]}
-        write_results(directory, part, PART)
+        write_results(directory, {**scored, "about": about}, PART)
         remove_checkpoints(directory)
 
     def _updates_in_equal_seconds(self, seed: int) -> int:
