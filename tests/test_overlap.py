@@ -79,8 +79,10 @@ def test_mantel_is_spearman_over_pairs_and_counts_orders():
     assert found["rho"] == pytest.approx(spearmanr(overlap[upper], distances[upper]).statistic)
     assert found["p"] == pytest.approx(2 / 5040), "of all orders of seven, only the given one is as extreme"
     assert mantel(overlap[:6, :6], distances[:6, :6])["p"] is None
-    with pytest.raises(ValueError, match="same three or more languages"):
+    with pytest.raises(ValueError, match="matrices of the same languages"):
         mantel(overlap, distances[:6, :6])
+    with pytest.raises(ValueError, match="3 languages at least, 7 for a p-value; got 2"):
+        mantel(overlap[:2, :2], distances[:2, :2])
 
 
 def test_what_a_third_distance_explains_is_taken_out():

@@ -54,10 +54,10 @@ class DataArguments:
     language_tokens: list[str] = field(default_factory=list, metadata={"help": "code=token, such as de=deu_Latn."})
     source_tag: str = field(default="source", metadata={"help": "What the source side's tag names: source or target."})
     pivot: str | None = field(default=None, metadata={"help": "Language of the one-to-many and many-to-one averages."})
-    max_length: int = field(default=128, metadata={"help": "Text to train on or record is cut to so many tokens."})
+    max_length: int = field(default=128, metadata={"help": "Cut text to train on or record to so many tokens."})
     max_sentences: int | None = field(
         default=None,
-        metadata={"help": "Most sentence pairs per direction, of training text where it is read."},
+        metadata={"help": "Most pairs per direction, of training text if read."},
     )
     max_characters: int | None = field(
         default=None, metadata={"help": "Leave out sentence pairs of which either side is longer, in every split."}
