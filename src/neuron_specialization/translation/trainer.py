@@ -29,7 +29,7 @@ from .sharding import shard
 class SpecializationTrainingArguments(Seq2SeqTrainingArguments):
     """Seq2SeqTrainingArguments with settings of the paper (section 4.2) as defaults.
 
-    It also warms up over 4,000 updates, and stops after 20 evaluations without a better loss.
+    The paper also warms up over 4,000 updates, and stops after 20 evaluations without a better loss.
     """
 
     # fields of transformers' that mean nothing where directions are sampled, and scored apart from training
