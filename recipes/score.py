@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass, field
 
 from neuron_specialization.analysis.spectrum import with_spectrum_of
-from neuron_specialization.neurons.adapter_file import WEIGHTS_NAME, fetch, file_digest
+from neuron_specialization.neurons.adapter_file import digest_of_weights
 from neuron_specialization.neurons.files import atomic_directory, check_replaceable
 from neuron_specialization.neurons.language_pairs import split_pair
 from neuron_specialization.translation.arguments import DataArguments, ModelArguments
@@ -77,7 +77,7 @@ def main() -> None:
     if not this_process().is_main_process:
         return
     print(table(score_rows(result)))
-    digest = None if where.adapter is None else file_digest(fetch(where.adapter, WEIGHTS_NAME))
+    digest = None if where.adapter is None else digest_of_weights(where.adapter)
     settings = {"seconds": seconds, "arguments": [vars(args), vars(where), vars(data)], "adapter_digest": digest}
     translations = result.pop("translations")
     with atomic_directory(args.output_dir, args.overwrite_output_dir) as folder:

@@ -175,6 +175,20 @@ def test_specialize_then_evaluate_then_translate(identified, workspace, toy_file
             told[3] = f"{output}/{name}.json"
             error = run_here("publish.py", "--adapter", f"{output}/adapter", *told, fails=True)
             assert f"{name}.json has the scores of" in error
+        told[3] = f"{output}/scores/results.json"
+        counted = json.loads((identified[0] / "results.json").read_text())
+        counted["kept"]["Pv-Aa"] = dict.fromkeys(counted["kept"]["Pv-Aa"], 0.5)
+        (output / "counted.json").write_text(json.dumps({**counted, "recipe": "identify"}))
+        error = run_here(
+            "publish.py",
+            *told,
+            "--adapter",
+            f"{output}/adapter",
+            "--identification",
+            f"{output}/counted.json",
+            fails=True,
+        )
+        assert error.startswith("Error: ") and "counted.json tells of other masks" in error and "for Pv-Aa." in error
         card = (output / "card" / "README.md").read_text()
         assert "test.jsonl`, 2 beams:" in card
         for line in ("| updates | 4 |", "| per_device_train_batch_size | 8 |", "| seed | 0 |", "sentence pairs |"):

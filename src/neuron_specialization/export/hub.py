@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from ..neurons.adapter_file import CONFIG_NAME, WEIGHTS_NAME, file_digest, make_repository
+from ..neurons.adapter_file import CONFIG_NAME, WEIGHTS_NAME, digest_of_weights, make_repository
 from ..neurons.card import CARD_NAME, CardFacts, describe_adapter, keep_card_of_hub
 from ..neurons.kept_picture import PICTURE_NAME
 from ..neurons.masks import NeuronMasks
@@ -125,7 +125,7 @@ def _scored(path: str | PathLike[str], adapter: str | PathLike[str] | None) -> d
         about = {"test_data": _data_name(settings["test_file"]), "num_beams": settings.get("num_beams")}
     if adapter is not None and results["recipe"] == "score":
         scored = results.get("adapter_digest")
-        if settings.get("adapter", "") is None or scored not in (None, file_digest(Path(adapter, WEIGHTS_NAME))):
+        if settings.get("adapter", "") is None or scored not in (None, digest_of_weights(adapter)):
             raise ValueError(
                 f"{path} has the scores of {settings.get('adapter') or 'a model without adapter'}, not of {adapter}."
             )
@@ -159,20 +159,22 @@ def _trained(path: str | PathLike[str]) -> dict[str, Any]:
 def _counted(path: str | PathLike[str], adapter: str | PathLike[str] | None) -> dict[str, Any]:
     """Return what activations were counted on: the data's name, without its directory, and how much of it."""
     with _results(path, "identify") as results:
-        kept = results.get("kept", {})
-        masks = NeuronMasks.from_pretrained(adapter) if adapter is not None else None
-        if masks is not None and masks.selector == results.get("selector"):  # else they were made from several
-            found = {pair: masks.sparsity(pair) for pair in kept if pair in masks.language_pairs}
-            other = [p for p, of in found.items() if any(abs(1 - s - kept[p].get(n, 2)) > 1e-6 for n, s in of.items())]
-            if other:
-                raise ValueError(f"{path} tells of other masks than those of {adapter}, for {', '.join(other)}.")
         settings = _settings(results)
         positions = {stack: f"{min(of):,} to {max(of):,}" for stack, of in results["tokens"].items() if of}
         tokens = {f"{stack} positions per pair": told for stack, told in positions.items()}
         limit = settings.get("max_sentences")
         sentences = {"sentences per pair, at most": limit} if limit else {}
         padding = {"padding counted too": True} if settings.get("count_padding") else {}
-        return {"counted on": _data_name(settings["validation_file"]), **sentences, **tokens, **padding}
+        told = {"counted on": _data_name(settings["validation_file"]), **sentences, **tokens, **padding}
+        kept, selector = results.get("kept", {}), results.get("selector")
+    masks = None if adapter is None else NeuronMasks.from_pretrained(adapter)
+    if masks is not None and masks.selector == selector:  # else they were made from several, or renumbered
+        shares = {pair: masks.sparsity(pair) for pair in kept if pair in masks.language_pairs}
+        same = {p: all(abs(kept[p].get(n, 2) + s - 1) < 1e-6 for n, s in of.items()) for p, of in shares.items()}
+        if not all(same.values()):
+            other = ", ".join(pair for pair, is_same in same.items() if not is_same)
+            raise ValueError(f"{path} tells of other masks than those of {adapter}, for {other}.")
+    return told
 
 
 def _settings(results: Mapping[str, Any]) -> dict[str, Any]:

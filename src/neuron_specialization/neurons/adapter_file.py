@@ -181,6 +181,13 @@ def fetch(location: str | PathLike[str], filename: str, **hub: Any) -> Path:
         ) from error
 
 
+def digest_of_weights(location: str | PathLike[str]) -> str | None:
+    """Return what tells an adapter's weights apart from others', or None where they are not in safetensors."""
+    with suppress(ValueError):
+        return file_digest(fetch(location, WEIGHTS_NAME))
+    return None
+
+
 def make_repository(api: HfApi, repo_id: str, private: bool | None) -> str:
     """Create a Hub repository if it is missing, and return its id.
 
