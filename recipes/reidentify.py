@@ -17,10 +17,9 @@ from typing import Any
 import neuron_specialization as ns
 from neuron_specialization.analysis.agreement import mask_agreement, mean_agreement
 from neuron_specialization.analysis.mask_plots import plot_agreement
-from neuron_specialization.baselines.methods import EQUAL_SECONDS
-from neuron_specialization.neurons.adapter_file import CONFIG_NAME, read_config_file
+from neuron_specialization.baselines.kept import kept_models, kept_places
 from neuron_specialization.translation.arguments import DataArguments, ModelArguments, as_mapping
-from neuron_specialization.translation.checkpoints import load_adapted, load_checkpoint
+from neuron_specialization.translation.checkpoints import load_checkpoint
 from neuron_specialization.translation.command_line import parse, run
 from neuron_specialization.translation.data import load_parallel
 from neuron_specialization.translation.identification import record_corpus, record_corpus_parts
@@ -28,7 +27,6 @@ from neuron_specialization.translation.processes import this_process
 from neuron_specialization.translation.results import table, write_results
 
 UNUSED = ("adapter", "test_file", "pivot", "drop_faulty")
-WHOLE_MODELS = ("fine_tune", EQUAL_SECONDS)  # other methods that keep models change the architecture
 
 
 @dataclass
@@ -45,7 +43,7 @@ class ReidentifyArguments:
 
 def main() -> None:
     args, where, data = parse(ReidentifyArguments, ModelArguments, DataArguments, unused=UNUSED)
-    kept = kept_places(args)
+    kept = [] if args.comparison is None else kept_places(args.comparison, args.methods)
     others = dict(other_text(args, data))
     validation = data.load("validation", max_sentences=data.max_sentences)
     model, tokenizer = load_checkpoint(where.model_name_or_path)
@@ -63,7 +61,7 @@ def main() -> None:
 
     for name, corpus in others.items():
         identify(name, model, corpus)
-    for name, again in kept_models(kept, where):
+    for name, again in kept_models(kept, where.model_name_or_path):
         identify(name, again, validation)
     averaged = mean_agreement(rows)
     plot_agreement(averaged, Path(args.output_dir) / "agreement.svg")
@@ -87,45 +85,6 @@ def other_text(args: ReidentifyArguments, data: DataArguments) -> Iterator[tuple
     for name, path in as_mapping(args.other_files).items():
         options = {"columns": data.column_names, "split": "validation", "max_sentences": size}
         yield f"text of {name}", load_parallel(path, data.language_pairs, **options)
-
-
-def kept_places(args: ReidentifyArguments) -> list[tuple[str, Path]]:
-    """Return the method and the directory of every model that a comparison kept of the methods.
-
-    Raises:
-        ValueError: if one keeps none, or adapters without which its weights are the checkpoint's.
-    """
-    found = []
-    for method in args.methods if args.comparison is not None else ():
-        stages = sorted(Path(str(args.comparison)).glob(f"{method}/seed-*"))
-        places = [stage / kind for stage in stages for kind in ("adapter", "model") if (stage / kind).is_dir()]
-        if not places:
-            raise ValueError(f"{args.comparison} keeps no model of {method}; it is no method of that comparison.")
-        for place in places:
-            is_adapter = place.name == "adapter"
-            config = read_config_file(place / CONFIG_NAME) if is_adapter else {}
-            if not (config.get("trainable") == "full" if is_adapter else method in WHOLE_MODELS):
-                raise ValueError(
-                    f"{place} holds more or less than the checkpoint's own weights, trained. Expected methods such as "
-                    "fine_tune and ours."
-                )
-            found.append((method, place))
-    return found
-
-
-def kept_models(kept: list[tuple[str, Path]], where: ModelArguments) -> Iterator[tuple[str, Any]]:
-    """Yield the name and the model of every seed of a comparison's methods.
-
-    Under its masks a model can only be active where they let it, or where its biases are above 0: what is found there
-    says little, so the same weights without masks come beside.
-    """
-    for method, place in kept:
-        if place.name == "adapter":
-            adapted, _ = load_adapted(where.model_name_or_path, str(place))
-            yield f"{method}, under its masks", adapted
-            yield f"{method}, masks taken off", adapted.unload()
-        else:
-            yield method, load_checkpoint(str(place))[0]
 
 
 if __name__ == "__main__":

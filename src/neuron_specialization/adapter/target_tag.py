@@ -35,8 +35,7 @@ def target_arguments(
     if resolver is None or resolver.reader is None:
         return {}
     reader = resolver.reader
-    own = getattr(model.generation_config, "forced_bos_token_id", None)  # of a target that was chosen for all calls
-    pairs = _names(resolver, reader, call) if own is None or call.pairs is not None else []
+    pairs = _names(resolver, call) or _only_pairs(model, resolver, reader, call)
     if not pairs or any("-" not in pair for pair in pairs):  # unknown, the base, or pairs without language codes
         return {}
     if call.pairs is not None and call.tokens.source is not None:
@@ -88,20 +87,23 @@ def label_shift(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     return shift_right
 
 
-def _names(resolver: PairResolver, reader: TagReader, call: Call) -> list[str]:
-    """Return the names of the call's pairs, the adapter's only one, or those that the sources leave no choice of; []
-    where the target's tokens decide or the base runs."""
+def _names(resolver: PairResolver, call: Call) -> list[str]:
+    """Return the names of the call's pairs, or the adapter's only one; [] where tokens decide or the base runs."""
     if call.pairs is None:
-        return resolver.pairs if len(resolver.pairs) == 1 else _only_pairs(resolver, reader, call.tokens.source)
+        return resolver.pairs if len(resolver.pairs) == 1 else []
     if not isinstance(call.pairs, torch.Tensor):
         return call.pairs
     ids = call.pairs.tolist()
     return [] if min(ids) < 0 or max(ids) >= len(resolver.pairs) else [resolver.pairs[i] for i in ids]
 
 
-def _only_pairs(resolver: PairResolver, reader: TagReader, source: torch.Tensor | None) -> list[str]:
-    """Return the pair of each sample if every source's language has one pair only, else []."""
-    if source is None or reader.source_tag == "target":
+def _only_pairs(model: Any, resolver: PairResolver, reader: TagReader, call: Call) -> list[str]:
+    """Return the pair of each sample if tokens decide and every source's language has one pair only, else [].
+
+    A target that the model's own generation config forces goes before.
+    """
+    source, forced = call.tokens.source, getattr(model.generation_config, "forced_bos_token_id", None)
+    if call.pairs is not None or source is None or forced is not None or reader.source_tag == "target":
         return []
     fits = [fitting_pairs(resolver.pairs, code, None) if code is not None else [] for code in reader.read(source)]
     return [pairs[0] for pairs in fits] if all(len(pairs) == 1 for pairs in fits) else []

@@ -19,20 +19,17 @@ token occurs twice; ours are sums over occurrences, a distribution. For distance
 All are sums, so batches, recordings and processes add up; memory does not grow with the text.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from ..neurons.ffn import same_weights
-from ..neurons.files import replacing
 from ..neurons.language_pairs import shorten
 from ..neurons.observation import sum_over_processes
+from ..neurons.tensor_file import load_described, save_described
 
 _ABOUT = ("names", "site", "stacks", "token_ids", "tags", "vocabulary")
 SUMS = ("positive", "negative", "active", "credit", "wins", "token_credit", "tag_credit")
@@ -159,13 +156,10 @@ class MassActivation:
     def save(self, path: str | PathLike[str]) -> None:
         """Write everything to one safetensors file: the sums as tensors, the rest as JSON in its header."""
         tensors = {
-            f"{what}.{key}": tensor.contiguous()
-            for what in (*SUMS, "positions")
-            for key, tensor in getattr(self, what).items()
+            f"{what}.{key}": tensor for what in (*SUMS, "positions") for key, tensor in getattr(self, what).items()
         }
         about = {what: getattr(self, what) for what in (*_ABOUT, *_ORIGIN)}
-        with replacing(path) as partial:
-            save_file(tensors, partial, metadata={"mass_activation": json.dumps(about)})
+        save_described(path, tensors, "mass_activation", about)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "MassActivation":
@@ -174,19 +168,12 @@ class MassActivation:
         Raises:
             ValueError: if the file holds something else.
         """
-        wrong = f"{path} holds no mass activation; expected what MassActivation.save writes."
-        try:
-            with safe_open(path, framework="pt") as file:
-                about = (file.metadata() or {}).get("mass_activation")
-                if about is None:
-                    raise ValueError(wrong)
-                sums: dict[str, Any] = {what: {} for what in (*SUMS, "positions")}
-                for key in file.keys():
-                    what, _, name = key.partition(".")
-                    sums[what][name] = file.get_tensor(key)
-        except SafetensorError as error:
-            raise ValueError(wrong) from error
-        values = json.loads(about)
+        expected = "mass activation; expected what MassActivation.save writes"
+        tensors, values = load_described(path, "mass_activation", expected)
+        sums: dict[str, Any] = {what: {} for what in (*SUMS, "positions")}
+        for key, tensor in tensors.items():
+            what, _, name = key.partition(".")
+            sums[what][name] = tensor
         for what in SUMS:  # layers in the order of the model: the file has them sorted by name
             sums[what] = {layer: sums[what][layer] for layer in values["stacks"] if layer in sums[what]}
         return cls(**values, **sums)

@@ -4,24 +4,21 @@
 sign of the activated gate is counted, since the product with the other branch is almost never exactly zero.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
 from .base_model import device_of, unwrap
 from .ffn import STACKS, find_ffn_blocks, fingerprint, same_weights, sample_weights
-from .files import replacing
 from .language_pairs import check_pairs, check_source_tag, shorten
 from .observation import is_distributed, observed, recording_bar, sum_over_processes
 from .recorder import Recorder
+from .tensor_file import load_described, save_described
 
 ACTIVITY, ATTRIBUTION = "activity", "attribution"  # what was measured of each neuron
 
@@ -106,8 +103,8 @@ class ActivationCounts:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the counts to one safetensors file."""
-        tensors = {f"counts.{name}": tensor.contiguous() for name, tensor in self.counts.items()}
-        tensors |= {f"tokens.{stack}": tensor.contiguous() for stack, tensor in self.tokens.items()}
+        tensors = {f"counts.{name}": tensor for name, tensor in self.counts.items()}
+        tensors |= {f"tokens.{stack}": tensor for stack, tensor in self.tokens.items()}
         about = {
             "language_pairs": self.language_pairs,
             "stacks": self.stacks,
@@ -118,8 +115,7 @@ class ActivationCounts:
             "weights_sample": self.weights_sample,
             "measure": self.measure,
         }
-        with replacing(path) as partial:
-            save_file(tensors, partial, metadata={"activation_counts": json.dumps(about)})
+        save_described(path, tensors, "activation_counts", about)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "ActivationCounts":
@@ -128,18 +124,10 @@ class ActivationCounts:
         Raises:
             ValueError: if the file holds something else.
         """
-        wrong = f"{path} holds no activation counts; expected a file written by ActivationCounts.save."
-        try:
-            with safe_open(path, framework="pt") as file:
-                about = (file.metadata() or {}).get("activation_counts")
-                if about is None:
-                    raise ValueError(wrong)
-                values = json.loads(about)
-                # in the order of the model: the file has its keys sorted as text
-                counts = {name: file.get_tensor(f"counts.{name}") for name in values["stacks"]}
-                tokens = {stack: file.get_tensor(f"tokens.{stack}") for stack in STACKS}
-        except SafetensorError as error:
-            raise ValueError(f"{wrong} It cannot be read: {error}") from error
+        expected = "activation counts; expected a file written by ActivationCounts.save"
+        tensors, values = load_described(path, "activation_counts", expected)
+        counts = {name: tensors[f"counts.{name}"] for name in values["stacks"]}  # in the order of the model
+        tokens = {stack: tensors[f"tokens.{stack}"] for stack in STACKS}
         return cls(counts=counts, tokens=tokens, **values)
 
     def _check_same_model(self, other: "ActivationCounts") -> None:
