@@ -150,3 +150,13 @@ def test_files_without_sentence_pairs_or_cut_off_are_refused_in_one_sentence(tmp
     (tmp_path / "x.jsonl").write_text('{"en": "a", "de"')
     with pytest.raises(ValueError, match="^Cannot read .*x.jsonl: JSON parse error"):
         load_parallel(tmp_path / "x.jsonl", ["en-de"])
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("x.csv", "en;de\na;b\n"), ("x.csv", "en\tde\na\tb\n"), ("x.tsv", "en,de\na,b\n")]
+)
+def test_another_separator_than_that_of_the_format_is_named(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    expected = "commas" if name == "x.csv" else "tabs"
+    with pytest.raises(ValueError, match=f"{name} has a single column, .*; expected {expected} between columns"):
+        load_parallel(tmp_path / name, ["en-de"])

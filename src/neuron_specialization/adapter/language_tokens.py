@@ -61,7 +61,8 @@ def check_language_tokens(tokenizer: Any, tokens: Mapping[str, str]) -> dict[str
         raise ValueError(
             f"Not a language token of the tokenizer: {absent}. Expected special or added tokens, not pieces of words; "
             + (f"it has {shorten(known, 20)}. " if known else "it has none. ")
-            + "Map language codes to tokens, for example language_tokens={'de': 'deu_Latn'}."
+            + "Map language codes to tokens, for example language_tokens={'de': 'deu_Latn'}, on the command line "
+            "--language_tokens de=deu_Latn."
         )
     return found
 

@@ -235,7 +235,8 @@ def _check_text(rows: Dataset, names: Sequence[str], path: str, what: str) -> No
     if missing:
         raise ValueError(
             f"{path} has no column {' and no column '.join(map(repr, missing))} for {what}; it has "
-            f"{', '.join(rows.column_names)}. Map language codes to columns with columns={{code: column}}."
+            f"{', '.join(rows.column_names)}. Map language codes to columns, "
+            "for example columns={'de': 'german'}, on the command line --columns de=german."
         )
     for name in names:
         kind = getattr(rows.features[name], "dtype", type(rows.features[name]).__name__)

@@ -173,6 +173,9 @@ def _csv_options(file: Path, kind: str) -> dict[str, Any]:
     quoting: Any = csv.QUOTE_MINIMAL if kind == ".csv" or _is_quoted(sample) else csv.QUOTE_NONE
     header = sample.decode("utf-8-sig", errors="replace").partition("\n")[0].rstrip("\r")
     names = next(csv.reader([header], delimiter=delimiter, quoting=quoting))
+    if len(names) == 1 and any(other in header for other in ",;\t"):
+        separator = "tabs" if kind == ".tsv" else "commas"
+        raise ValueError(f"{file} has a single column, {header!r}; expected {separator} between columns.")
     features = Features({name: Value("string") for name in names})
     missing = {"keep_default_na": False, "na_values": [""]}
     # pandas would end a line at a carriage return inside a sentence, too
