@@ -28,7 +28,8 @@ def report(tmp_path_factory):
     directory = tmp_path_factory.mktemp("report")
     results = directory / "toy-control"
     results.mkdir()
-    rows = [{"method": "ours", "loss": 1.23456, "note": ATTACK}, {"method": "fine_tune", "loss": math.nan}]
+    ours = {"method": "ours", "loss": 1.23456, "bleu": 96.1, "note": ATTACK}
+    rows = [ours, {"method": "fine_tune", "loss": math.nan}]
     by_pair = {"ours": {"en-de": {"difference": 0.5, "p": 0.01}}}
     details = [{"method": "ours", "seed": seed, "knobs": {"k": 0.9}} for seed in range(500)]
     written = {"recipe": "compare_methods", "rows": details, "significance": by_pair, "tables": {"bleu": rows}}
@@ -213,7 +214,7 @@ def test_figures_and_tables_of_results_are_shown(page):
     captions = [caption.text for caption in page.find_elements("tag name", "figcaption")]
     assert captions == ["Test loss of each method minus that of joint fine-tuning; left is better", "some curves"]
     section = page.find_element("id", "results-toy-control")
-    assert "1.235" in section.text and "fine_tune" in section.text and ATTACK in section.text
+    assert all(text in section.text for text in ("1.235", "96.10", "fine_tune", ATTACK))
     assert "recipes/compare_methods.py" in section.text and "Equal budget." in section.text
     assert "nan" not in section.text.lower()
 
