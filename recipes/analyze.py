@@ -67,6 +67,7 @@ def main() -> None:
         directories = [*([args.output_dir] if args.overlap else []), *args.results]
         about = next(iter(masks.values()), None), directories, as_mapping(args.families)
         title = "Neurons of language pairs" if masks else "Results"
+        title += f", masks {next(iter(masks))}" if len(masks) > 1 else ""
         print(f"wrote {write_report(args.report, title, *about)}")
 
 

@@ -103,11 +103,12 @@ def main() -> None:
     results["iou"] = dict(zip(STACKS, iou, strict=True))
     results["kept"] = {pair: 1 - sum((s := masks.sparsity(pair)).values()) / len(s) for pair in masks.language_pairs}
     print("\n" + table(rows))
-    print("\nwhat is trained\n" + table([{"run": name, "": what} for name, what in METHODS.items()]))
+    trained = [{"run": name, "what is trained": what} for name, what in METHODS.items()]
+    print("\n" + table(trained))
     print("\nIoU of the neurons of two languages' pairs, mean over layers")
     print(table([{"stack": side, **iou} for side, iou in results["iou"].items()]))
     seconds = round(time.perf_counter() - started, 1)
-    results |= {"comparison": rows, "seed": training.seed, "seconds": seconds}
+    results |= {"comparison": rows, "runs": trained, "seed": training.seed, "seconds": seconds}
     path = write_results(str(training.output_dir), results)
     report = f"{training.output_dir}/report.html"
     write_report(report, "Neurons of artificial languages", masks, [str(training.output_dir)], toy.family)

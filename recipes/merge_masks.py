@@ -33,6 +33,9 @@ def main() -> None:
     (args,) = parse(MergeArguments)
     if len(args.adapters) < 2:
         raise ValueError(f"Expected two adapters or more to merge, got {' '.join(args.adapters)}.")
+    repeated = sorted({adapter for adapter in args.adapters if args.adapters.count(adapter) > 1})
+    if repeated:
+        raise ValueError(f"Each adapter may be named once, but these are repeated: {', '.join(repeated)}.")
     check_not_input(args.output_dir, *args.adapters)
     biased = [adapter for adapter in args.adapters if read_config(adapter).get("mask_bias")]
     if biased:

@@ -10,6 +10,8 @@ With --card_only model_cards/name in the place of --repo, the card is written th
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from huggingface_hub.errors import HfHubHTTPError
+
 from neuron_specialization.export.hub import facts_from_results, publish
 from neuron_specialization.neurons.card import CardFacts, describe_adapter
 from neuron_specialization.translation.command_line import parse, run
@@ -42,7 +44,13 @@ def main() -> None:
     facts = CardFacts(args.repo, args.license, args.datasets, args.sentence)
     facts = facts_from_results(facts, args.scores, args.training, args.identification, args.adapter)
     if args.repo is not None:
-        print(f"published {publish(args.adapter, facts, private=args.private or None)}")
+        try:
+            print(f"published {publish(args.adapter, facts, private=args.private or None)}")
+        except (HfHubHTTPError, ConnectionError) as error:
+            raise ValueError(
+                f"The Hub did not take {args.repo}: {str(error).splitlines()[0]} Nothing changed here; log in with "
+                "`hf auth login`, as someone who may write there, and try again."
+            ) from error
     else:
         Path(args.card_only).mkdir(parents=True, exist_ok=True)
         wrote = describe_adapter(args.adapter, facts, args.card_only)

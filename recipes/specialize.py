@@ -15,7 +15,8 @@ from transformers import set_seed
 
 import neuron_specialization as ns
 from neuron_specialization.adapter.adding_pairs import trainable_shares
-from neuron_specialization.export.hub import facts_from_results
+from neuron_specialization.adapter.routing import is_routed
+from neuron_specialization.export.hub import facts_from_results, identification_beside
 from neuron_specialization.neurons.card import CardFacts, describe_adapter
 from neuron_specialization.neurons.files import check_not_input
 from neuron_specialization.translation.arguments import DataArguments, ModelArguments
@@ -95,8 +96,9 @@ def main() -> None:
         source_tag=data.source_tag,
         max_length=data.max_length,
     )
-    if isinstance(model, PeftModel) and training.process_index == 0 and not metrics["finished_before"]:
-        facts = facts_from_results(CardFacts(), training=f"{training.output_dir}/run.json")
+    identified = identification_beside(args.masks)
+    if identified and is_routed(model) and training.process_index == 0 and not metrics["finished_before"]:
+        facts = facts_from_results(CardFacts(), training=f"{training.output_dir}/run.json", identification=identified)
         describe_adapter(metrics["saved"], facts)
     if shares:
         metrics["share_of_rows_trained"] = shares

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from peft import get_peft_model
 
-from neuron_specialization import console
+from neuron_specialization import NeuronSpecializationConfig, console
 from neuron_specialization.neurons.masks import NeuronMasks
 
 from .conftest import make_m2m100, make_masks
@@ -47,7 +48,8 @@ def test_info_tells_what_an_adapter_holds(monkeypatch, capsys, tmp_path):
     make_masks(make_m2m100()).save_pretrained(tmp_path)
     run(monkeypatch, "info", tmp_path)
     out = capsys.readouterr().out
-    assert re.search("trained +none", out) and re.search("pairs +4", out) and "CumulativeThreshold (k=0.6)" in out
+    assert re.search("trained +none", out) and re.search("pairs +4: en-de, ", out)
+    assert "CumulativeThreshold (k=0.6)" in out
     assert repr(NeuronMasks.from_pretrained(tmp_path)) in out
 
 
@@ -64,3 +66,14 @@ def test_what_is_no_adapter_is_an_error_of_one_sentence(monkeypatch, capsys, tmp
     with pytest.raises(SystemExit):
         run(monkeypatch, "info", tmp_path)
     assert capsys.readouterr().err.startswith(f"Error: {tmp_path} is not an adapter directory")
+
+
+def test_info_names_every_pair_and_the_settings_of_what_was_trained(monkeypatch, capsys, tmp_path):
+    pairs = [f"en-{code}" for code in ("de", "fr", "es", "pt", "cs", "ru", "fi", "hu", "vi")]
+    model = make_m2m100()
+    settings = {"trainable": "low_rank", "r": 3, "default_pair": "base", "task_type": "SEQ_2_SEQ_LM"}
+    config = NeuronSpecializationConfig(masks=make_masks(model, pairs=pairs), **settings)
+    get_peft_model(model, config).save_pretrained(tmp_path)
+    run(monkeypatch, "info", tmp_path)
+    out = capsys.readouterr().out
+    assert f"9: {', '.join(pairs)}" in out and "low_rank (r=3, default_pair=base)" in out

@@ -220,6 +220,20 @@ def test_an_interrupted_upload_leaves_no_half_of_it_and_can_be_repeated(hub, tmp
     assert "license: cc-by-4.0" in card and '"me/adapter"' in card and "(kept_neurons.svg)" in card
 
 
+def test_publishing_without_the_right_token_or_a_network_says_so_in_one_sentence(hub, tmp_path, monkeypatch, capsys):
+    adapted().save_pretrained(tmp_path / "adapter")
+    words = ("--adapter", tmp_path / "adapter", "--repo", "me/adapter")
+    monkeypatch.setenv("HF_TOKEN", "hf_of_somebody_else")
+    with pytest.raises(SystemExit):
+        recipe("publish", monkeypatch, *words)
+    error = capsys.readouterr().err
+    assert "Error: The Hub did not take me/adapter: " in error and "401" in error and "`hf auth login`" in error
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(SystemExit):
+        recipe("publish", monkeypatch, *words)
+    assert "Error: The Hub did not take me/adapter: " in capsys.readouterr().err and not hub.revisions
+
+
 def test_publishing_what_is_no_adapter_is_refused_before_anything_is_sent(hub, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         recipe("publish", monkeypatch, "--adapter", tmp_path, "--repo", "me/adapter")
@@ -245,6 +259,9 @@ def test_merging_says_whose_training_is_left_out(tmp_path, monkeypatch, capsys):
     make_masks(make_m2m100(), pairs=("en-cs",)).save_pretrained(tmp_path / "masks")
     make_masks(make_m2m100(), pairs=("en-fi",)).save_pretrained(tmp_path / "more")
     merge = "merge_masks", monkeypatch, "--output_dir", tmp_path / "merged", "--adapters", tmp_path / "masks"
+    with pytest.raises(SystemExit):
+        recipe(*merge, tmp_path / "masks")
+    assert "Each adapter may be named once, but these are repeated" in capsys.readouterr().err
     recipe(*merge, tmp_path / "more")
     assert "is not merged" not in capsys.readouterr().out
     recipe(*merge, tmp_path / "trained")

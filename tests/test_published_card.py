@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 from peft import get_peft_model
 
 import neuron_specialization as ns
+from neuron_specialization.baselines.ffn_copies import ffn_copies
 from neuron_specialization.export.hub import facts_from_results
 from neuron_specialization.neurons.card import CardFacts, describe_adapter, is_edited, render_card
 
@@ -135,6 +136,41 @@ def test_a_published_card_names_no_directory_of_its_author(tmp_path):
     assert "secret_project" not in (tmp_path / "adapter" / "README.md").read_text()
 
 
+def test_a_base_in_a_folder_beside_is_not_taken_for_one_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_m2m100().save_pretrained("checkpoints/small")
+    model = type(make_m2m100()).from_pretrained("checkpoints/small")
+    config = ns.NeuronSpecializationConfig(masks=make_masks(model), task_type="SEQ_2_SEQ_LM")
+    get_peft_model(model, config).save_pretrained("adapter")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")  # from where checkpoints/small could be a name on the Hub
+    describe_adapter("../adapter", CardFacts("me/adapter"))
+    text = Path("../adapter/README.md").read_text()
+    assert ModelCard(text).data.base_model is None and 'base = "path/to/base"' in text and "me/adapter" in text
+
+
+def test_results_of_another_stage_are_refused(tmp_path):
+    for name, trainable in (("ours", "delta"), ("other", "low_rank")):
+        config = ns.NeuronSpecializationConfig(masks=make_masks(make_m2m100()), trainable=trainable)
+        get_peft_model(make_m2m100(), config).save_pretrained(tmp_path / name / "adapter")
+        (tmp_path / name / "run.json").write_text(json.dumps(RUN))
+    (tmp_path / "fine_tune" / "model").mkdir(parents=True)
+    (tmp_path / "fine_tune" / "run.json").write_text(json.dumps(RUN))
+    ours = tmp_path / "ours" / "adapter"
+    facts = facts_from_results(CardFacts(), training=tmp_path / "ours" / "run.json", adapter=ours)
+    assert facts.training["updates"] == 7
+    for name, message in (("other", "which differs from"), ("fine_tune", "a model without adapter, not of")):
+        for kind in ("scores", "training"):
+            with pytest.raises(ValueError, match=message):
+                facts_from_results(CardFacts(), **{kind: tmp_path / name / "run.json"}, adapter=ours)
+
+
+def test_a_card_of_ffn_copies_promises_no_usage():
+    masks = ffn_copies(make_m2m100(), ["en-de", "en-fr"]).peft_config["default"].masks
+    text = render_card({**masks.metadata(), "trainable": "full"}, {}, CardFacts())
+    assert "It loads onto no checkpoint" in text and "from_pretrained" not in text
+
+
 def test_a_card_alone_tells_what_recipes_measured_and_names_no_directory(tmp_path, run_here, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_m2m100().save_pretrained(tmp_path / "secret_project")
@@ -172,3 +208,31 @@ def test_committed_cards_are_as_they_were_written(path):
     assert ("| counted on |" in text) == (not path.parent.name.startswith("tatoeba-sequential")) and (
         path.parent / "kept_neurons.svg"
     ).is_file()
+
+
+@pytest.fixture(scope="module")
+def committed_scores():
+    """Result, method, seed, order → direction → its scores as cards print them, of every committed comparison."""
+    found = {}
+    for path in sorted((ROOT / "recipes" / "results").glob("**/results.json")):
+        for row in json.loads(path.read_text()).get("rows", []):
+            if row.get("bleu") is not None and "direction" in row:
+                run = (path.parent.name, row.get("method"), row.get("seed"), row.get("order"))
+                found.setdefault(run, {})[row["direction"]] = (f"{row['bleu']:.2f}", f"{row['chrf++']:.2f}")
+    return found
+
+
+SCORED_ALONE = ("adding-pairs", "continued-pretraining", "multi30k-specialized")  # their results are no comparisons
+
+
+@pytest.mark.parametrize("path", CARDS, ids=lambda path: path.parent.name)
+def test_committed_cards_have_the_scores_of_the_run_in_their_name(path, committed_scores):
+    name = path.parent.name
+    table = re.findall(r"^\| (\S+-\S+) \| \d+ \| ([\d.]+) \| ([\d.]+) \|$", path.read_text(), re.M)
+    told = {direction: scores for direction, *scores in table}
+    assert bool(told) == ("-identified" not in name)
+    if told and not name.startswith(SCORED_ALONE):
+        runs = [run for run, of in committed_scores.items() if all(list(of.get(d, ())) == s for d, s in told.items())]
+        ends = {re.sub("[_=]", "-", method) + (f"-seed-{seed}" if seed else "") for _, method, seed, _ in runs}
+        assert any(end in name and ("-seed-" in end) == ("-seed-" in name) for end in ends), runs
+        assert any("short" in result for result, *_ in runs) == ("-short" in name), runs

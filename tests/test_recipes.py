@@ -130,6 +130,7 @@ def test_specialize_then_evaluate_then_translate(identified, workspace, toy_file
     if masks == "masks":
         card = (output / "adapter" / "README.md").read_text()
         assert "| updates | 4 |" in card and "| per_device_train_batch_size | 8 |" in card
+        assert "| counted on |" in card, "by identify, whose results lie beside the masks"
     where = ["--model_name_or_path", str(toy_checkpoint), "--adapter", str(output / "adapter")]
     if masks == "none":
         where = ["--model_name_or_path", str(output / "model")]
@@ -363,6 +364,7 @@ def test_the_comparison_runs_by_stages_and_makes_its_tables_from_those_that_are_
     assert "Test loss and scores" in (output / "report.html").read_text()
     assert "== ours, seed 0" in printed and "Premise not tested" in printed and "unfinished" in printed
     assert "Baseline: unknown whether" in printed and "Updates of joint methods: 2 (fine_tune, ours)" in printed
+    assert "| updates | 2 |" in (output / "ours" / "seed-0" / "adapter" / "README.md").read_text()
     results = json.loads((output / "results.json").read_text())
     assert len(results["rows"]) == 3 * 2 and len(results["stages"]) == 3
     keys = {"method", "seed", "direction", "loss", "chrf++", "bleu", "updates", "seconds"}

@@ -63,10 +63,13 @@ def describe(adapter: str) -> str:
     base = masks.base_model_name_or_path or "not recorded"
     fingerprint = ", ".join(f"{name} {value}" for name, value in masks.fingerprint.items())
     tokens = ", ".join(f"{code}={token}" for code, token in (masks.language_token_ids or {}).items())
+    of_low_rank = ("r",) if config.get("trainable") == "low_rank" else ()
+    settings = {key: config.get(key) for key in (*of_low_rank, "update_only", "protected_pairs", "default_pair")}
+    told = ", ".join(f"{key}={value}" for key, value in settings.items() if value)
     facts = {
         "base model": f"{base} ({fingerprint})" if fingerprint else base,
-        "trained": config.get("trainable", "not recorded"),
-        "pairs": len(masks.language_pairs),
+        "trained": config.get("trainable", "not recorded") + (f" ({told})" if told else ""),
+        "pairs": f"{len(masks.language_pairs)}: {', '.join(masks.language_pairs)}",
         "selector": describe_selector(masks.selector) or "not recorded",
         "token ids": tokens or "not recorded",
     }

@@ -15,16 +15,8 @@ from ..neurons.adapter_file import CONFIG_NAME, WEIGHTS_NAME, digest_of_weights,
 from ..neurons.card import CARD_NAME, CardFacts, describe_adapter, keep_card_of_hub
 from ..neurons.kept_picture import PICTURE_NAME
 from ..neurons.masks import NeuronMasks
+from ..neurons.training_facts import reading_json, training_facts
 
-_TRAINING = (
-    *("max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "per_device_train_batch_size"),
-    *("temperature", "label_smoothing_factor", "weight_decay", "seed", "bf16", "fp16"),
-)
-_VALIDATION = {
-    "base_validation_loss": "validation loss of the base",
-    "masked_validation_loss": "under the masks, not trained",
-    "best_validation_loss": "of what was saved",
-}
 _STAGES = ("compare_methods", "transfer_sequentially")
 _SCORE = ("bleu", "chrf++", "bleu_signature", "chrf++_signature", "sentences")
 
@@ -85,33 +77,48 @@ def facts_from_results(
             another model than the adapter.
     """
     if scores is not None:
+        _check_stage(scores, adapter)
         facts = replace(facts, **_scored(scores, adapter))
     if training is not None:
-        facts = replace(facts, training=_trained(training))
+        _check_stage(training, adapter)
+        facts = replace(facts, training=training_facts(training))
     if identification is not None:
         facts = replace(facts, identification=_counted(identification, adapter))
     return facts
 
 
-@contextmanager
-def _reading(path: str | PathLike[str], what: str) -> Iterator[Any]:
-    """Yield what a JSON file holds; whatever its reader then misses is an error that names the file."""
+def identification_beside(masks: str | PathLike[str]) -> Path | None:
+    """Return the results that `recipes/identify.py` wrote beside the masks of a directory, if they are there."""
+    path = Path(masks) / "results.json"
     try:
-        yield json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not {what}: {error!r}.") from error
+        written = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return path if isinstance(written, dict) and written.get("recipe") == "identify" else None
 
 
 @contextmanager
 def _results(path: str | PathLike[str], recipe: str, *others: str) -> Iterator[dict[str, Any]]:
     """Yield the results that a recipe wrote, or one of others."""
-    with _reading(path, f"the complete results.json of recipes/{recipe}.py") as results:
+    with reading_json(path, f"the complete results.json of recipes/{recipe}.py") as results:
         author = results.get("recipe")
         known = author in (recipe, *others)
         if known:
             yield results
     if not known:
         raise ValueError(f"{path} was written by {author or 'something else'}, expected recipes/{recipe}.py.")
+
+
+def _check_stage(path: str | PathLike[str], adapter: str | PathLike[str] | None) -> None:
+    """Raise ValueError if a file stands beside another trained model than the adapter: a stage keeps both together."""
+    beside = Path(path).parent
+    trained = beside / "adapter"
+    if adapter is None:
+        return
+    if trained.is_dir() and digest_of_weights(trained) != digest_of_weights(adapter):
+        raise ValueError(f"{path} tells of {trained}, which differs from {adapter}.")
+    if not trained.is_dir() and (beside / "model").is_dir():
+        raise ValueError(f"{path} tells of {beside / 'model'}, a model without adapter, not of {adapter}.")
 
 
 def _scored(path: str | PathLike[str], adapter: str | PathLike[str] | None) -> dict[str, Any]:
@@ -140,20 +147,6 @@ def _scored_in_stage(part: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         told = {**row, **part["signatures"][direction], "sentences": len(part["translations"][direction])}
         scores[direction] = {key: told[key] for key in _SCORE}
     return scores
-
-
-def _trained(path: str | PathLike[str]) -> dict[str, Any]:
-    with _reading(path, "the run.json of a finished training run") as run:
-        settings, result = run["depends_on"], run["result"]
-        told = {"updates": result["updates"]}
-        told |= {name: settings.get(name) for name in _TRAINING if settings.get(name) is not False}
-        batches = next((value for name, value in settings.items() if name.startswith("batches per update")), None)
-        told |= {"batches per update": batches, "target tokens": result.get("target_tokens")}
-        told |= {title: f"{result[key]:.4f}" for key, title in _VALIDATION.items() if result.get(key) is not None}
-        told |= {"trained on": str(settings.get("training data", "")).partition(",")[0]}
-        versions = result.get("environment", {})
-        told |= {name: versions.get(name) for name in ("device", "torch", "transformers", "peft")}
-        return {name: value for name, value in told.items() if value not in (None, "")}
 
 
 def _counted(path: str | PathLike[str], adapter: str | PathLike[str] | None) -> dict[str, Any]:

@@ -118,7 +118,16 @@ def describe_adapter(
     tensors = adapter_file.read_weights(adapter_file.fetch(directory, adapter_file.WEIGHTS_NAME))
     keys = {name: adapter_file.mask_key(name) for name in config["d_ff"]}
     packed = {name: tensors[key] for name, key in keys.items() if key in tensors}
+    if _names_no_base(Path(directory) / CARD_NAME):
+        config = {**config, "base_model_name_or_path": None}
     return write_card(card_directory or directory, config, packed, facts)
+
+
+def _names_no_base(card: Path) -> bool:
+    """Whether a card of this package names no base: it was a directory from where the adapter was saved."""
+    if not card.is_file() or _MARK.search(text := card.read_text(encoding="utf-8")) is None:
+        return False
+    return ModelCard(text, ignore_metadata_errors=True).data.base_model is None
 
 
 def keep_card_of_hub(api: HfApi, repo_id: str, directory: str | PathLike[str]) -> None:
@@ -179,6 +188,7 @@ def render_card(config: Mapping[str, Any], packed: Mapping[str, torch.Tensor], f
         picture=packed and PICTURE_NAME,
         selector=describe_selector(config.get("selector")),
         control=_CONTROLS.get((config.get("selector") or {}).get("name", "")),
+        widened=(config.get("selector") or {}).get("name") == "ffn_copies",
         can_compose=routes.source_tag == "source",
         **_evaluation(facts.scores),
         test_data=facts.test_data,

@@ -33,9 +33,10 @@ def check_same_base(a: "NeuronMasks", b: "NeuronMasks") -> None:
     if a.fingerprint and b.fingerprint and a.fingerprint != b.fingerprint:
         raise ValueError(f"These masks were made for different models: {a.fingerprint} and {b.fingerprint}.")
     if not same_weights(a.weights_sample, b.weights_sample):
+        names = [each.base_model_name_or_path or "not recorded" for each in (a, b)]
         raise ValueError(
-            "These masks were made for checkpoints with different weights "
-            f"({a.base_model_name_or_path} and {b.base_model_name_or_path}), so their neurons do not correspond."
+            f"These masks were made for checkpoints with different weights ({' and '.join(names)}), so their neurons "
+            "do not correspond."
         )
 
 

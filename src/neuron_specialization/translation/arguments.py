@@ -135,5 +135,5 @@ def as_mapping(words: Sequence[str]) -> dict[str, str]:
     pairs = [word.split("=", 1) for word in words]
     wrong = [word for word, pair in zip(words, pairs, strict=True) if len(pair) != 2]
     if wrong:
-        raise ValueError(f"Expected code=value, such as de=deu_Latn, got {' '.join(wrong)}.")
+        raise ValueError(f"Expected name=value, such as de=deu_Latn, got {' '.join(wrong)}.")
     return {code: value for code, value in pairs}

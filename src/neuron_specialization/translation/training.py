@@ -18,13 +18,15 @@ from transformers import (
 
 from ..adapter.routing import is_routed
 from ..neurons.base_model import number_of_positions, unwrap
+from ..neurons.card import CardFacts, describe_adapter
 from ..neurons.files import begin_writing, check_not_input, check_replaceable, finish_writing, partial_folder
 from ..neurons.language_pairs import split_pair
+from ..neurons.training_facts import training_facts
 from .denoising import Noise
 from .encoding import encode_parallel
 from .processes import this_process
 from .results import environment
-from .runs import Run, discard_run, load_trained, run_dependencies, seconds_until
+from .runs import RUN_FILE, Run, discard_run, load_trained, run_dependencies, seconds_until
 from .tokenization import resolve_tokens
 from .trainer import SpecializationTrainer, SpecializationTrainingArguments, check_max_steps
 
@@ -45,7 +47,8 @@ def fit(
 ) -> dict[str, Any]:
     """Train `model` on every direction of `train`, resuming from the newest complete checkpoint if there is one.
 
-    The result is saved with its tokenizer as `adapter` (for a model with adapters) or `model` in the output directory.
+    The result is saved with its tokenizer as `adapter` (for a model with adapters; its card tells of the training) or
+    `model` in the output directory.
 
     With validation data, the model is evaluated before the first update (a model with adapters also without them) and
     every `eval_steps`, and left at its best validation loss, in nats per target token without the language tag.
@@ -149,6 +152,8 @@ def _train(trainer: SpecializationTrainer, run: Run, directory: Path, overwrite:
         "environment": environment(),
     }
     run.write()
+    if is_routed(trainer.model) and trainer.is_world_process_zero():
+        describe_adapter(directory, CardFacts(training=training_facts(run.directory / RUN_FILE)))
     return run.result
 
 
