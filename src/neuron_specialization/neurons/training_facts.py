@@ -28,7 +28,7 @@ def reading_json(path: str | PathLike[str], what: str) -> Iterator[Any]:
 
 
 def training_facts(path: str | PathLike[str]) -> dict[str, Any]:
-    """Return the settings of a training run and what came of it: name → value, for `CardFacts.training`.
+    """Return the settings of a training run and what came of it, for a card: name → value.
 
     Raises:
         ValueError: if the file is not the run.json of a finished training run.
