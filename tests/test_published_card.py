@@ -80,6 +80,10 @@ def test_scores_are_read_from_a_stage_of_a_comparison_too(tmp_path):
     part |= {"translations": {"en-de": ["Ein Hund."] * 1000}}
     (tmp_path / "part.json").write_text(json.dumps(part))
     assert facts_from_results(CardFacts(), scores=tmp_path / "part.json").scores == SCORES
+    (tmp_path / "part.json").write_text(json.dumps({**part, "num_beams": 1}))
+    facts = facts_from_results(CardFacts(), scores=tmp_path / "part.json")
+    config = {**make_masks(make_m2m100(), pairs=("en-de",)).metadata(), "trainable": "full"}
+    assert "## Evaluation\n\nGreedy:\n\n| direction |" in render_card(config, {}, facts)
     (tmp_path / "part.json").write_text(json.dumps({**part, "signatures": {}}))
     with pytest.raises(ValueError, match="part.json is not the complete results.json"):
         facts_from_results(CardFacts(), scores=tmp_path / "part.json")

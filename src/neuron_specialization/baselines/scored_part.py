@@ -21,7 +21,7 @@ def scored_part(
     num_beams: int,
     **convention: Any,
 ) -> dict[str, Any]:
-    """Return what a stage keeps of its model: "rows", "signatures" and "translations".
+    """Return what a stage keeps of its model: "rows", "signatures", "translations" and their "num_beams".
 
     Args:
         model: the trained model.
@@ -58,4 +58,9 @@ def scored_part(
         for pair in pairs
     ]
     signatures = {pair: {k: v for k, v in directions[pair].items() if k.endswith("signature")} for pair in pairs}
-    return {"rows": rows, "signatures": signatures, "translations": scored["translations"]}
+    return {
+        "rows": rows,
+        "signatures": signatures,
+        "translations": scored["translations"],
+        "num_beams": num_beams,
+    }

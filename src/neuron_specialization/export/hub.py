@@ -125,7 +125,7 @@ def _scored(path: str | PathLike[str], adapter: str | PathLike[str] | None) -> d
     """Return the scores of every direction, the name of the data that they are on, and the beams."""
     with _results(path, "score", "continue_pretraining", *_STAGES) as results:
         if results["recipe"] in _STAGES:
-            return {"scores": _scored_in_stage(results)}
+            return {"scores": _scored_in_stage(results), "num_beams": results.get("num_beams")}
         directions = results.get("scores", results)["directions"]  # of continue_pretraining, beside its training
         scores = {direction: {key: of[key] for key in _SCORE} for direction, of in directions.items()}
         settings = _settings(results)
