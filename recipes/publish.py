@@ -48,8 +48,8 @@ def main() -> None:
             print(f"published {publish(args.adapter, facts, private=args.private or None)}")
         except (HfHubHTTPError, ConnectionError) as error:
             raise ValueError(
-                f"The Hub did not take {args.repo}: {str(error).splitlines()[0]} Nothing changed here; log in with "
-                "`hf auth login`, as someone who may write there, and try again."
+                f"The Hub did not take {args.repo}: {str(error).splitlines()[0]} Log in with `hf auth login`, as "
+                "someone who may write there, and try again."
             ) from error
     else:
         Path(args.card_only).mkdir(parents=True, exist_ok=True)

@@ -127,7 +127,7 @@ def _names_no_base(card: Path) -> bool:
     """Whether a card of this package names no base: it was a directory from where the adapter was saved."""
     if not card.is_file() or _MARK.search(text := card.read_text(encoding="utf-8")) is None:
         return False
-    return ModelCard(text, ignore_metadata_errors=True).data.base_model is None
+    return "base_model" not in ModelCard(text, ignore_metadata_errors=True).data.to_dict()
 
 
 def keep_card_of_hub(api: HfApi, repo_id: str, directory: str | PathLike[str]) -> None:

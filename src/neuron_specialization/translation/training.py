@@ -152,7 +152,8 @@ def _train(trainer: SpecializationTrainer, run: Run, directory: Path, overwrite:
         "environment": environment(),
     }
     run.write()
-    if is_routed(trainer.model) and trainer.is_world_process_zero():
+    model: Any = trainer.model
+    if is_routed(model) and trainer.is_world_process_zero():
         describe_adapter(directory, CardFacts(training=training_facts(run.directory / RUN_FILE)))
     return run.result
 
