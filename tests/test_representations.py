@@ -220,7 +220,7 @@ def test_the_recipe_finds_a_copy_the_same_and_another_model_not(run_here, option
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (["--models", "source"], "Expected code=value"),
+        (["--models", "source"], "Expected name=value"),
         (["--models", "random={checkpoint}"], "cannot name a model"),
         (["--models", "source={nowhere}"], "Cannot load"),
         (["--languages", "Pv", "Aa", "Xx"], "no column 'Xx'"),
