@@ -47,8 +47,9 @@ def main() -> None:
         try:
             print(f"published {publish(args.adapter, facts, private=args.private or None)}")
         except (HfHubHTTPError, ConnectionError) as error:
+            reason = str(error).partition("\n")[0]
             raise ValueError(
-                f"The Hub did not take {args.repo}: {str(error).splitlines()[0]} Log in with `hf auth login`, as "
+                f"The Hub did not take {args.repo}: {reason} Log in with `hf auth login`, as "
                 "someone who may write there, and try again."
             ) from error
     else:

@@ -96,7 +96,8 @@ def main() -> None:
         source_tag=data.source_tag,
         max_length=data.max_length,
     )
-    identified = None if where.adapter else identification_beside(args.masks)  # else of the added pairs alone
+    # with --adapter, the masks and what was counted for them are those of the added pairs alone
+    identified = None if where.adapter else identification_beside(args.masks)
     if identified and is_routed(model) and training.process_index == 0 and not metrics["finished_before"]:
         facts = facts_from_results(CardFacts(), training=f"{training.output_dir}/run.json", identification=identified)
         describe_adapter(metrics["saved"], facts)

@@ -103,6 +103,9 @@ def describe_adapter(
 ) -> bool:
     """Write README.md and its picture for the adapter whose files stand in a directory, unless it was edited.
 
+    A base that the card there does not name was a folder when the adapter was saved, and stays unnamed. Delete that
+    card if the base has gone to the Hub since, and its name in adapter_config.json is the one it has there.
+
     Args:
         directory: the adapter's directory.
         facts: what its files do not tell.
