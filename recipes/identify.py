@@ -7,7 +7,7 @@ accelerate launch --quiet recipes/identify.py --config recipes/configs/identify/
 
 import importlib.util
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import neuron_specialization as ns
 from neuron_specialization.analysis.report import write_report
@@ -17,6 +17,7 @@ from neuron_specialization.neurons.card import CardFacts, describe_adapter
 from neuron_specialization.neurons.extras import install
 from neuron_specialization.neurons.ffn import STACKS
 from neuron_specialization.neurons.files import atomic_directory, check_not_input, check_replaceable
+from neuron_specialization.neurons.selector_description import RANDOM_WEIGHTS_SEED
 from neuron_specialization.neurons.stability import stability
 from neuron_specialization.translation.arguments import DataArguments, ModelArguments
 from neuron_specialization.translation.checkpoints import load_adapted, untrained_model
@@ -89,6 +90,8 @@ def main() -> None:
         found = find_smallest_k(model, tokenizer, corpus, counts, **options)
         selector, masks, tried = ns.CumulativeThreshold(found.k), found.masks, {"tried": found.rows()}
         print(f"validation loss under masks, without training: k = {found.k}\n{table(found.rows())}")
+    if args.untrained:
+        masks = replace(masks, selector={**masks.selector, RANDOM_WEIGHTS_SEED: args.seed})
     kept = {pair: {name: 1 - share for name, share in masks.sparsity(pair).items()} for pair in masks.language_pairs}
     print("share of neurons kept")
     print(table([{"block": name, **{pair: kept[pair][name] for pair in kept}} for name in masks.rows]))

@@ -5,11 +5,14 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from peft import get_peft_model
 
 import neuron_specialization as ns
+from neuron_specialization.baselines.bottleneck import bottleneck_adapters
 from neuron_specialization.baselines.ffn_copies import ffn_copies
+from neuron_specialization.baselines.lass import lass, magnitude_masks
 from neuron_specialization.export.hub import facts_from_results
 from neuron_specialization.neurons.card import CardFacts, describe_adapter, is_edited, render_card
 
@@ -169,10 +172,26 @@ def test_results_of_another_stage_are_refused(tmp_path):
                 facts_from_results(CardFacts(), **{kind: tmp_path / name / "run.json"}, adapter=ours)
 
 
-def test_a_card_of_ffn_copies_promises_no_usage():
-    masks = ffn_copies(make_m2m100(), ["en-de", "en-fr"]).peft_config["default"].masks
-    text = render_card({**masks.metadata(), "trainable": "full"}, {}, CardFacts())
-    assert "It loads onto no checkpoint" in text and "from_pretrained" not in text
+def under_weight_masks(model, pairs):
+    kept = magnitude_masks(model, 0.3)
+    return lass(model, {name: torch.stack([rows] * len(pairs)) for name, rows in kept.items()}, pairs)
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [
+        (ffn_copies, "its base was widened"),
+        (under_weight_masks, "its base was put under masks of single weights"),
+        (
+            lambda model, pairs: bottleneck_adapters(model, pairs, 4),
+            "its base was given a bottleneck after every layer",
+        ),
+    ],
+)
+def test_a_card_of_an_adapter_whose_base_was_changed_promises_no_usage(method, reason, tmp_path):
+    method(make_m2m100(), ["en-de", "en-fr"]).save_pretrained(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert f"**It loads onto no checkpoint**: {reason}" in text and "from_pretrained" not in text
 
 
 def test_a_card_alone_tells_what_recipes_measured_and_names_no_directory(tmp_path, run_here, monkeypatch):
@@ -209,9 +228,10 @@ def test_committed_cards_are_as_they_were_written(path):
     text, trained = path.read_text(), "-identified" not in path.parent.name
     assert not is_edited(path) and "More Information Needed" not in text
     assert ("BLEU: `nrefs" in text) == ("| updates |" in text) == trained and not re.search(r"[\s\"'`({]/\w", text)
-    uncounted = path.parent.name.startswith("tatoeba-sequential") or "-ffn-copies" in path.parent.name
-    assert ("| counted on |" in text) != uncounted and (path.parent / "kept_neurons.svg").is_file()
-    assert ("It loads onto no checkpoint" in text) == ("-ffn-copies" in path.parent.name)
+    changed = any(word in path.parent.name for word in ("-ffn-copies", "-lass", "-adapter-", "-untrained"))
+    assert ("It loads onto no checkpoint" in text) == changed and (path.parent / "kept_neurons.svg").is_file()
+    uncounted = path.parent.name.startswith(("tatoeba-sequential", "tatoeba-pruning")) or (changed and trained)
+    assert ("| counted on |" in text) != uncounted
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +241,8 @@ def committed_scores():
     for path in sorted((ROOT / "recipes" / "results").glob("**/results.json")):
         for row in json.loads(path.read_text()).get("rows", []):
             if row.get("bleu") is not None and "direction" in row:
-                run = (path.parent.name, row.get("method"), row.get("seed"), row.get("order"))
+                pruned = "-".join(row.get(key, "") for key in ("when", "criterion", "scope"))
+                run = (path.parent.name, pruned.strip("-") or row.get("method"), row.get("seed"), row.get("order"))
                 found.setdefault(run, {})[row["direction"]] = (f"{row['bleu']:.2f}", f"{row['chrf++']:.2f}")
     return found
 

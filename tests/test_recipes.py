@@ -98,6 +98,20 @@ def test_identify_writes_masks_counts_and_a_report(identified, workspace, toy_fi
     assert all(pair in page for pair in PAIRS) and "CumulativeThreshold (k=0.7)" in page and "overlap, encoder" in page
 
 
+def test_masks_of_random_weights_are_not_taken_for_those_of_the_checkpoint(
+    identified, workspace, toy_files, toy_checkpoint, run_here
+):
+    options = ("--model_name_or_path", str(toy_checkpoint), "--validation_file", str(toy_files / "validation.jsonl"))
+    options += ("--language_pairs", *PAIRS, "--k", "0.7", "--untrained", "true", "--seed", "3")
+    run_here("identify.py", *options, "--output_dir", str(workspace / "random"))
+    masks, of_checkpoint = map(ns.NeuronMasks.from_pretrained, (workspace / "random", identified[0]))
+    assert of_checkpoint.base_model_name_or_path == str(toy_checkpoint) and masks.base_model_name_or_path is None
+    assert masks.selector == {**of_checkpoint.selector, "random_weights_seed": 3}
+    card = (workspace / "random" / "README.md").read_text()
+    assert "**It loads onto no checkpoint**: activations were counted in a model with random weights" in card
+    assert "train under them first" not in card and "from_pretrained" not in card
+
+
 def test_identify_gives_the_same_under_two_processes(identified, workspace, toy_files, toy_checkpoint):
     run(
         "identify.py",

@@ -79,6 +79,14 @@ def test_transfer_pruning_and_mass_follow_each_other(run_here, options, tmp_path
         (when, *each): (1, updates) for when, updates in (("before", 2), ("retrained", 1)) for each in chosen
     }
 
+    stage = (
+        tmp_path / "more" / "seed-0" / "sequential" / "Pv-Aa" / "retrained" / "most_activated" / "layer-0.25-draw-0"
+    )
+    told = ["--adapter", stage / "adapter", "--scores", stage / "part.json", "--training", stage / "run.json"]
+    run_here("publish.py", *map(str, told), "--card_only", str(tmp_path / "card"))
+    card = (tmp_path / "card" / "README.md").read_text()
+    assert 'criterion="most_activated"' in card and "| updates | 1 |" in card and "| Pv-Ba | " in card
+
     mass = [*options, *where, "--output_dir", str(tmp_path / "mass"), "--tagged_file"]
     error = run_here("mass_activation.py", *mass, options[-1], fails=True)
     assert "lacks text, tokens, upos" in error and not (tmp_path / "mass").exists()

@@ -4,8 +4,8 @@ import sys
 from argparse import ArgumentParser
 
 from .neurons.adapter_file import read_config
-from .neurons.card import describe_selector
 from .neurons.masks import NeuronMasks
+from .neurons.selector_description import describe_selector
 
 RECIPES = {
     "identify": "Find the neurons that each language pair uses.",

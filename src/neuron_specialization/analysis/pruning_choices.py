@@ -1,6 +1,7 @@
 """Which neurons a pruning experiment takes out, by the name of a choice; and tables of what that did."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -120,8 +121,10 @@ def choose(mass: MassActivation, choice: str, rate: float, scope: Scope = "layer
         rows = {block: masks.row(of, block).unsqueeze(0).clone() for block in masks.rows}
         selector = {"name": UNSPECIALIZED, "pair": of, "k": 1 - rate}
         return NeuronMasks(rows=rows, routes=Routes.per_pair([DEFAULT_PAIR]), selector=selector, **mass.origin)
-    scores = pruning_scores(mass, of if name == MASS_MATCHED else name, draw)
-    masks = prune(scores, rate, mass.origin, scope)
+    criterion = of if name == MASS_MATCHED else name
+    masks = prune(pruning_scores(mass, criterion, draw), rate, mass.origin, scope)
+    drawn = {"draw": draw} if criterion == "random" else {}
+    masks = replace(masks, selector={**masks.selector, "criterion": criterion, **drawn})
     return mass_matched(masks, mass, draw) if name == MASS_MATCHED else masks
 
 

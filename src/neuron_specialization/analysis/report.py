@@ -12,9 +12,9 @@ import numpy as np
 from jinja2 import Environment
 from markupsafe import Markup
 
-from ..neurons.card import describe_selector
 from ..neurons.files import replacing
 from ..neurons.masks import NeuronMasks
+from ..neurons.selector_description import describe_selector
 from .distances import families
 from .report_results import results_sections
 

@@ -17,7 +17,7 @@ from ..neurons.kept_picture import PICTURE_NAME
 from ..neurons.masks import NeuronMasks
 from ..neurons.training_facts import reading_json, training_facts
 
-_STAGES = ("compare_methods", "transfer_sequentially")
+_STAGES = ("compare_methods", "transfer_sequentially", "prune")
 _SCORE = ("bleu", "chrf++", "bleu_signature", "chrf++_signature", "sentences")
 
 
@@ -67,8 +67,8 @@ def facts_from_results(
     Args:
         facts: the other facts.
         scores: `results.json` of `recipes/score.py` or `recipes/continue_pretraining.py`, or `part.json` of a stage of
-            `recipes/compare_methods.py` or of `recipes/transfer_sequentially.py`.
-        training: `run.json` of the run that trained it: of `recipes/specialize.py`, or of a stage of a comparison.
+            `recipes/compare_methods.py`, `recipes/transfer_sequentially.py` or `recipes/prune.py`.
+        training: `run.json` of the run that trained it: of `recipes/specialize.py`, or of such a stage.
         identification: `results.json` of `recipes/identify.py`.
         adapter: directory of the adapter, to compare with what the files tell.
 

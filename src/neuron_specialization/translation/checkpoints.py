@@ -81,9 +81,11 @@ def load_adapted(location: str, adapter: str | None) -> tuple[Any, Any]:
 
 def untrained_model(location: str, seed: int) -> Any:
     """Return a model with the architecture of a checkpoint and weights drawn from `seed`: the control for what a
-    trained model shows."""
+    trained model shows. It bears no name, so that nothing made from it is taken for something of the checkpoint."""
     set_seed(seed)
-    return AutoModelForSeq2SeqLM.from_config(AutoConfig.from_pretrained(location))
+    config = AutoConfig.from_pretrained(location)
+    config.name_or_path = ""
+    return AutoModelForSeq2SeqLM.from_config(config)
 
 
 def new_m2m100(
