@@ -6,8 +6,9 @@ accelerate launch --quiet recipes/compare_methods.py --config recipes/configs/co
 
 `--only METHOD --seed N` runs one stage and leaves the tables to a later call; `--tables_only true` makes them from the
 stages that exist. Finished stages are skipped and interrupted ones resume, so that the directory can be filled step by
-step, and on several machines. Zero-shot directions (`--zero_shot_pairs`) are scored after the stages, from the models
-that they kept; `--zero_shot_only true` runs no stage before that.
+step, and by several processes or machines: seed 0 of a method, which makes its trials, before the others. Zero-shot
+directions (`--zero_shot_pairs`) are scored after the stages, from the models that they kept; `--zero_shot_only true`
+runs no stage before that. Stages that fail do not keep others from running; the exit code is 1 then.
 
 `knobs: {ours_k: [0.9, 0.95, 0.98], lass_alpha: [0.3, 0.5, 0.7]}` in the configuration chooses a method's own knob on
 validation data, as `learning_rates` does its learning rate. For larger models, fix what a small one has chosen. Trials
@@ -15,6 +16,7 @@ make a third of the updates, and prefer lower learning rates than a whole stage 
 all, and the best one is the stage.
 """
 
+import json
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,11 +26,12 @@ from neuron_specialization.analysis.budget import budget_facts
 from neuron_specialization.analysis.comparison import headroom, premise
 from neuron_specialization.analysis.comparison_report import comparison_tables, directions_tested, draw
 from neuron_specialization.analysis.comparison_tables import usable_rows
+from neuron_specialization.analysis.figures import check_figures
 from neuron_specialization.analysis.report import write_report
 from neuron_specialization.baselines.collected import collect
 from neuron_specialization.baselines.methods import MethodArguments, planned_stages
 from neuron_specialization.baselines.settings import StageArguments
-from neuron_specialization.baselines.stages import Comparison
+from neuron_specialization.baselines.stages import FAILED, Comparison
 from neuron_specialization.baselines.zero_shot import ZeroShot, ZeroShotArguments, collect_zero_shot
 from neuron_specialization.neurons.selection import CumulativeThreshold
 from neuron_specialization.translation.arguments import DataArguments, ModelArguments, as_mapping
@@ -39,7 +42,7 @@ from neuron_specialization.translation.results import table, write_results
 from neuron_specialization.translation.runs import training_of
 from neuron_specialization.translation.trainer import SpecializationTrainingArguments
 
-UNUSED = ("adapter", "learning_rate", "patience", "eval_steps")
+UNUSED = ("adapter", "learning_rate", "patience", "eval_steps", "data_seed")
 
 
 @dataclass
@@ -62,6 +65,7 @@ def main() -> None:
         unused=UNUSED,
     )
     check_single_process()
+    check_figures()
     planned = [] if compare.tables_only else planned_stages(stage.methods, compare.only, training.seed)
     disable_progress_bars()
     model, tokenizer = load_checkpoint(where.model_name_or_path, "float32")
@@ -72,21 +76,34 @@ def main() -> None:
         *(stage, method, training, data.tokens, data.source_tag, data.pivot, data.max_length),
     )
     zero_shot = load_zero_shot(comparison, zero, data) if zero.zero_shot_pairs and planned else None
-    for name, seed in planned if not compare.zero_shot_only else []:
-        print(f"\n== {name}, seed {seed}", flush=True)
-        print("done" if comparison.run(name, seed) else "FAILED, see failed.json", flush=True)
+    failed = run_stages(comparison, planned if not compare.zero_shot_only else [])
     for name, seed in planned if zero_shot is not None else []:
         print(f"\n== zero-shot, {name}, seed {seed}", flush=True)
         zero_shot.score(name, seed)
-    if compare.only is not None:
-        return
-    tiers = {name: languages.split(",") for name, languages in as_mapping(compare.tiers).items()}
-    parts = (("stage", stage), ("method", method), ("zero_shot", zero), ("data", data), ("tiers", tiers))
-    settings = {name: part if isinstance(part, dict) else vars(part) for name, part in parts}
-    report(comparison, where.model_name_or_path, tiers, {**settings, "training": training.to_dict()})
-    if compare.report is not None:
-        masks = CumulativeThreshold(method.k).select(comparison.counts())
-        print(f"wrote {write_report(compare.report, 'Comparison of methods', masks, [comparison.directory])}")
+    if compare.only is None:
+        tiers = {name: languages.split(",") for name, languages in as_mapping(compare.tiers).items()}
+        parts = (("stage", stage), ("method", method), ("zero_shot", zero), ("data", data), ("tiers", tiers))
+        settings = {name: part if isinstance(part, dict) else vars(part) for name, part in parts}
+        report(comparison, where.model_name_or_path, tiers, {**settings, "training": training.to_dict()})
+        if compare.report is not None:
+            masks = CumulativeThreshold(method.k).select(comparison.counts())
+            print(f"wrote {write_report(compare.report, 'Comparison of methods', masks, [comparison.directory])}")
+    if failed:
+        raise ValueError(f"Not all stages ran: {'; '.join(failed)}. The same command tries them again.")
+
+
+def run_stages(comparison: Comparison, planned: list[tuple[str, int]]) -> list[str]:
+    """Run each stage that is not done, and return which failed, and why."""
+    failed = []
+    for name, seed in planned:
+        print(f"\n== {name}, seed {seed}", flush=True)
+        if comparison.run(name, seed):
+            print("done", flush=True)
+        else:
+            written = json.loads((comparison.stage_directory(name, seed) / FAILED).read_text())
+            failed.append(f"{name}, seed {seed} ({written['error']})")
+            print(f"FAILED: {written['error']}; more in {FAILED}", flush=True)
+    return failed
 
 
 def load_zero_shot(comparison: Comparison, zero: ZeroShotArguments, data: DataArguments) -> ZeroShot:
@@ -111,9 +128,9 @@ def report(comparison: Comparison, baseline: str, tiers: dict[str, list[str]], s
     text = "\n\n".join(["\n".join(facts), premise(measured), *shown]) + "\n"
     print("\n" + text)
     (comparison.directory / "tables.md").write_text(text)
-    draw(rows, tables, comparison.directory, found["zero_shot"]["rows"])
     results = {"facts": facts, **tables, **found, "headroom": measured, "significance": significance}
     print(f"wrote {write_results(comparison.directory, {**results, 'settings': settings})}")
+    draw(rows, tables, comparison.directory, found["zero_shot"]["rows"])
 
 
 if __name__ == "__main__":

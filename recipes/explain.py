@@ -7,7 +7,7 @@ python recipes/explain.py --config recipes/configs/explain/multi30k.yaml --gradi
 --gradients   cosines of two directions' gradients per block, dense and under masks
 --tags        parts of speech and sentence lengths that specialized neurons fire on
 
-Masks are those of --adapter, or identified on the validation text.
+Masks are those of --adapter, without what it trained, or identified on the validation text.
 """
 
 import copy
@@ -19,9 +19,10 @@ from peft import get_peft_model
 
 import neuron_specialization as ns
 from neuron_specialization.analysis import gradients, tagged_activity
+from neuron_specialization.analysis.figures import check_figures
 from neuron_specialization.analysis.mask_plots import plot_gradients, plot_tags
 from neuron_specialization.translation.arguments import DataArguments, ModelArguments
-from neuron_specialization.translation.checkpoints import load_adapted, load_checkpoint
+from neuron_specialization.translation.checkpoints import load_checkpoint
 from neuron_specialization.translation.command_line import parse, run
 from neuron_specialization.translation.processes import this_process
 from neuron_specialization.translation.results import table, write_results
@@ -29,7 +30,7 @@ from neuron_specialization.translation.tagged_text import LENGTHS, by_length, lo
 from neuron_specialization.translation.token_loss import scored_batches
 from neuron_specialization.translation.tokenization import resolve_tokens
 
-UNUSED = ("train_file", "test_file", "pivot", "drop_faulty")
+UNUSED = ("train_file", "test_file", "pivot", "train_sentences", "document_column", "drop_faulty")
 
 
 @dataclass
@@ -46,6 +47,7 @@ class ExplainArguments:
 
 def main() -> None:
     args, where, data = parse(ExplainArguments, ModelArguments, DataArguments, unused=UNUSED)
+    check_figures()
     if not args.gradients and not args.tags:
         raise ValueError("Say what to explain: --gradients, --tags, or both.")
     if args.tags and args.tagged_file is None:
@@ -56,15 +58,14 @@ def main() -> None:
     tokens = resolve_tokens(tokenizer, corpus, data.tokens)
     convention = {"language_tokens": tokens, "source_tag": data.source_tag}
     if where.adapter is None:
-        counts = ns.record_corpus(model, tokenizer, corpus, batch_size=args.batch_size, **convention)
-        masks = ns.CumulativeThreshold(args.k).select(counts)
-        config = ns.NeuronSpecializationConfig(
-            masks=masks, trainable="none", source_tag=data.source_tag, task_type="SEQ_2_SEQ_LM"
-        )
-        masked = get_peft_model(copy.deepcopy(model), config)
+        options = {"batch_size": args.batch_size, "max_length": data.max_length, **convention}
+        masks = ns.CumulativeThreshold(args.k).select(ns.record_corpus(model, tokenizer, corpus, **options))
     else:
         masks = ns.NeuronMasks.from_pretrained(where.adapter)
-        masked = load_adapted(where.model_name_or_path, where.adapter)[0].to(this_process().device)
+    config = ns.NeuronSpecializationConfig(
+        masks=masks, trainable="none", source_tag=data.source_tag, task_type="SEQ_2_SEQ_LM"
+    )
+    masked = get_peft_model(copy.deepcopy(model), config)
     results: dict[str, Any] = {"selector": masks.selector, "arguments": [vars(args), vars(where), vars(data)]}
     if args.gradients:
         results |= compare_gradients(args, {"dense": model, "masked": masked}, tokenizer, corpus, convention)

@@ -14,6 +14,7 @@ from typing import Any
 
 from datasets import disable_progress_bars
 
+from neuron_specialization.analysis.figures import check_figures
 from neuron_specialization.analysis.mass_activation import MassActivation
 from neuron_specialization.analysis.mass_plots import plot_pruning
 from neuron_specialization.analysis.mass_recording import record_mass, trackable_tokens
@@ -53,6 +54,7 @@ from neuron_specialization.translation.results import table, write_results
 def main() -> None:
     prune, *arguments = parse(PruneArguments, *TRANSFER_ARGUMENTS, unused=UNUSED_ARGUMENTS)
     check_single_process()
+    check_figures()
     exports = parse_exports(prune.export)
     disable_progress_bars()
     transfer, output = load_finished(prune.transfer_dir, *arguments)
@@ -81,8 +83,8 @@ def main() -> None:
     tables = {score: pruning_table(found["rows"], rows, score) for score in ("bleu", "chrf++")}
     about = {"signatures": found["signatures"], "arguments": vars(prune), "settings": settings_of(*arguments)}
     print(table(tables["bleu"]))
-    draw(tables["bleu"], output)
     print(f"wrote {write_results(output, {'rows': rows, 'tables': tables, **about})}")
+    draw(tables["bleu"], output)
 
 
 def check(prune: PruneArguments, exported: list[PrunedStage], transfer: SequentialTransfer) -> None:

@@ -10,23 +10,23 @@ those of the models that `compare_methods` kept in --comparison: whatever is nam
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import neuron_specialization as ns
 from neuron_specialization.analysis.agreement import mask_agreement, mean_agreement
+from neuron_specialization.analysis.figures import check_figures
 from neuron_specialization.analysis.mask_plots import plot_agreement
 from neuron_specialization.baselines.kept import kept_models, kept_places
 from neuron_specialization.translation.arguments import DataArguments, ModelArguments, as_mapping
 from neuron_specialization.translation.checkpoints import load_checkpoint
 from neuron_specialization.translation.command_line import parse, run
-from neuron_specialization.translation.data import load_parallel
 from neuron_specialization.translation.identification import record_corpus, record_corpus_parts
 from neuron_specialization.translation.processes import this_process
 from neuron_specialization.translation.results import table, write_results
 
-UNUSED = ("adapter", "test_file", "pivot", "drop_faulty")
+UNUSED = ("adapter", "test_file", "pivot", "train_sentences", "drop_faulty")
 
 
 @dataclass
@@ -43,6 +43,7 @@ class ReidentifyArguments:
 
 def main() -> None:
     args, where, data = parse(ReidentifyArguments, ModelArguments, DataArguments, unused=UNUSED)
+    check_figures()
     kept = [] if args.comparison is None else kept_places(args.comparison, args.methods)
     others = dict(other_text(args, data))
     validation = data.load("validation", max_sentences=data.max_sentences)
@@ -64,11 +65,11 @@ def main() -> None:
     for name, again in kept_models(kept, where.model_name_or_path):
         identify(name, again, validation)
     averaged = mean_agreement(rows)
-    plot_agreement(averaged, Path(args.output_dir) / "agreement.svg")
     print("IoU with the masks of the checkpoint on the validation text")
     print(table([{key: value for key, value in row.items() if key != "block"} for row in averaged]))
     results = {"rows": averaged, "arguments": [vars(args), vars(where), vars(data)]}
     print(f"wrote {write_results(args.output_dir, results)}")
+    plot_agreement(averaged, Path(args.output_dir) / "agreement.svg")
 
 
 def named(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -83,8 +84,7 @@ def other_text(args: ReidentifyArguments, data: DataArguments) -> Iterator[tuple
     if data.train_file is not None:
         yield "training text", data.load("train", max_sentences=size)
     for name, path in as_mapping(args.other_files).items():
-        options = {"columns": data.column_names, "split": "validation", "max_sentences": size}
-        yield f"text of {name}", load_parallel(path, data.language_pairs, **options)
+        yield f"text of {name}", replace(data, validation_file=path).load("validation", max_sentences=size)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from datasets import disable_progress_bars
 
+from neuron_specialization.analysis.figures import check_figures
 from neuron_specialization.analysis.forgetting import robustness_table, score_matrix, transfer_table
 from neuron_specialization.analysis.mass_plots import plot_matrix
 from neuron_specialization.baselines.sequential import SequentialTransfer
@@ -41,6 +42,7 @@ class RunArguments:
 def main() -> None:
     now, *arguments = parse(RunArguments, *TRANSFER_ARGUMENTS, unused=UNUSED_ARGUMENTS)
     check_single_process()
+    check_figures()
     disable_progress_bars()
     transfer, checked = load_transfer(*arguments)
     print(table(checked))
@@ -72,14 +74,14 @@ def report(transfer: SequentialTransfer, about: dict[str, Any]) -> None:
         parts.append(f"IoU of the neurons that the masks keep\n\n{table(overlap)}")
     if found["robustness"]:
         parts.append(f"Robustness\n\n{table(robustness_table(found['robustness']))}")
-    whole = {key: matrix for key, matrix in begun.items() if not np.isnan(matrix).any()}
-    if whole:
-        plot_matrix(whole, transfer.directory / "matrix.svg", "BLEU")
     text = "\n\n".join(parts) + "\n"
     print("\n" + text)
     (transfer.directory / "tables.md").write_text(text)
     results = {**found, "transfer": tables, "mask overlap": overlap, **about}
     print(f"wrote {write_results(transfer.directory, results)}")
+    whole = {key: matrix for key, matrix in begun.items() if not np.isnan(matrix).any()}
+    if whole:
+        plot_matrix(whole, transfer.directory / "matrix.svg", "BLEU")
 
 
 def mask_overlap(masks: NeuronMasks, seed: int) -> list[dict[str, Any]]:

@@ -207,6 +207,21 @@ def test_stages_of_other_settings_are_not_mixed(comparison):
     other.model.shared.weight.data[5] += 1
     with pytest.raises(ValueError, match=r"other settings \(baseline\)"):
         Comparison(**{**again, "baseline": other})
+    corrected = {
+        pair: rows.map(lambda row: {"target": row["target"] + " ba"}) for pair, rows in again["data"]["test"].items()
+    }
+    with pytest.raises(ValueError, match=r"other settings \(text\)"):
+        Comparison(**{**again, "data": {**again["data"], "test": corrected}})
+    written = (comparison.directory / SETTINGS).stat().st_mtime_ns
+    Comparison(**again)
+    assert (comparison.directory / SETTINGS).stat().st_mtime_ns == written, "a directory that is read stays as it is"
+
+
+def test_neurons_are_identified_on_text_as_long_as_that_trained_on(comparison):
+    short = copy.copy(comparison)
+    short.max_length, short.directory = 4, comparison.directory / "short"
+    positions = {name: of.counts().tokens["encoder"] for name, of in (("whole", comparison), ("short", short))}
+    assert (positions["short"] <= 4 * 16).all() and (positions["whole"] > 4 * 16).all()
 
 
 def test_what_cannot_be_scored_is_refused_before_any_training(comparison, monkeypatch):

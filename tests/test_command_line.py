@@ -81,8 +81,9 @@ def test_options_that_a_recipe_does_not_use_are_refused(argv, message):
 
 
 def test_options_of_the_trainer_that_would_do_nothing_are_refused():
-    with pytest.raises(ValueError, match="no option --num_train_epochs"):
-        parse(SpecializationTrainingArguments, argv=["--output_dir", "x", "--num_train_epochs", "5"])
+    for option in ("--num_train_epochs", "--resume_from_checkpoint", "--save_steps", "--auto_find_batch_size"):
+        with pytest.raises(ValueError, match=f"no option {option}"):
+            parse(SpecializationTrainingArguments, argv=["--output_dir", "x", option, "5"])
     (training,) = parse(
         SpecializationTrainingArguments, argv=["--output_dir", "x", "--use_cpu", "true", "--weight_decay", "0.5"]
     )

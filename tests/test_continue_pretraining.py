@@ -59,6 +59,14 @@ def test_translation_its_control_and_masks_see_the_same_target_tokens(run_here, 
     adapter = ns.NeuronMasks.from_pretrained(tmp_path / "sparse" / "adapter")
     assert adapter.language_pairs == PAIRS
 
+    again = ["--output_dir", str(tmp_path / "mt"), "--num_beams"]
+    written = (tmp_path / "mt" / "results.json").stat().st_mtime_ns
+    run_here("continue_pretraining.py", *options, *again, "1")
+    assert (tmp_path / "mt" / "results.json").stat().st_mtime_ns == written
+    run_here("continue_pretraining.py", *options, *again, "2")
+    rescored = json.loads((tmp_path / "mt" / "results.json").read_text())
+    assert rescored["scores"]["of"]["num_beams"] == 2 and rescored["log"] == found["mt"]["log"]
+
     scored = ["--language_pairs", "Pv-Aa", "--test_file", options[options.index("--test_file") + 1]]
     where = ["--model_name_or_path", str(tmp_path / "mt" / "model"), "--spectrum_of", str(start)]
     run_here("score.py", *where, *scored, "--num_beams", "1", "--output_dir", str(tmp_path / "restored"))

@@ -132,7 +132,7 @@ def test_tags_of_words_reach_their_tokens(toy_model, toy_tokenizer, tmp_path):
         assert found[0] == found[-1] == -100, "tags and the end of sentence are no words"
     mass = record_mass(toy_model, {"Pv-Aa": [batch]}, stack="encoder", tags=names, progress=False)
     (layer,) = mass.tag_credit
-    assert torch.isfinite(mass.tag_shares("Pv-Aa", layer)).all()
+    assert torch.isfinite(mass.tag_credit[layer]).all() and mass.tag_credit[layer].sum() > 0
     Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "plain.parquet")
     with pytest.raises(ValueError, match="lacks tokens, upos"):
         tagged_text(str(tmp_path / "plain.parquet"), "Pv-Aa")

@@ -190,6 +190,7 @@ def test_no_two_lines_look_alike_and_draws_have_a_band(tmp_path):
     looks = re.findall(r'<use xlink:href="#(\w+)" x="[^"]+" y="[^"]+" style="([^"]+)"', plain)
     assert len({look for look in looks if "stroke-width" not in look[1]}) == 12, "ticks have a width"
     drawn = [{**row, "lowest": row["bleu"] - 1, "highest": row["bleu"] + 1} for row in rows[:2]]
+    plot_pruning([drawn[0], rows[1]], tmp_path / "unfinished.svg")  # of the second rate there is one draw so far
     for told in ("fill-opacity: 0.15", "bands: several draws"):
         assert told in plot_pruning(drawn, tmp_path / "drawn.svg").read_text() and told not in plain
 

@@ -372,6 +372,10 @@ def test_the_comparison_runs_by_stages_and_makes_its_tables_from_those_that_are_
     at = compare.index("--methods")
     error = run_here(*compare[:at], *compare[at + 3 :], fails=True)
     assert "There is nothing to compare" in error
+    early_output = ("--output_dir", str(workspace / "early"))
+    early = [*compare[: at + 1], "fine_tune_equal_seconds=1", "fine_tune=1", "ours=1", *compare[at + 3 :]]
+    error = run_here(*early, "--only", "fine_tune_equal_seconds", "--seed", "0", *early_output, fails=True)
+    assert "Error: Not all stages ran: fine_tune_equal_seconds, seed 0 (ValueError: " in error
     run_here(*compare, "--only", "fine_tune", "--seed", "1")
     assert [path.parent.name for path in output.rglob("part.json")] == ["seed-1"]
     printed = run_here(*compare, "--report", str(output / "report.html"))

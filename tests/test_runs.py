@@ -32,9 +32,10 @@ def content(directory: Path) -> dict[str, bytes]:
 def train(toy_data, toy_checkpoint):
     """Train a fresh adapter on the toy checkpoint; returns it and what `fit` returned."""
 
-    def run(directory, k=0.3, trainable="delta", pairs=None, sentences=300, seed=None, **changes):
+    def run(directory, k=0.3, trainable="delta", pairs=None, sentences=300, seed=None, dropout=0.1, **changes):
         model, tokenizer = load_checkpoint(str(toy_checkpoint))
         with_dropout(model)
+        model.config.dropout = dropout
         config = {"masks": toy_masks(model, tokenizer, toy_data, k), "trainable": trainable}
         if seed is not None:
             torch.manual_seed(seed)
@@ -68,6 +69,7 @@ def finished(train, tmp_path_factory):
         ({"k": 0.6}, r'masks was "[0-9a-f]+", now "'),
         ({"sentences": 200}, r'training data was "1200 sentence pairs, digest .*, now "800 sentence pairs'),
         ({"dataloader_drop_last": True}, r"dataloader_drop_last was false, now true"),  # which evaluates on less
+        ({"dropout": 0.3}, r"model dropout was 0.1, now 0.3"),
         ({"seed": 3}, r'model weights was "[0-9a-f]+", now "'),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -97,6 +97,13 @@ def test_scoring_goes_on_where_it_was_and_follows_a_stage_that_was_run_again(zer
     zero_shot.score("masks_only", 0)
     rows = {row["direction"]: row for row in collect_zero_shot(zero_shot.comparison.directory)["rows"]}
     assert rows["Aa-Ba"]["bleu"] >= 0, "the stage is another one now"
+    written = json.loads(path.read_text())
+    written["scored"]["direct"]["Aa-Ba"]["result"]["bleu"] = -1.0
+    path.write_text(json.dumps(written))
+    codes = dataclasses.replace(zero_shot.args, identifier_codes=["Aa=de", "Ba=fr", "Pv=en"])
+    dataclasses.replace(zero_shot, args=codes).score("masks_only", 0)
+    row = next(r for r in collect_zero_shot(zero_shot.comparison.directory)["rows"] if r["direction"] == "Aa-Ba")
+    assert row["bleu"] >= 0 and row["off_target"] is not None, "now their languages can be told"
 
 
 def test_a_model_that_was_not_kept_is_said_and_scored_once_it_is_back(zero_shot, tmp_path):
@@ -123,4 +130,6 @@ def test_languages_of_translations_are_told_among_those_of_the_comparison():
     found = identified(texts, identify)
     assert found == {"deu_Latn": 1, "en": 1, "fr": 1, "": 1} and off_target_rate(found, "fr") == 0.75
     assert identify("Un hombre monta en bicicleta.") in ("deu_Latn", "en", "fr"), "no other language is ever said"
+    with pytest.raises(ValueError, match="cannot tell .* apart: zh=zh, zho_Hant=zh"):
+        language_identifier(["zh", "zho_Hant"], {"zho_Hant": "zh"})
     assert language_identifier(["Pv", "Aa"]) is None and language_identifier(["en", "qqq"]) is None

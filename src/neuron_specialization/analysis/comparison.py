@@ -101,14 +101,14 @@ def learning_rates(stages: Rows, trials: Rows) -> dict[str, str]:
     return found
 
 
-def difference(rows: Rows, method: str, score: str = "loss") -> dict[str, Any]:
+def difference(rows: Rows, method: str) -> dict[str, Any]:
     """Return the columns that set a method's losses (lower is better) against those of joint fine-tuning."""
     if method == REFERENCE or not any(row["method"] == REFERENCE for row in rows):
         return {}
-    differences, _, _ = paired_differences(rows, method, REFERENCE, score)
+    differences, _, _ = paired_differences(rows, method, REFERENCE, "loss")
     interval = hierarchical_bootstrap(differences)
     return {
-        f"Δ {score}": interval["mean"],
+        "Δ loss": interval["mean"],
         "95 %": f"[{interval['low']:+.4f}, {interval['high']:+.4f}]",
         "p": interval["p"],
         "better in": f"{int((differences.mean(0) < 0).sum())}/{differences.shape[1]}",

@@ -175,13 +175,13 @@ def zero_shot_table(rows: Rows, not_applicable: Mapping[str, str], pivot: str | 
     return table + [{"method": name, "n/a": why} for name, why in not_applicable.items() if name not in there]
 
 
-def zero_shot_directions(rows: Rows, pivot: str | None, score: str = "chrf++") -> list[dict[str, Any]]:
-    """Return one row per direction and one column per method: the score, averaged over seeds."""
+def zero_shot_directions(rows: Rows, pivot: str | None) -> list[dict[str, Any]]:
+    """Return one row per direction and one column per method: chrF++, averaged over seeds."""
     lines: dict[str, dict[str, Any]] = {}
     named = _named_by_route(rows, pivot)
     for direction in dict.fromkeys(row["direction"] for row in named):
-        here = [row for row in named if row["direction"] == direction and row[score] is not None]
-        means = {method: spread(here, method, score)[0] for method in dict.fromkeys(row["method"] for row in here)}
+        here = [row for row in named if row["direction"] == direction and row["chrf++"] is not None]
+        means = {method: spread(here, method, "chrf++")[0] for method in dict.fromkeys(row["method"] for row in here)}
         lines[direction] = {"direction": direction, **means}
     return list(lines.values())
 

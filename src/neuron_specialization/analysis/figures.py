@@ -1,11 +1,20 @@
 """What all figures share: sizes, colors that color-blind people tell apart, files."""
 
+import importlib.util
 from pathlib import Path
 from typing import Any
+
+from ..neurons.extras import install
 
 # Okabe and Ito (2008), without yellow, which is faint on white
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = "os^Dvp*"
+
+
+def check_figures() -> None:
+    """Raise ImportError, before anything is measured, if what draws figures and tests differences is not installed."""
+    if not all(importlib.util.find_spec(name) for name in ("matplotlib", "scipy")):
+        raise ImportError(f"Figures and tests of what this recipe measures need {install('report')}.")
 
 
 def panels(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:

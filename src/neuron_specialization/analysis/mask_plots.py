@@ -78,17 +78,18 @@ def plot_depth(rows: Rows, path: str | Path) -> Path:
         upper, lower = axes[:, column]
         for i, (name, part) in enumerate(_groups([row for row in rows if row["stack"] == stack], "masks").items()):
             layers = [row["layer"] for row in part]
+            color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
             for kind, line in (("within", "-"), ("across", "--")):
                 if part[0].get(kind) is not None:
-                    style = {"color": COLORS[i], "linestyle": line, "marker": MARKERS[i], "markersize": 4}
+                    style = {"color": color, "linestyle": line, "marker": marker, "markersize": 4}
                     upper.plot(layers, [row[kind] for row in part], label=f"{name}, {kind} families", **style)
             if "within" not in part[0]:
-                upper.plot(layers, [row["iou"] for row in part], color=COLORS[i], marker=MARKERS[i], label=name)
+                upper.plot(layers, [row["iou"] for row in part], color=color, marker=marker, label=name)
             tested = [row for row in part if row["p"] is not None]  # of a few languages any order is likely
-            lower.plot([row["layer"] for row in tested], [row["rho"] for row in tested], color=COLORS[i], linewidth=1)
+            lower.plot([row["layer"] for row in tested], [row["rho"] for row in tested], color=color, linewidth=1)
             for row in tested:
-                fill = COLORS[i] if row["p"] < 0.05 else "white"
-                lower.plot(row["layer"], row["rho"], MARKERS[i], color=COLORS[i], markerfacecolor=fill, markersize=6)
+                fill = color if row["p"] < 0.05 else "white"
+                lower.plot(row["layer"], row["rho"], marker, color=color, markerfacecolor=fill, markersize=6)
         upper.set_title(f"{stack}: {'into' if stack == 'encoder' else 'out of'} the pivot", fontsize=10)
         upper.set_ylim(0, 1)
         lower.set_ylim(-1, 1)

@@ -111,12 +111,6 @@ class MassActivation:
         order = shares.argsort(descending=True, stable=True)[:count]
         return [(self.token_ids[int(i)], shares[i].item()) for i in order if shares[i] > 0]
 
-    def tag_shares(self, name: str, layer: str) -> torch.Tensor:
-        """Return each unit's share of credit by tag: float64 [units, tags], 0 for units without credit."""
-        self._need(self.tags, "tags")
-        credit = self.tag_credit[layer][self.names.index(name)]
-        return credit / credit.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-
     def __add__(self, other: "MassActivation") -> "MassActivation":
         """Add up two recordings of the same sets on the same checkpoint.
 

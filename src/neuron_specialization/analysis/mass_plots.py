@@ -13,14 +13,14 @@ from .figures import COLORS, MARKERS, panels, save, single
 from .mass_activation import MassActivation
 from .mass_comparison import MassChange
 
-BLUE, ORANGE, GREEN = COLORS[:3]
+BLUE, ORANGE = COLORS[:2]
 Rows = Sequence[Mapping[str, Any]]
 Tokens = Sequence[tuple[str, float]]
 
 
-def plot_mass(mass: MassActivation, name: str, path: str | Path, layers: Sequence[str] | None = None) -> Path:
+def plot_mass(mass: MassActivation, name: str, path: str | Path) -> Path:
     """Draw each unit's mass, sorted by the positive mass, with the negative mass below zero; a panel per layer."""
-    layers = list(mass.credit) if layers is None else list(layers)
+    layers = list(mass.credit)
     columns = min(2, len(layers))
     rows = -(-len(layers) // columns)
     figure, axes = panels(rows, columns, 7, 0.6 + 1.7 * rows)
@@ -190,9 +190,11 @@ def plot_pruning(rows: Rows, path: str | Path, value: str = "bleu", label: str =
     """
     figure, axes = single(4.2)
     lines: dict[tuple[str, str], list[tuple[float, ...]]] = {}
+    drawn = {row["criterion"] for row in rows if "lowest" in row}  # some rates may have a single draw so far
     for row in rows:
         if row["criterion"] != "none":
-            draws = [row[end] for end in ("lowest", "highest") if end in row and value in ("bleu", "chrf++")]
+            has_band = value in ("bleu", "chrf++") and row["criterion"] in drawn
+            draws = [row.get(end, row[value]) for end in ("lowest", "highest")] if has_band else []
             lines.setdefault((row["criterion"], row["scope"]), []).append((100 * row["pruned"], row[value], *draws))
     criteria = [criterion for criterion, _ in lines]
     whole = [row[value] for row in rows if row["criterion"] == "none"]

@@ -119,7 +119,7 @@ class Models:
         path = identification_folder(self.directory, measure) / "counts.safetensors"
         if not path.is_file():
             started = time.perf_counter()
-            options = {"measure": measure, **self.convention()}
+            options = {"measure": measure, "max_length": self.max_length, **self.convention()}
             recorded = record_corpus(self.baseline, self.tokenizer, self.data["validation"], **options)
             write_results(path.parent, {"seconds": time.perf_counter() - started})
             recorded.save(path)  # last: while it is missing, it is recorded and timed again

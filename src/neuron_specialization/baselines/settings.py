@@ -65,4 +65,5 @@ def check_settings(
                 f"{directory} holds stages with other settings ({', '.join(changed)}). Continue with those settings, "
                 "or choose another output directory."
             )
-    write_results(directory, {"settings": {**recorded, **settings}}, name)
+    if {**recorded, **settings} != recorded:  # a directory that is only read stays as it is
+        write_results(directory, {"settings": {**recorded, **settings}}, name)

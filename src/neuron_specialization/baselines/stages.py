@@ -16,6 +16,7 @@ import numpy as np
 from ..adapter.active import active_config
 from ..neurons.adapter_file import MASK
 from ..neurons.language_pairs import split_pair
+from ..translation.encoding import text_digest
 from ..translation.evaluation import check_lengths, check_scorers
 from ..translation.results import write_results
 from ..translation.runs import digest, load_trained
@@ -29,6 +30,7 @@ PART, FAILED, SETTINGS = "part.json", "failed.json", "comparison.json"
 _TRAINING = (
     *("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "temperature"),
     *("lr_scheduler_type", "warmup_steps", "label_smoothing_factor", "weight_decay"),
+    *("optim", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16"),
 )
 
 
@@ -90,13 +92,15 @@ class Comparison(Models):
             "baseline": digest(self.baseline.state_dict().items()),
             "language_pairs": self.language_pairs,
             "sentences": {split: [len(rows) for rows in of.values()] for split, of in self.data.items()},
+            "text": {split: text_digest(of) for split, of in self.data.items()},
             **{name: value for name, value in vars(self.stage).items() if name != "methods"},
             **vars(self.method),
             **{name: getattr(self.training, name) for name in _TRAINING},
             **{"pivot": self.pivot, "max_length": self.max_length, **self.convention()},
         }
-        # an option that is newer than the stages had its default in them
-        check_settings(self.directory, SETTINGS, settings, {**vars(StageArguments()), **vars(MethodArguments())})
+        # an option that is newer than the stages had its default in them, and whatever else was not recorded is as now
+        before = {**settings, **vars(StageArguments()), **vars(MethodArguments())}
+        check_settings(self.directory, SETTINGS, settings, before)
 
     def _part(self, method: str, seed: int, setting: Setting, pairs: list[str], directory: Path) -> None:
         if (directory / PART).is_file():

@@ -91,6 +91,7 @@ class ZeroShot:
         for route in (DIRECT, PIVOT) if method in self.args.pivoted else (DIRECT,):
             for pair, rows in self.data.items():
                 made_from = [stage, self.comparison.stage.num_beams, digest([*rows["source"], *rows["target"]])]
+                made_from += [self.args.identifier_codes] if self.args.identifier_codes else []
                 if found.get(route, {}).get(pair, {}).get("made_from") != made_from:
                     todo.append((route, pair, made_from))
         model: Any = None

@@ -43,14 +43,14 @@ def check_has_encoder(location: str) -> None:
 
 
 def load_encoder(location: str) -> Any:
-    """Return the encoder of a seq2seq checkpoint, in eval mode on this process's device."""
-    return load_checkpoint(location)[0].get_encoder().eval().to(this_process().device)
+    """Return the encoder of a seq2seq checkpoint, as float32 in eval mode on this process's device."""
+    return load_checkpoint(location, "float32")[0].get_encoder().eval().to(this_process().device)
 
 
 def random_encoder(location: str, seed: int) -> Any:
     """Return an untrained encoder with the architecture of a checkpoint, its weights drawn from `seed`."""
     model = untrained_model(location, seed)
-    return model.get_encoder().eval().to(this_process().device)
+    return model.get_encoder().float().eval().to(this_process().device)
 
 
 def language_tag(tokenizer: Any, language: str, source: str, tokens: Mapping[str, str]) -> str | None:

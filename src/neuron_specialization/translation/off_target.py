@@ -22,9 +22,14 @@ def language_identifier(
         None if py3langid does not know all of the languages, which may be artificial.
 
     Raises:
+        ValueError: if two languages have the same code there.
         ImportError: if py3langid is not installed, and all codes look like those that it knows.
     """
-    names = {(identifier_codes or {}).get(code, code): code for code in languages}
+    codes = {code: (identifier_codes or {}).get(code, code) for code in languages}
+    if len(set(codes.values())) < len(codes):
+        shown = ", ".join(map("=".join, codes.items()))
+        raise ValueError(f"The language identifier cannot tell languages of one code apart: {shown}.")
+    names = {name: code for code, name in codes.items()}
     if not all(re.fullmatch("[a-z]{2,3}", name) for name in names):
         return None
     try:

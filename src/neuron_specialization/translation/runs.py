@@ -138,6 +138,7 @@ def run_dependencies(
         args.gradient_accumulation_steps * args.world_size
     )
     found |= settings
+    found |= {f"model {name}": value for name, value in configuration(model).items()}
     for name, config in getattr(model, "peft_config", {}).items():
         options = {key: sorted(v) if isinstance(v, set) else v for key, v in config.to_dict().items()}
         found |= {f"adapter {name}: {k}": v for k, v in options.items() if k not in _FREE_ADAPTER_SETTINGS}
@@ -148,6 +149,15 @@ def run_dependencies(
     for name, rows in data.items():
         found[name] = f"{len(rows)} sentence pairs, digest {rows._fingerprint}"
     return found
+
+
+def configuration(model: nn.Module) -> dict[str, Any]:
+    """Return what a model's configuration says, such as its heads and dropout, which its weights do not tell.
+
+    Left out are versions, and where the model was loaded from.
+    """
+    settings = unwrap(model).config.to_dict()
+    return {name: value for name, value in settings.items() if "version" not in name and name != "_name_or_path"}
 
 
 def digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:

@@ -9,7 +9,13 @@ import torch
 from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import EarlyStoppingCallback, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
+from transformers import (
+    EarlyStoppingCallback,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..adapter.active import active_config
@@ -32,12 +38,15 @@ class SpecializationTrainingArguments(Seq2SeqTrainingArguments):
     The paper also warms up over 4,000 updates, and stops after 20 evaluations without a better loss.
     """
 
-    # fields of transformers' that mean nothing where directions are sampled, and scored apart from training
+    # fields of transformers' that mean nothing where directions are sampled, and scored apart from training, where
+    # output_dir says what is resumed, and where every evaluation is saved and the best one kept
     NO_EFFECT: ClassVar[tuple[str, ...]] = (
         *("num_train_epochs", "train_sampling_strategy", "length_column_name", "sortish_sampler"),
         *("dataloader_multiprocessing_context", "dataloader_in_order"),
         *("predict_with_generate", "generation_max_length", "generation_num_beams", "generation_config"),
-        *("do_train", "do_eval", "do_predict"),
+        *("do_train", "do_eval", "do_predict", "resume_from_checkpoint", "auto_find_batch_size"),
+        *("eval_strategy", "save_strategy", "save_steps", "load_best_model_at_end"),
+        *("metric_for_best_model", "greater_is_better"),
     )
 
     temperature: float = field(default=5.0, metadata={"help": "Sampling temperature T over directions."})
@@ -65,9 +74,9 @@ def check_max_steps(args: SpecializationTrainingArguments) -> None:
         raise ValueError("Set max_steps: with temperature sampling there are no epochs.")
 
 
-def check_one_gpu(args: SpecializationTrainingArguments) -> None:
+def check_one_gpu(args: TrainingArguments) -> None:
     """Raise a ValueError if this process sees several GPUs: transformers would copy the model to each, and masks with
-    their routes stay with the original."""
+    their routes stay with the original; and each GPU would get a batch of its own."""
     if args.n_gpu > 1:
         raise ValueError(
             f"One process sees {args.n_gpu} GPUs: start one for each with `accelerate launch`, or show it one with "

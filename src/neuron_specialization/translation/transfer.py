@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, TrainingArguments
 
 from ..neurons.base_model import number_of_positions
 from ..neurons.files import replacing
@@ -27,6 +27,7 @@ from .encoders import (
     subwords,
 )
 from .text_files import weights_of
+from .trainer import check_one_gpu
 from .understanding import Task
 
 PROBING, FINE_TUNING, CONTROL = "probing", "fine_tuning", "control"
@@ -83,6 +84,7 @@ def transfer(
         ValueError: before any training, if a model has no encoder or no language token for the source language, or the
             directory holds predictions made with other settings.
     """
+    check_one_gpu(TrainingArguments(str(directory), report_to="none"))
     check_models(models)
     _check_languages(models, tasks, language_tokens or {})
     first = next(iter(models.values()))
