@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 
 import neuron_specialization as ns
 from neuron_specialization.adapter.adding_pairs import trainable_shares
@@ -187,3 +188,24 @@ def test_pairs_are_added_to_delta_adapters_only(tmp_path):
     adapt(copy.deepcopy(model), masks, trainable="low_rank").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="has trainable='low_rank'"):
         ns.add_pairs(model, tmp_path, masks)
+
+
+def test_pairs_are_added_to_an_adapter_with_a_resized_vocabulary_or_the_model_stays_as_it_was(tmp_path):
+    model = make_m2m100()
+    model.resize_token_embeddings(72)
+    masks, plain = make_masks(model), copy.deepcopy(model)
+    adapt(copy.deepcopy(model), masks, init_weights=False).save_pretrained(tmp_path)
+    new = make_masks(model, ["en-cs"])
+    path = tmp_path / "adapter_model.safetensors"
+    whole = path.read_bytes()
+    tensors = load_file(path)
+    save_file({key: tensor for key, tensor in tensors.items() if "layers.0.fc1" not in key}, path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "weights_digest": None}))
+    with pytest.raises(ValueError):
+        ns.add_pairs(model, tmp_path, new)
+    assert not hasattr(model, "peft_config") and model(**make_batch()).logits.equal(plain(**make_batch()).logits)
+    path.write_bytes(whole)
+    adapted = ns.add_pairs(model, tmp_path, new)
+    assert adapted.peft_config["default"].language_pairs == [*PAIRS, "en-cs"]
+    assert adapted(**make_batch(), language_pairs="en-cs").logits.shape[-1] == 72

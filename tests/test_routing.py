@@ -205,6 +205,33 @@ def test_generate_sets_the_targets_tag_of_the_chosen_pair(how):
     assert french[:, 1].eq(FR).all(), "unless told otherwise"
 
 
+def test_generate_sets_the_tags_that_the_active_adapter_knows():
+    model = adapted(["en-de", "de-en"], language_token_ids={"en": EN, "de": DE})
+    french = make_masks(make_m2m100(), ["en-fr", "fr-en"])
+    options = {"init_weights": False, "task_type": "SEQ_2_SEQ_LM", "language_token_ids": {"en": EN, "fr": FR}}
+    model.add_adapter("french", ns.NeuronSpecializationConfig(masks=french, **options))
+    english = tagged(["en-de", "en-de"], "nllb")["input_ids"]
+    assert model.generate(input_ids=english, max_new_tokens=3)[:, 1].tolist() == [DE, DE]
+    model.set_adapter("french")
+    model.eval()
+    assert model.generate(input_ids=english, max_new_tokens=3)[:, 1].tolist() == [FR, FR]
+    with ns.language_pair(model, "en-fr"):
+        assert model.generate(input_ids=english, max_new_tokens=3)[:, 1].tolist() == [FR, FR]
+
+
+def test_forward_reads_what_is_passed_by_position():
+    model = make_m2m100()
+    masks = make_masks(model, ["en-de", "de-en", "fr-en"])
+    model.add_adapter(ns.NeuronSpecializationConfig(masks=masks, init_weights=False, language_token_ids=TOKENS))
+    model.eval()
+    batch = tagged(["fr-de"], "nllb")
+    sides = batch["input_ids"], torch.ones_like(batch["input_ids"]), batch["decoder_input_ids"]
+    names = ("input_ids", "attention_mask", "decoder_input_ids")
+    composed = model(**dict(zip(names, sides, strict=True))).logits
+    assert model(*sides).logits.equal(composed)
+    assert not model(*sides, language_pairs="fr-en").logits.equal(composed)
+
+
 def test_generate_sets_the_tags_of_several_targets():
     model = adapted()
     sources = tagged(PAIRS, "nllb")["input_ids"]

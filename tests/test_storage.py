@@ -369,3 +369,59 @@ def test_another_checkpoint_of_the_same_shape_is_told(base_directory, tmp_path, 
         torch.nn.init.normal_(parameter)
     with pytest.warns(UserWarning, match="identified on a model of this architecture with other weights"):
         PeftModel.from_pretrained(other, str(tmp_path / "masks"))
+
+
+def test_an_edited_card_of_a_named_adapter_stays(base_directory, tmp_path):
+    model = trained(base_directory, "delta")
+    other = ns.NeuronSpecializationConfig(masks=make_masks(make_m2m100()), task_type="SEQ_2_SEQ_LM")
+    model.add_adapter("other", other)
+    ns.save_adapter(model, tmp_path / "both")
+    card = tmp_path / "both" / "other" / "README.md"
+    card.write_text(card.read_text() + "\nNot for court rooms.\n")
+    ns.save_adapter(model, tmp_path / "both")
+    assert "Not for court rooms." in card.read_text()
+    assert "Not for court rooms." not in (tmp_path / "both" / "README.md").read_text()
+    masks = ns.NeuronMasks.from_pretrained(tmp_path / "both", subfolder="other")
+    assert all(rows.equal(other.masks.rows[name]) for name, rows in masks.rows.items())
+
+
+def test_only_the_main_process_saves(base_directory, tmp_path):
+    model = trained(base_directory, "delta")
+    ns.save_adapter(model, tmp_path / "adapter")
+    before = {path: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
+    (tmp_path / "adapter" / ".neuron_specialization_partial").mkdir()  # that the main process is writing
+    ns.save_adapter(model, tmp_path / "adapter", is_main_process=False)
+    assert {path: path.read_bytes() for path in before} == before
+    assert (tmp_path / "adapter" / ".neuron_specialization_partial").is_dir(), "and go on to write"
+
+
+def test_an_adapter_made_without_masks_is_read_back(base_directory, tmp_path):
+    model = AutoModelForSeq2SeqLM.from_pretrained(base_directory)
+    config = ns.NeuronSpecializationConfig(language_pairs=["en-de"], task_type="SEQ_2_SEQ_LM")
+    get_peft_model(model, config).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    stored = json.loads(path.read_text())
+    assert stored["selector"] == {}
+    path.write_text(json.dumps({**stored, "selector": None}))  # as releases before this one saved it
+    masks = ns.NeuronMasks.from_pretrained(tmp_path)
+    assert masks.language_pairs == ["en-de"] and all(rows.all() for rows in masks.rows.values())
+    assert masks.selector == {}
+
+
+def test_a_new_adapter_from_the_config_of_another_has_its_masks(base_directory, tmp_path):
+    masks = trained(base_directory, "delta").peft_config["default"].masks
+    trained(base_directory, "delta").save_pretrained(tmp_path)
+    config = ns.NeuronSpecializationConfig.from_pretrained(str(tmp_path))
+    adapted = get_peft_model(AutoModelForSeq2SeqLM.from_pretrained(base_directory), config)
+    adapted.save_pretrained(tmp_path / "again")
+    again = ns.NeuronMasks.from_pretrained(tmp_path / "again")
+    assert all(rows.equal(masks.rows[name]) for name, rows in again.rows.items())
+    delta = {key: value for key, value in load_file(tmp_path / "again" / "adapter_model.safetensors").items()}
+    assert not any(value.any() for key, value in delta.items() if key.endswith("delta")), "nothing is trained yet"
+
+
+def test_a_copy_on_another_gpu_is_refused(base_directory):
+    model = trained(base_directory, "none")
+    model.base_model = model.base_model._replicate_for_data_parallel()
+    with pytest.raises(ValueError, match="accelerate launch"):
+        model(**make_batch(), language_pairs=PAIRS)

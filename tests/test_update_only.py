@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 
 import neuron_specialization as ns
 
@@ -166,6 +166,15 @@ def test_it_is_saved_and_loaded(tmp_path):
 
 
 @pytest.mark.usefixtures("small_batches_run_compact")
+def test_its_weights_do_not_replace_those_of_an_adapter_that_masks(tmp_path):
+    model, masks = make_m2m100(), make_masks(make_m2m100())
+    settings = {"masks": masks, "init_weights": False, "task_type": "SEQ_2_SEQ_LM"}
+    get_peft_model(make_m2m100(), ns.NeuronSpecializationConfig(**settings)).save_pretrained(tmp_path)
+    adapted = get_peft_model(model, ns.NeuronSpecializationConfig(**settings, update_only=True))
+    with pytest.raises(ValueError, match="update_only=False, and cannot replace those of 'default'.*update_only=True"):
+        adapted.load_adapter(str(tmp_path), "default")
+
+
 def test_it_runs_masked_and_says_why_it_cannot_be_compact(recwarn):
     model, batch = make_m2m100(), make_batch()
     adapted = updated(model, make_masks(model)).eval()

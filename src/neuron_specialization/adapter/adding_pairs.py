@@ -9,6 +9,7 @@ from peft import PeftModel, get_peft_model, load_peft_weights, set_peft_model_st
 from ..neurons.adapter_file import mask_key, pack_rows
 from ..neurons.masks import NeuronMasks
 from .config import NeuronSpecializationConfig
+from .rollback import rolled_back_on_error
 
 _TAKEN_OVER = (
     *("trainable", "mask_bias", "update_only", "execution", "source_tag", "default_pair", "task_type"),
@@ -52,9 +53,11 @@ def add_pairs(
         language_token_ids={**(joined.language_token_ids or {}), **(language_token_ids or {})} or None,
         **{name: getattr(config, name) for name in _TAKEN_OVER},
     )
-    adapted = get_peft_model(model, extended)
+    extended.other_tensors = config.other_tensors
     rows = {mask_key(block): pack_rows(rows) for block, rows in joined.rows.items()}
-    set_peft_model_state_dict(adapted, {**load_peft_weights(str(adapter), device="cpu"), **rows})
+    with rolled_back_on_error(model):
+        adapted = get_peft_model(model, extended)
+        set_peft_model_state_dict(adapted, {**load_peft_weights(str(adapter), device="cpu"), **rows})
     return adapted
 
 

@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ..neurons.adapter_file import MASK
 from ..neurons.base_model import is_encoder_decoder
 from ..neurons.ffn import ENCODER, STACKS, is_time_major
 from .call import Call, CarriesCall, innermost_call, origin_of, remember_origin, run_in, steps_in
@@ -79,7 +81,15 @@ class _Entry:
         return kwargs
 
     def _tokens(self, args: tuple, kwargs: Mapping[str, Any]) -> Any:
-        return tokens_of_forward(args, kwargs) if self.stack is None else tokens_of_stack(self.stack, args, kwargs)
+        named = kwargs if len(args) < 2 else {**self._by_name(args), **kwargs}
+        return tokens_of_forward(args, named) if self.stack is None else tokens_of_stack(self.stack, args, named)
+
+    def _by_name(self, args: tuple) -> dict[str, Any]:
+        """Return what is passed by position, by name; {} for a method that does not name what it takes."""
+        parameters = list(self.__signature__.parameters.values())[: len(args)]
+        if not all(parameter.kind is parameter.POSITIONAL_OR_KEYWORD for parameter in parameters):
+            return {}
+        return {parameter.name: value for parameter, value in zip(parameters, args, strict=False)}
 
     @torch.compiler.disable
     def _finish(self, call: Call, outputs: Any) -> Any:
@@ -114,12 +124,8 @@ class _Generate(_Entry):
     method = "generate"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # what is passed by position (inputs, generation_config, ...) is read by name
-        named = list(self.__signature__.parameters.values())[: len(args)]
-        if all(parameter.kind is parameter.POSITIONAL_OR_KEYWORD for parameter in named):
-            kwargs |= {parameter.name: value for parameter, value in zip(named, args, strict=False)}
-            args = args[len(named) :]
-        return super().__call__(*args, **kwargs)
+        named = self._by_name(args)  # inputs, generation_config, ...
+        return super().__call__(*args[len(named) :], **named, **kwargs)
 
     def _goes_on(self, args: tuple, kwargs: Mapping[str, Any]) -> bool:
         return False
@@ -130,10 +136,18 @@ class _Generate(_Entry):
         return tokens_of_generate(self.module, ids, args, kwargs)
 
     def _arguments(self, call: Call, kwargs: dict[str, Any]) -> dict[str, Any]:
-        return {**kwargs, **target_arguments(self.module, call, list(self.router.resolvers.values()), kwargs)}
+        names = call.adapter_names or _active_adapters(self.module)
+        resolvers = [self.router.resolvers[name] for name in dict.fromkeys(names) if name in self.router.resolvers]
+        return {**kwargs, **target_arguments(self.module, call, resolvers, kwargs)}
 
     def _finish(self, call: Call, outputs: Any) -> Any:
         return steps_in(call, outputs) if inspect.isgenerator(outputs) else outputs
+
+
+def _active_adapters(model: nn.Module) -> list[str]:
+    """Return the names of the adapters that are active in a model's masked layers."""
+    layers = (part for part in model.modules() if isinstance(part, BaseTunerLayer) and hasattr(part, MASK))
+    return next((layer.active_adapters for layer in layers), [])
 
 
 def _sees_only_encoder_outputs(args: tuple, kwargs: Mapping[str, Any]) -> bool:

@@ -11,7 +11,7 @@ are fast; where that is the whole block, nothing is gathered.
 Whether a block runs compact is decided in compact_policy.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -106,14 +106,15 @@ class CompactBlock:
     same parameters under the same names, but they run with the weights that the block decided on.
     """
 
-    def __init__(self, layer: Any, block: FfnBlock, model: nn.Module) -> None:
+    def __init__(
+        self, layer: Any, block: FfnBlock, model: nn.Module, names: Mapping[nn.Module, Sequence[str]]
+    ) -> None:
         self.layer = layer
         self.activation = block.activation
         self.down: Any = block.down
         self.other: Any = block.up if block.gate is not None else None
         parts: list[Any] = [part for part in (self.down, self.other) if part is not None]
-        names = {id(module): name for name, module in model.named_modules()}
-        self.places = [_place(model, names[id(part)]) for part in parts]
+        self.places = [_place(model, names[part][0]) for part in parts]
         self.parents = list({id(parent): parent for parent, _, _ in self.places}.values())
         self.looked_up: dict[tuple[str, int], _LookedUp] = {}
         self.elementwise = not any(_mixes_neurons(child, block.d_ff) for p in self.parents for child in p.children())

@@ -18,9 +18,10 @@ from transformers.integrations.peft import PeftAdapterMixin
 
 from ..neurons.adapter_file import CONFIG_NAME, PEFT_TYPE, read_weights, verify_digest
 from ..neurons.files import complete_writing
+from ..neurons.language_pairs import shorten
 from .config import NeuronSpecializationConfig
 from .rollback import rolled_back_on_error
-from .storage import as_model_keys, check_tensors
+from .storage import as_model_keys, check_tensors, weights_follow
 
 _FIRST_WITH_PEFT: Any = vars(PeftModel)["from_pretrained"].__func__
 _WITH_PEFT: Any = PeftModel.load_adapter
@@ -39,7 +40,7 @@ def check_loaded_adapters() -> None:
 @functools.wraps(_FIRST_WITH_PEFT)
 def _first_with_peft(cls: type, model: Any, model_id: str | PathLike[str], *args: Any, **kwargs: Any) -> Any:
     _complete(model_id, kwargs)
-    with rolled_back_on_error(model):
+    with rolled_back_on_error(model), weights_follow():
         return _FIRST_WITH_PEFT(cls, model, model_id, *args, **kwargs)
 
 
@@ -49,7 +50,7 @@ def _with_peft(model: Any, model_id: str | PathLike[str], adapter_name: str, *ar
     present = model.peft_config.get(adapter_name)
     if isinstance(present, NeuronSpecializationConfig):
         _check_replaces(present, model_id, adapter_name, kwargs)
-    with rolled_back_on_error(model):
+    with rolled_back_on_error(model), weights_follow():
         result = _WITH_PEFT(model, model_id, adapter_name, *args, **kwargs)
     loaded = model.peft_config[adapter_name]
     if isinstance(loaded, NeuronSpecializationConfig):
@@ -60,7 +61,7 @@ def _with_peft(model: Any, model_id: str | PathLike[str], adapter_name: str, *ar
 @functools.wraps(_WITH_TRANSFORMERS)
 def _with_transformers(model: Any, *args: Any, **kwargs: Any) -> Any:
     _complete(args[0] if args else kwargs.get("peft_model_id"), kwargs)
-    with rolled_back_on_error(model):
+    with rolled_back_on_error(model), weights_follow():
         model._load_pretrained_model = _CheckedLoad(model)
         try:
             return _WITH_TRANSFORMERS(model, *args, **kwargs)
@@ -91,17 +92,17 @@ def _check_replaces(
     stored = NeuronSpecializationConfig.from_pretrained(str(location), **download)
     if not isinstance(stored, NeuronSpecializationConfig):
         return  # the tensors of another method do not fit
-    if (stored.build_routes(), stored.mask_bias) != (present.build_routes(), present.mask_bias):
+    settings = ("mask_bias", "update_only")
+    differ = [name for name in settings if getattr(stored, name) != getattr(present, name)]
+    if differ or stored.build_routes() != present.build_routes():
+        of = [
+            ", ".join([shorten(each.build_routes().language_pairs), *(f"{s}={getattr(each, s)}" for s in settings)])
+            for each in (stored, present)
+        ]
         raise ValueError(
-            f"The weights in {location} are of {_shown(stored)}, mask_bias={stored.mask_bias}, and cannot replace "
-            f"those of {name!r}, of {_shown(present)}, mask_bias={present.mask_bias}. Load them under another "
-            "name, or delete_adapter() first."
+            f"The weights in {location} are of {of[0]}, and cannot replace those of {name!r}, of {of[1]}. Load them "
+            "under another name, or delete_adapter() first."
         )
-
-
-def _shown(config: NeuronSpecializationConfig) -> str:
-    pairs = config.build_routes().language_pairs
-    return ", ".join(pairs[:8]) + (f", ... ({len(pairs)} in all)" if len(pairs) > 8 else "")
 
 
 class _CheckedLoad:

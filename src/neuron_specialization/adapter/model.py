@@ -69,6 +69,7 @@ class NeuronSpecializationModel(BaseTuner):
 
     def _inject(self, model: nn.Module, adapter_name: str, config: Any, *args: Any, **kwargs: Any) -> None:
         self._check_other_adapters(adapter_name)
+        storage.take_stored_masks(config)
         self._blocks = _find_blocks(config, model)
         self._places = _places(model)
         router = attachment.attach(model)
@@ -97,6 +98,8 @@ class NeuronSpecializationModel(BaseTuner):
         if not peft_config.fingerprint and self._blocks:
             peft_config.fingerprint = fingerprint(self.model, list(self._blocks.values()))
             peft_config.weights_sample = sample_weights(list(self._blocks.values()))
+        for name in ("selector", "fingerprint"):  # of a model without FFN blocks, and without masks
+            setattr(peft_config, name, getattr(peft_config, name) or {})
         peft_config.d_ff = peft_config.d_ff or {}
         peft_config.stacks = peft_config.stacks or {}
         return peft_config
@@ -144,7 +147,7 @@ class NeuronSpecializationModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
             layer.place = parent, target_name
         if fresh and block is not None:
-            layer.compact_block = CompactBlock(layer, block, self.model)
+            layer.compact_block = CompactBlock(layer, block, self.model, self._places)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)
@@ -155,6 +158,12 @@ class NeuronSpecializationModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if getattr(self, "_is_replica", False):
+            raise ValueError(
+                "torch.nn.DataParallel copies a model to several GPUs, and masks with their routes stay with the "
+                "original. Start one process for each GPU with `accelerate launch`, or show one GPU with "
+                "CUDA_VISIBLE_DEVICES=0."
+            )
         names = kwargs.get("adapter_names")
         if names is None:
             yield

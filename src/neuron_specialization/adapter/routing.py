@@ -45,7 +45,7 @@ class CallRouter:
         self.selected = pair
 
     def check(self, pair: str) -> None:
-        """Raise ValueError unless some adapter routes `pair`."""
+        """Raise ValueError unless some adapter routes `pair`: one with a default pair routes all."""
         if not self.resolvers:
             raise ValueError(f"Got the language pair {pair!r}, but the model's adapters were deleted.")
         errors = []
@@ -60,7 +60,7 @@ class CallRouter:
     def chosen_since(self, call: Call) -> bool:
         """Whether this thread opened a `with` block after `call` had begun, inside it: for another call."""
         thread = threading.get_ident()
-        return any(b.router is self and b.thread == thread and b.order > call.order for b in _with_blocks)
+        return any(b.router is self and b.thread == thread and b.order > call.order for b in tuple(_with_blocks))
 
     def chosen(self) -> str | None:
         """Return the pair of the innermost `with` block, else the one set on the model.
@@ -70,7 +70,7 @@ class CallRouter:
         Raises:
             RuntimeError: if several threads opened different ones.
         """
-        latest = {block.thread: block.pair for block in _with_blocks if block.router is self}
+        latest = {block.thread: block.pair for block in tuple(_with_blocks) if block.router is self}
         if threading.get_ident() in latest:
             return latest[threading.get_ident()]
         if len(set(latest.values())) > 1:
@@ -198,7 +198,7 @@ class _WithBlock:
     order: int = field(default_factory=sequence.__next__)
 
 
-_with_blocks: list[_WithBlock] = []
+_with_blocks: list[_WithBlock] = []  # read as a tuple: other threads add and remove theirs meanwhile
 
 
 def router_of(model: nn.Module) -> CallRouter:
@@ -228,7 +228,8 @@ def set_language_pair(model: nn.Module, pair: str | None) -> None:
     Calls under way keep theirs. Inside a `with language_pair(...)` block the block's pair holds.
 
     Raises:
-        ValueError: if the pair is unknown (lists those known) or the model has no adapter of this method.
+        ValueError: if the pair is unknown (lists those known) and no adapter has a default pair to run in its place,
+            or the model has no adapter of this method.
     """
     router_of(model).select(pair)
 
@@ -238,7 +239,8 @@ def language_pair(model: nn.Module, pair: str) -> Iterator[None]:
     """Choose a pair for the length of a `with` block, in this thread and in workers that choose none themselves.
 
     Raises:
-        ValueError: if the pair is unknown (lists those known) or the model has no adapter of this method.
+        ValueError: if the pair is unknown (lists those known) and no adapter has a default pair to run in its place,
+            or the model has no adapter of this method.
     """
     router = router_of(model)
     router.check(pair)

@@ -3,8 +3,9 @@
 import functools
 import inspect
 import json
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,27 @@ from ..neurons.adapter_file import (
 )
 from ..neurons.card import CardFacts, describe_adapter, keep_card_of_hub
 from ..neurons.files import atomic_directory
+from ..neurons.masks import NeuronMasks
 from .layer import NeuronSpecializationLayer
+
+_WEIGHTS_FOLLOW = ContextVar("weights_follow", default=False)
+
+
+@contextmanager
+def weights_follow() -> Iterator[None]:
+    """While an adapter is loaded: what is injected gets its masks from the weights that are read next."""
+    token = _WEIGHTS_FOLLOW.set(True)
+    try:
+        yield
+    finally:
+        _WEIGHTS_FOLLOW.reset(token)
+
+
+def take_stored_masks(config: Any) -> None:
+    """Give a config that was read from an adapter, to make a new one like it, the masks of that adapter."""
+    if config.masks is None and config.weights_file is not None and not _WEIGHTS_FOLLOW.get():
+        config.masks = NeuronMasks.from_pretrained(config.weights_file.parent)
+        config.weights_file = None
 
 
 def save_adapter(model: PeftModel, directory: str | PathLike[str], *, overwrite: bool = False, **kwargs: Any) -> None:
@@ -40,12 +61,16 @@ def save_adapter(model: PeftModel, directory: str | PathLike[str], *, overwrite:
         model: model with adapters.
         directory: where to save; files of an earlier adapter of this method there are replaced, others stay.
         overwrite: also replace files of the same names that this package did not write.
-        **kwargs: passed to `save_pretrained`.
+        **kwargs: passed to `save_pretrained`. Of several processes only the main one writes: the others pass
+            `is_main_process=False`.
 
     Raises:
         ValueError: if `directory` holds a model, or files of these names that this package did not write.
     """
     check_holds_no_model(directory)
+    if not kwargs.get("is_main_process", True):
+        model.save_pretrained(str(directory), **kwargs)  # which writes nothing
+        return
     with atomic_directory(directory, overwrite) as fresh:
         model.save_pretrained(str(fresh), **kwargs)
 

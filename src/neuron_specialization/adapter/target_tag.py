@@ -25,7 +25,7 @@ def target_arguments(
     Args:
         model: the base model.
         call: the call, with its pairs.
-        resolvers: those of the model's adapters.
+        resolvers: those of the adapters that run.
         kwargs: the caller's arguments, which take precedence.
 
     Raises:
@@ -35,19 +35,20 @@ def target_arguments(
     if resolver is None or resolver.reader is None:
         return {}
     reader = resolver.reader
-    pairs = _names(resolver, call) or _only_pairs(model, resolver, reader, call)
+    begins = _says_how_to_begin(kwargs, reader)
+    pairs = _names(resolver, call) or ([] if begins else _only_pairs(model, resolver, reader, call))
     if not pairs or any("-" not in pair for pair in pairs):  # unknown, the base, or pairs without language codes
         return {}
     if call.pairs is not None and call.tokens.source is not None:
         _check_source_tags(reader, call.tokens.source, pairs)
     tags = [reader.ids.get(split_pair(pair)[1]) for pair in pairs]
-    if reader.source_tag == "target" or None in tags or _says_how_to_begin(kwargs, reader):
+    if reader.source_tag == "target" or None in tags or begins:
         return {}
     opens = tag_opens_decoder(model, reader, call.tokens.source)
     if len(set(tags)) == 1:
         return {"decoder_start_token_id" if opens else "forced_bos_token_id": tags[0]}
-    begins = [[tag] if opens else [_start_token(model, kwargs), tag] for tag in tags]
-    return {"decoder_input_ids": torch.tensor(begins, device=device_of(model))}
+    first = [[tag] if opens else [_start_token(model, kwargs), tag] for tag in tags]
+    return {"decoder_input_ids": torch.tensor(first, device=device_of(model))}
 
 
 def _start_token(model: Any, kwargs: Mapping[str, Any]) -> int:
@@ -105,8 +106,9 @@ def _only_pairs(model: Any, resolver: PairResolver, reader: TagReader, call: Cal
     source, forced = call.tokens.source, getattr(model.generation_config, "forced_bos_token_id", None)
     if call.pairs is not None or source is None or forced is not None or reader.source_tag == "target":
         return []
-    fits = [fitting_pairs(resolver.pairs, code, None) if code is not None else [] for code in reader.read(source)]
-    return [pairs[0] for pairs in fits] if all(len(pairs) == 1 for pairs in fits) else []
+    codes = reader.read(source)
+    fits = {code: fitting_pairs(resolver.pairs, code, None) if code is not None else [] for code in set(codes)}
+    return [fits[code][0] for code in codes] if all(len(pairs) == 1 for pairs in fits.values()) else []
 
 
 def _check_source_tags(reader: TagReader, source: torch.Tensor, pairs: list[str]) -> None:

@@ -219,6 +219,7 @@ def read_config(location: str | PathLike[str], **hub: Any) -> dict[str, Any]:
     if config["peft_type"] != PEFT_TYPE:
         raise ValueError(f"{path} is an adapter of type {config['peft_type']}, not {PEFT_TYPE}.")
     check_format_version(config.get("format_version"), path)
+    config |= {name: {} for name in ("selector", "fingerprint") if name in config and config[name] is None}
     for name in ("d_ff", "stacks", "selector", "fingerprint"):
         if not isinstance(config.get(name), dict):
             raise ValueError(f"{path} is damaged: expected {name} as an object, got {config.get(name)!r:.80}.")

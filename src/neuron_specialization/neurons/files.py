@@ -52,7 +52,8 @@ def atomic_directory(directory: str | PathLike[str], overwrite: bool = False) ->
 def begin_writing(target: Path) -> Path:
     """Return a folder inside `target` to write into, for `finish_writing`; `target` is created if missing.
 
-    The folder holds nothing but the card of `target`, if there is one: who writes cards keeps what its user edited.
+    The folder holds nothing but the cards in `target`, if there are any (of an adapter with a name, one is in the
+    folder of that name): who writes cards keeps what its user edited.
     """
     if target.is_file():
         raise ValueError(f"{target} is a file; expected the path of a directory to write.")
@@ -60,9 +61,17 @@ def begin_writing(target: Path) -> Path:
     partial = partial_folder(target)
     shutil.rmtree(partial, ignore_errors=True)  # what a process that was killed left there
     partial.mkdir(parents=True)
-    if (target / CARD_NAME).is_file():
-        shutil.copyfile(target / CARD_NAME, partial / CARD_NAME)
+    for card in _cards(target):
+        if card.parent == Path() or (target / card).with_name("adapter_config.json").is_file():
+            (partial / card).parent.mkdir(exist_ok=True)
+            shutil.copyfile(target / card, partial / card)
     return partial
+
+
+def _cards(directory: Path) -> list[Path]:
+    """Return the paths of a directory's card and of those in its folders, relative to it."""
+    cards = [path for path in (directory / CARD_NAME, *directory.glob(f"*/{CARD_NAME}")) if path.is_file()]
+    return [path.relative_to(directory) for path in cards]
 
 
 def partial_folder(target: Path) -> Path:
@@ -73,9 +82,9 @@ def partial_folder(target: Path) -> Path:
 def finish_writing(target: Path, overwrite: bool = False) -> None:
     """Move what was written into the folder that `begin_writing` returned into its place in `target`."""
     partial = partial_folder(target)
-    before, after = target / CARD_NAME, partial / CARD_NAME
-    if before.is_file() and after.is_file() and before.read_bytes() == after.read_bytes():
-        after.unlink()  # it stays, whoever wrote it
+    for card in _cards(partial):
+        if (target / card).is_file() and (target / card).read_bytes() == (partial / card).read_bytes():
+            (partial / card).unlink()  # it stays, whoever wrote it
     files = sorted(path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file())
     files = [name for name in files if name != WRITTEN]
     check_replaceable(target, files, overwrite)

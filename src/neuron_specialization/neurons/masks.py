@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -245,11 +246,13 @@ class NeuronMasks:
 
         Args:
             location: directory, or Hub id.
-            **hub: passed to `huggingface_hub.hf_hub_download`, such as `revision` or `token`.
+            **hub: passed to `huggingface_hub.hf_hub_download`, such as `revision`, `token` or `subfolder`.
 
         Raises:
             ValueError: if it is not such an adapter, or its masks do not fit its config.
         """
+        if Path(location).is_dir():
+            location = Path(location, hub.pop("subfolder", None) or "")
         config = adapter_file.read_config(location, **hub)
         path = adapter_file.weights_file(location) or adapter_file.fetch(location, adapter_file.WEIGHTS_NAME, **hub)
         adapter_file.verify_digest(config.get("weights_digest"), path, location)
