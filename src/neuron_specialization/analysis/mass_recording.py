@@ -10,11 +10,10 @@ from ..neurons.activations import each_batch
 from ..neurons.base_model import unwrap
 from ..neurons.ffn import DECODER, ENCODER, STACKS, find_ffn_blocks, fingerprint, is_time_major, sample_weights
 from ..neurons.observation import observed
-from ..neurons.positions import fit_positions, source_positions, target_positions
+from ..neurons.positions import IGNORED, fit_positions, source_positions, target_positions
 from .mass_activation import SUMS, MassActivation
 from .sites import Place, attached, find_places
 
-IGNORED_TAG = -100
 MOST_CELLS = 1 << 27  # of token credit: 1 GB of float64
 
 
@@ -154,7 +153,7 @@ class _Recorder:
         for what, columns in (("token_credit", self.columns.get(place.stack)), ("tag_credit", self.batch_tags)):
             if what in sums and columns is not None:
                 column = fit_positions(columns, values, place.stack)[counted][on]
-                named = column != IGNORED_TAG
+                named = column != IGNORED
                 sums[what].index_put_((unit[named], column[named]), best[named], accumulate=True)
 
     def add_active(self, place: Place, gate: torch.Tensor) -> None:

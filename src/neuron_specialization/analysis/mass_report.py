@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
+from ..neurons.positions import IGNORED
 from .mass_activation import MassActivation
 from .mass_comparison import MassChange, compare_mass
 from .mass_plots import plot_alive, plot_change, plot_mass, plot_top_tokens, short_name
-from .mass_recording import IGNORED_TAG
 
 
 def change_table(masses: Mapping[str, MassActivation], name: str) -> list[dict[str, Any]]:
@@ -95,7 +95,7 @@ def tag_table(
         batches: that text, with "token_tags" (see `record_mass`).
     """
     tags = next(iter(masses.values())).tags
-    of_tokens = torch.cat([batch["token_tags"][batch["token_tags"] != IGNORED_TAG] for batch in batches])
+    of_tokens = torch.cat([batch["token_tags"][batch["token_tags"] != IGNORED] for batch in batches])
     shares = torch.bincount(of_tokens, minlength=len(tags)).double() / max(1, len(of_tokens))
     rows: list[dict[str, Any]] = [{"model": "share of tokens", **dict(zip(tags, shares.tolist(), strict=True))}]
     for model, mass in masses.items():

@@ -10,13 +10,12 @@ from xxhash import xxh3_64_hexdigest
 
 from ..adapter.routing import is_routed
 from ..neurons.base_model import number_of_positions
+from ..neurons.positions import IGNORED
 from .batching import TranslationCollator
 from .data_files import read_rows
 from .encoding import vocabulary_of
 from .processes import this_process
 from .tokenization import encode, resolve_tokens
-
-IGNORED_TAG = -100
 
 
 def vocabulary_digest(tokenizer: Any) -> str:
@@ -73,7 +72,7 @@ def corpus_batches(
             batch: dict[str, Any] = {**collate(share), **route}
             if tags:
                 padded = [torch.tensor(example["token_tags"]) for example in share]
-                batch["token_tags"] = torch.nn.utils.rnn.pad_sequence(padded, True, IGNORED_TAG)
+                batch["token_tags"] = torch.nn.utils.rnn.pad_sequence(padded, True, IGNORED)
             return batch
 
         own: Any = whole[state.process_index :: state.num_processes]
@@ -111,16 +110,14 @@ def _token_tags(
     options = {"add_special_tokens": False, "return_offsets_mapping": True, "return_attention_mask": False}
     plain = tokenizer(text, **options)
     of = [
-        next(
-            (place.get(tag, IGNORED_TAG) for span, tag in zip(spans, word_tags, strict=True) if end - 1 in span), -100
-        )
+        next((place.get(tag, IGNORED) for span, tag in zip(spans, word_tags, strict=True) if end - 1 in span), IGNORED)
         for _, end in plain["offset_mapping"]
     ]
     # language tags and the end of sentence stand around the text
     body = plain["input_ids"]
     first = next((start for start in range(len(ids)) if ids[start : start + 1] == body[:1]), 0)
-    found = [IGNORED_TAG] * first + of
-    return (found + [IGNORED_TAG] * len(ids))[: len(ids)]
+    found = [IGNORED] * first + of
+    return (found + [IGNORED] * len(ids))[: len(ids)]
 
 
 def _spans(text: str, words: list[str]) -> list[range]:
