@@ -22,6 +22,7 @@ from neuron_specialization.analysis.report import write_report
 from neuron_specialization.neurons.ffn import STACKS
 from neuron_specialization.translation.arguments import DataArguments, as_mapping
 from neuron_specialization.translation.command_line import parse, run
+from neuron_specialization.translation.processes import check_single_process
 from neuron_specialization.translation.results import table, write_results
 
 UNUSED = ("language_pairs", "train_file", "test_file", "max_length", "drop_faulty", "language_tokens", "source_tag")
@@ -58,6 +59,7 @@ class AnalyzeArguments:
 
 def main() -> None:
     args, data = parse(AnalyzeArguments, DataArguments, unused=UNUSED)
+    check_single_process()
     if not args.overlap and args.report is None:
         raise ValueError("Say what to do: --overlap, --report FILE.html, or both.")
     masks = {name: ns.NeuronMasks.from_pretrained(place) for name, place in as_mapping(args.masks).items()}

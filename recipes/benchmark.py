@@ -1,6 +1,6 @@
 """Time the method against its alternatives, side by side in one run: median ratios, as a table and as JSON.
 
-accelerate launch --quiet recipes/benchmark.py --output_dir build/benchmark
+python recipes/benchmark.py --output_dir build/benchmark
 """
 
 from dataclasses import dataclass, field

@@ -25,6 +25,7 @@ from neuron_specialization.translation.check import check_parallel
 from neuron_specialization.translation.checkpoints import new_model
 from neuron_specialization.translation.command_line import parse, run
 from neuron_specialization.translation.encoding import encode_parallel
+from neuron_specialization.translation.processes import check_single_process
 from neuron_specialization.translation.results import table, write_results
 from neuron_specialization.translation.tokenization import train_tokenizer
 
@@ -41,6 +42,7 @@ class BenchmarkArguments:
 
 def main() -> None:
     args, data = parse(BenchmarkArguments, DataArguments, unused=("pivot", "drop_faulty", "source_tag", "splits"))
+    check_single_process()
     memory = sampler_memory()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as directory:

@@ -1,6 +1,6 @@
 r"""The paper's comparison, stage by stage: methods x seeds on the same baseline, data and order of batches.
 
-accelerate launch --quiet recipes/compare_methods.py --config recipes/configs/compare_methods/toy-control.yaml \
+python recipes/compare_methods.py --config recipes/configs/compare_methods/toy-control.yaml \
     --model_name_or_path build/toy/baseline/model --train_file build/toy/train.jsonl \
     --validation_file build/toy/validation.jsonl --test_file build/toy/test.jsonl --output_dir build/toy/comparison
 
@@ -42,7 +42,7 @@ from neuron_specialization.translation.results import table, write_results
 from neuron_specialization.translation.runs import training_of
 from neuron_specialization.translation.trainer import SpecializationTrainingArguments
 
-UNUSED = ("adapter", "learning_rate", "patience", "eval_steps", "data_seed")
+UNUSED = ("adapter", "learning_rate", "patience", "eval_steps", "data_seed", "overwrite_output_dir")
 
 
 @dataclass

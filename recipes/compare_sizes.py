@@ -15,6 +15,7 @@ from pathlib import Path
 from neuron_specialization.analysis.comparison_tables import sizes_table, usable_rows
 from neuron_specialization.analysis.plots import plot_interference_of_sizes
 from neuron_specialization.translation.command_line import parse, run
+from neuron_specialization.translation.processes import check_single_process
 from neuron_specialization.translation.results import table, write_results
 
 
@@ -31,6 +32,7 @@ class SizesArguments:
 
 def main() -> None:
     (args,) = parse(SizesArguments)
+    check_single_process()
     rows: dict[str, list] = {}
     if len({Path(directory).name for directory in args.directories}) < len(args.directories):
         raise ValueError(f"Expected directories named after the sizes, got {' '.join(args.directories)}.")

@@ -1,6 +1,6 @@
 """The whole method, its control and its ceiling on artificial related languages, in a few minutes on two CPU cores.
 
-accelerate launch --quiet recipes/demo.py --config recipes/configs/demo.yaml
+python recipes/demo.py --config recipes/configs/demo.yaml
 """
 
 import copy

@@ -5,7 +5,8 @@ python recipes/explain.py --config recipes/configs/explain/multi30k.yaml --gradi
     --tagged_file "ud_pud/{lang}.parquet" --output_dir build/explained
 
 --gradients   cosines of two directions' gradients per block, dense and under masks
---tags        parts of speech and sentence lengths that specialized neurons fire on
+--tags        parts of speech and sentence lengths that specialized neurons fire on; the tagged files have columns
+              sent_id, tokens and upos (lists)
 
 Masks are those of --adapter, without what it trained, or identified on the validation text.
 """
@@ -24,7 +25,7 @@ from neuron_specialization.analysis.mask_plots import plot_gradients, plot_tags
 from neuron_specialization.translation.arguments import DataArguments, ModelArguments
 from neuron_specialization.translation.checkpoints import load_checkpoint
 from neuron_specialization.translation.command_line import parse, run
-from neuron_specialization.translation.processes import this_process
+from neuron_specialization.translation.processes import check_single_process, this_process
 from neuron_specialization.translation.results import table, write_results
 from neuron_specialization.translation.tagged_text import LENGTHS, by_length, load_tagged, tagged_batches
 from neuron_specialization.translation.token_loss import scored_batches
@@ -47,6 +48,7 @@ class ExplainArguments:
 
 def main() -> None:
     args, where, data = parse(ExplainArguments, ModelArguments, DataArguments, unused=UNUSED)
+    check_single_process()
     check_figures()
     if not args.gradients and not args.tags:
         raise ValueError("Say what to explain: --gradients, --tags, or both.")

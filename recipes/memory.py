@@ -1,6 +1,6 @@
 """Memory of training by `trainable`: computed for the shapes of NLLB, computed and measured for one that runs here.
 
-accelerate launch --quiet recipes/memory.py --output_dir build/memory
+python recipes/memory.py --output_dir build/memory
 """
 
 import copy

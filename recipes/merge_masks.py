@@ -13,6 +13,7 @@ from neuron_specialization.neurons.adapter_file import read_config
 from neuron_specialization.neurons.files import check_not_input
 from neuron_specialization.neurons.masks import NeuronMasks
 from neuron_specialization.translation.command_line import parse, run
+from neuron_specialization.translation.processes import check_single_process
 
 
 @dataclass
@@ -31,6 +32,7 @@ class MergeArguments:
 
 def main() -> None:
     (args,) = parse(MergeArguments)
+    check_single_process()
     if len(args.adapters) < 2:
         raise ValueError(f"Expected two adapters or more to merge, got {' '.join(args.adapters)}.")
     repeated = sorted({adapter for adapter in args.adapters if args.adapters.count(adapter) > 1})

@@ -15,6 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from neuron_specialization.export.hub import facts_from_results, publish
 from neuron_specialization.neurons.card import CardFacts, describe_adapter
 from neuron_specialization.translation.command_line import parse, run
+from neuron_specialization.translation.processes import check_single_process
 
 
 @dataclass
@@ -39,6 +40,7 @@ class PublishArguments:
 
 def main() -> None:
     (args,) = parse(PublishArguments)
+    check_single_process()
     if (args.repo is None) == (args.card_only is None):
         raise ValueError("Say where to publish, --repo user/name, or where to write the card, --card_only DIRECTORY.")
     facts = CardFacts(args.repo, args.license, args.datasets, args.sentence)

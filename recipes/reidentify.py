@@ -23,7 +23,7 @@ from neuron_specialization.translation.arguments import DataArguments, ModelArgu
 from neuron_specialization.translation.checkpoints import load_checkpoint
 from neuron_specialization.translation.command_line import parse, run
 from neuron_specialization.translation.identification import record_corpus, record_corpus_parts
-from neuron_specialization.translation.processes import this_process
+from neuron_specialization.translation.processes import check_single_process, this_process
 from neuron_specialization.translation.results import table, write_results
 
 UNUSED = ("adapter", "test_file", "pivot", "train_sentences", "drop_faulty")
@@ -43,6 +43,7 @@ class ReidentifyArguments:
 
 def main() -> None:
     args, where, data = parse(ReidentifyArguments, ModelArguments, DataArguments, unused=UNUSED)
+    check_single_process()
     check_figures()
     kept = [] if args.comparison is None else kept_places(args.comparison, args.methods)
     others = dict(other_text(args, data))

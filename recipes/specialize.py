@@ -4,8 +4,8 @@ accelerate launch --quiet recipes/specialize.py --config recipes/configs/special
     --model_name_or_path path/to/checkpoint --masks build/masks --train_file data/train.parquet \
     --validation_file data/validation.parquet --output_dir build/specialized
 
-With --trainable delta, `--adapter DIRECTORY` continues a trained adapter and adds the pairs of --masks to it, and
-`--protect PAIRS` freezes the rows that these pairs use, so that what they translate does not change.
+With --trainable delta, `--adapter DIRECTORY` continues an adapter that was trained with it too and adds the pairs of
+--masks, and `--protect PAIRS` freezes the rows that these pairs use, so that what they translate does not change.
 """
 
 from dataclasses import dataclass, field

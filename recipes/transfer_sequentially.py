@@ -1,6 +1,6 @@
 r"""Learn one language pair after another from a pre-trained copier, and measure what is kept and what is forgotten.
 
-accelerate launch --quiet recipes/transfer_sequentially.py \
+python recipes/transfer_sequentially.py \
     --config recipes/configs/transfer_sequentially/tatoeba.yaml --train_file data/tatoeba/{pair}.parquet \
     --validation_file data/tatoeba/{pair}.parquet --test_file data/tatoeba/{pair}.parquet --output_dir build/tatoeba
 

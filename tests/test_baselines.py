@@ -168,7 +168,13 @@ def test_masks_differ_between_methods_as_they_should(counts):
     for pair in TOY_PAIRS:
         sizes = {name: {b: int(m.row(pair, b).sum()) for b in ours.rows} for name, m in masks.items()}
         assert sizes["random"] == sizes["random_overlap"] == sizes["ours"]
-        assert all(masks["ours_enc"].row(pair, name).all() for name in decoder)
+        for name in ours.rows:
+            alone, other = ("ours_dec", "ours_enc") if name in decoder else ("ours_enc", "ours_dec")
+            assert masks[alone].row(pair, name).equal(ours.row(pair, name)) and masks[other].row(pair, name).all()
+    for method in ("random", "random_overlap"):
+        drawn = masks[method], masks_of(method, counts, args, "Pv", 1)
+        assert all(any(not rows.equal(ours.rows[name]) for name, rows in each.rows.items()) for each in drawn)
+        assert any(not rows.equal(drawn[1].rows[name]) for name, rows in drawn[0].rows.items()), "another draw"
     assert all(masks["union"].iou("Pv-Aa", "Ba-Pv")[name] == 1 for name in ours.rows)
     assert all(masks["wrong_pair"].row("Pv-Aa", name).equal(ours.row("Pv-Ba", name)) for name in ours.rows)
     with pytest.raises(ValueError, match="needs a pivot"):
@@ -425,6 +431,11 @@ def test_every_method_builds_a_model_that_runs(counts, toy_model, toy_tokenizer,
             found = attribution if method == "taylor" else counts
             model = build_model(method, toy_model, found, args, "Pv", 0)
             assert token_losses(model, toy_tokenizer, rows)["Pv-Aa"] > 0, method
+            if method in (*IDENTIFIED_BY,) and method not in ("lass", "gradual"):
+                config = model.peft_config["default"]
+                parts = {"delta": "delta", "update_only": "delta", "low_rank": "low_rank", "masks_only": "none"}
+                assert config.trainable == parts.get(method, "full"), method
+                assert config.update_only == (method == "update_only"), method
     assert all(weight.equal(before[name]) for name, weight in toy_model.state_dict().items()), "the baseline is copied"
 
 

@@ -52,7 +52,7 @@ def start(launch, checkpoint, data, masks, modes, output, *options, validation="
 def train(launch, toy_checkpoint, toy_files, masks, output, accumulation) -> Path:
     options = [
         *("--max_steps", "3", "--gradient_accumulation_steps", str(accumulation), "--learning_rate", "0.1"),
-        *("--temperature", "1", "--lr_scheduler_type", "constant", "--save_steps", "3", "--weight_decay", "0.1"),
+        *("--temperature", "1", "--lr_scheduler_type", "constant", "--weight_decay", "0.1"),
         *("--seed", "0", "--optim", "sgd", "--max_grad_norm", "1"),
     ]
     start(launch, toy_checkpoint, toy_files / "train.jsonl", masks, ",".join(MODES), output, *options)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import neuron_specialization as ns
+from neuron_specialization.baselines.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 MODULES = [module.name for module in pkgutil.walk_packages(ns.__path__, ns.__name__ + ".")]
@@ -75,3 +76,8 @@ def test_the_changelog_begins_with_this_version():
 def test_the_readmes_public_names_exist():
     names = set(re.findall(r"\bns\.(\w+)", (ROOT / "README.md").read_text()))
     assert names and {name for name in names if not hasattr(ns, name)} == set()
+
+
+def test_the_guide_tells_of_every_method_of_a_comparison():
+    guide = (ROOT / "recipes" / "README.md").read_text()
+    assert not [method for method in METHODS if f"`{method}`" not in guide]

@@ -229,7 +229,8 @@ def test_recording_parts_adds_up_to_the_whole(toy_data, toy_model, toy_tokenizer
 def test_unstable_masks_are_named():
     a = counts_of({"encoder.0": [[9, 9, 0, 0]]}, ["en-de"])
     b = counts_of({"encoder.0": [[0, 0, 9, 9]]}, ["en-de"])
-    assert stability([a, b], ns.CumulativeThreshold(0.9))["unstable"] == ["en-de"]
+    found = stability([a, b], ns.CumulativeThreshold(0.9))
+    assert found["unstable"] == ["en-de"] and found["halves"] == {"en-de": 0}
     assert stability([a, a], ns.CumulativeThreshold(0.9))["unstable"] == []
 
 

@@ -14,7 +14,7 @@ from neuron_specialization.analysis.gradients import gradient_cosines, gradient_
 from neuron_specialization.analysis.tagged_activity import TaggedCounts, mean_rows, record_tagged, tag_rows
 from neuron_specialization.neurons.language_pairs import Routes
 from neuron_specialization.neurons.masks import NeuronMasks
-from neuron_specialization.translation.tagged_text import by_length, load_tagged, tagged_batches
+from neuron_specialization.translation.tagged_text import TaggedSentence, by_length, load_tagged, tagged_batches
 from neuron_specialization.translation.token_loss import scored_batches
 
 from .conftest import PAIRS, make_batch, make_m2m100, make_masks, make_t5, zero_masked_rows
@@ -98,7 +98,9 @@ def test_rows_tell_relations_of_directions_apart():
     ]
     found = gradient_cosines(*halves)[rows[0]["block"]]
     assert rows[0]["itself"] == pytest.approx(found.diagonal().mean())
-    assert rows[0]["same source"] == pytest.approx(found[0, 2]) and 0 <= rows[0]["below 0"] <= 1
+    assert rows[0]["same source"] == pytest.approx(found[0, 2])
+    shares = [(of[~np.eye(4, dtype=bool)] < 0).mean() for of in gradient_cosines(*halves).values()]
+    assert [row["below 0"] for row in rows] == pytest.approx(shares) and set(shares) != {0.5}
 
 
 @pytest.mark.parametrize("make", [make_m2m100, make_t5], ids=["plain", "gated"])
@@ -205,6 +207,8 @@ def test_every_token_of_a_word_has_its_tag(toy_model, toy_tokenizer, toy, tagged
     order = {"short": 0, "medium": 1, "long": 2}
     by_size = sorted((len(each.words), order[each.tags[0]]) for each in lengths.values())
     assert [tag for _, tag in by_size] == sorted(tag for _, tag in by_size)
+    nine = {str(n): TaggedSentence(["word"] * n, ["NOUN"] * n) for n in range(3, 12)}
+    assert [each.tags[0] for each in by_length(nine).values()] == [*["short"] * 3, *["medium"] * 3, *["long"] * 3]
 
 
 def test_tagged_text_that_does_not_fit_is_refused(tagged_file, tmp_path):

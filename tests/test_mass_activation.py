@@ -154,6 +154,11 @@ def test_tags_are_compared_with_their_share_of_the_text():
     low = (tokens < 20).double().mean().item()
     assert text == {"model": "share of tokens", "rest": pytest.approx(1 - low), "low": pytest.approx(low)}
     assert model["rest"] + model["low"] == pytest.approx(1)
+    by_token = record_mass(make_m2m100(), {"a": batches}, stack="encoder", token_ids=TOKENS, progress=False)
+    last = by_token.token_credit[list(by_token.token_credit)[-1]][0].sum(0)  # the last column is of all other tokens
+    low_ones = [token < 20 for token in by_token.token_ids]
+    assert set(tokens.tolist()) <= set(by_token.token_ids) and last[-1] == 0
+    assert model["low"] == pytest.approx((last[:-1][low_ones].sum() / last.sum()).item())
 
 
 def test_change_between_two_models():
@@ -171,6 +176,10 @@ def test_change_between_two_models():
     assert same.hellinger[same.shared].abs().max() < 1e-6 and not same.length.any()
     assert change.only_before[third] and not change.shared[third] and change.hellinger[third].isnan()
     assert change.positive[third] < 0 and change.negative[third] == 0
+    back = compare_mass(changed, alive, "a", layer)
+    assert back.only_after[third] and not back.only_before[third] and not change.only_after[third]
+    twice = record_mass(before, {"a": [batch, batch]}, token_ids=TOKENS, progress=False)
+    assert compare_mass(alive, twice, "a", layer).positive.abs().max() < 1e-6, "per position"
     p, q = (m.token_distribution("a", layer)[first] for m in (alive, changed))
     assert change.hellinger[first] == pytest.approx(((p.sqrt() - q.sqrt()) ** 2).sum().div(2).sqrt().item(), abs=1e-6)
     swapped = alive.length("a", layer)[second] - alive.length("a", layer)[first]

@@ -52,6 +52,8 @@ def test_the_highest_scores_go_first(mass, criterion):
         assert extremes[0] <= extremes[1] and mass.wins[layer].sum(0)[pruned].all()
     if criterion == "dead":
         assert not mass.wins[layer].sum(0)[pruned].any()
+        active = mass.active[layer].sum(0)
+        assert 0 < pruned.sum() < dead.sum() and active[pruned].max() <= active[dead & ~pruned].min()
     if criterion == "specialized":
         languages = mass.active[layer] / mass.positions[mass.stacks[layer]].unsqueeze(1)
         balance = (languages.min(0).values / languages.max(0).values).nan_to_num(nan=1.0)

@@ -168,7 +168,17 @@ def test_seeds_are_summarized_and_tested_in_pairs():
     assert tests["control", "cp"]["difference"] == pytest.approx(52.1667 - 61, abs=1e-3)
     assert tests["cp", "source"]["difference"] == pytest.approx(11)
     assert tests["cp", "source"]["p"] == pytest.approx(0.00274, abs=1e-4)  # t = 11 / (1 / √3), 2 degrees of freedom
-    assert tests["cp", "source"]["p_adjusted"] >= tests["cp", "source"]["p"]
+    # Benjamini and Hochberg, of three tests
+    found = sorted((row["p"], row["p_adjusted"]) for row in tests.values())
+    expected = [
+        3 * found[0][0],
+        min(1.5 * found[1][0], found[2][0]),
+        found[2][0],
+    ]
+    assert [adjusted for _, adjusted in found] == pytest.approx(expected)
+    paired = np.array([51.0, 53.5, 52.0]) - np.array([60.0, 62.0, 61.0])
+    t = paired.mean() / (paired.std(ddof=1) / 3**0.5)
+    assert tests["control", "cp"]["p"] == pytest.approx(1 - abs(t) / (2 + t * t) ** 0.5)  # 2 degrees of freedom
     (table,) = report_tables(summarize(values), "source").values()
     assert table[1] == {"languages": "all", "model": "cp", "layer 0": "61.0 ± 1.0"}
 

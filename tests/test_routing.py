@@ -92,9 +92,12 @@ def test_pairs_that_fit_may_agree():
     model = make_m2m100()
     masks = make_masks(model, ["en-de", "en-fr"]).factorize()
     config = ns.NeuronSpecializationConfig(masks=masks, language_token_ids=TOKENS, task_type="SEQ_2_SEQ_LM")
-    model = get_peft_model(model, config)
+    model = get_peft_model(model, config).eval()
     batch = tagged(["en-de"], "nllb")
-    assert model(**batch).logits.equal(model(**batch, language_pairs="en-de").logits)
+    whole = model(**batch, language_pairs="en-de")
+    assert model(**batch).logits.equal(whole.logits)
+    encoder = model.get_base_model().get_encoder()  # alone it sees the source only, and both pairs fit
+    assert encoder(batch["input_ids"]).last_hidden_state.equal(whole.encoder_last_hidden_state)
 
 
 @pytest.mark.usefixtures("each_batch_size")

@@ -59,6 +59,7 @@ def test_the_interval_covers_the_truth_and_widens_with_both_kinds_of_chance():
     clear = hierarchical_bootstrap(np.full((3, 12), -0.2) + draw.normal(0, 0.01, (3, 12)))
     assert clear["high"] < 0 and clear["p"] < 0.01
     assert hierarchical_bootstrap(draw.normal(0, 1, (3, 20)))["p"] > 0.01
+    assert hierarchical_bootstrap(np.array([[-1.0, 1.0] * 5]))["p"] == 1, "two-sided"
     assert hierarchical_bootstrap(np.full((2, 4), -1.0))["p"] == 0.125, "four signs that agree, by a sign test"
 
 
@@ -71,7 +72,7 @@ def test_directions_are_tested_by_sacrebleu_with_a_correction():
     tested = paired_bootstrap(after, before, references, samples=100)
     assert tested["en-de"]["significant"] and tested["en-de"]["difference"] > 20
     assert not any(tested[pair]["significant"] or tested[pair]["difference"] for pair in DIRECTIONS[1:])
-    assert tested["en-de"]["adjusted"] >= tested["en-de"]["p"]
+    assert tested["en-de"]["adjusted"] == pytest.approx(len(DIRECTIONS) * tested["en-de"]["p"]), "others have p = 1"
 
 
 @pytest.mark.parametrize(("bilingual", "chrf", "met"), [(1.8, 50, True), (1.995, 50, False), (1.995, 50.6, True)])

@@ -239,14 +239,24 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(
         torch.testing.assert_close(ends[1][name], weight, rtol=0, atol=0, msg=name)
 
 
+def test_every_layer_trains_in_every_step(toy_data, toy_tokenizer, tmp_path):
+    """Dropped layers would leave parameters without gradient, which DDP refuses."""
+    model = make_m2m100(vocab_size=len(toy_tokenizer), encoder_layerdrop=0.5, decoder_layerdrop=0.5)
+    rows = {pair: rows.select(range(8)) for pair, rows in toy_data["train"].items()}
+    fit(model, toy_tokenizer, rows, None, arguments(tmp_path, max_steps=1))
+    stacks = model.get_encoder(), model.get_decoder()
+    assert [stack.layerdrop for stack in stacks] == [0, 0] and model.config.encoder_layerdrop == 0
+
+
 def test_the_best_model_by_validation_loss_is_kept(toy_data, toy_tokenizer, toy_model, tmp_path):
     """A learning rate that first helps and then destroys."""
-    args = arguments(tmp_path, max_steps=12, eval_steps=3, learning_rate=0.5, warmup_steps=12, patience=2)
+    args = arguments(tmp_path, max_steps=30, eval_steps=3, learning_rate=0.5, warmup_steps=12, patience=2)
     args.lr_scheduler_type = "constant_with_warmup"
     result = fit(toy_model, toy_tokenizer, toy_data["train"], toy_data["validation"], args)
     losses = [entry["eval_loss"] for entry in result["log"] if "eval_loss" in entry]
     assert result["best_validation_loss"] == min(losses)
     assert losses[-1] > min(losses), "this run should get worse in the end, and be put back"
+    assert result["updates"] < 30 and len(losses) - losses.index(min(losses)) - 1 == 2, "its patience ended it"
     tokens = resolve_tokens(toy_tokenizer, toy_data["validation"])
     encoded = encode_parallel(toy_data["validation"], toy_tokenizer, tokens)
     tags = toy_tokenizer.convert_tokens_to_ids(list(tokens.values()))

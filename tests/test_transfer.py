@@ -26,6 +26,7 @@ from neuron_specialization.translation.transfer import (
 )
 from neuron_specialization.translation.transfer_statistics import (
     ItemCounts,
+    _macro_f1,
     by_condition,
     compare,
     condition_values,
@@ -375,6 +376,8 @@ def test_summary_gives_gap_interval_and_apart_apart():
         **{"model": "one", "task": "t", "mode": "probing", "language": "en", "seed": 0, "items": 100},
         **{"accuracy": pytest.approx(90), "f1": rows[0]["f1"]},
     }
+    truth, guess = np.array([0, 0, 1, 1]), np.array([0, 1, 1, 2])  # F1 of 2/3, 1/2; no text is of the class 2
+    assert _macro_f1(truth, guess) == pytest.approx(100 * (2 / 3 + 1 / 2) / 2)
 
 
 def test_intervals_draw_items_so_that_copies_of_a_head_do_not_narrow_them():

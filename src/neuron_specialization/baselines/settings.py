@@ -14,7 +14,8 @@ class StageArguments:
     """What is compared, and with which budget; the Trainer's `max_steps` is the number of updates of joint methods."""
 
     methods: list[str] = field(
-        default_factory=list, metadata={"help": "method=number of seeds, or with a knob's value: ours_k=0.9=1."}
+        default_factory=list,
+        metadata={"help": "method=number of seeds, or with a knob's value: ours_k=0.9=1. See the guide."},
     )
     learning_rates: list[float] = field(
         default_factory=lambda: [3e-4], metadata={"help": "Tried by each trained method, see trial_share."}

@@ -22,7 +22,7 @@ TRANSFER_ARGUMENTS = (
     SpecializationTrainingArguments,
 )
 # seeds are those of the plan, each of which seeds the initialization, dropout and the order of batches
-UNUSED_ARGUMENTS = ("pivot", "patience", "eval_steps", "seed", "data_seed")
+UNUSED_ARGUMENTS = ("pivot", "patience", "eval_steps", "seed", "data_seed", "overwrite_output_dir")
 
 
 def settings_of(*arguments: Any) -> dict[str, dict[str, Any]]:

@@ -134,7 +134,7 @@ def check_replaceable(target: str | PathLike[str], files: Iterable[str], overwri
             + (
                 "."
                 if folders
-                else ", or replace these files with overwrite=True (in recipes: --overwrite_output_dir)."
+                else ", or replace these files with overwrite=True (--overwrite_output_dir in recipes that have it)."
             )
         )
 

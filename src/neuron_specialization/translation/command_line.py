@@ -129,6 +129,7 @@ class _Parser(HfArgumentParser):
         self.add_argument("--config", metavar="FILE.yaml", help="Options as `name: value`; flags override them.")
         self.add_argument("--help", "-h", action="help", default=SUPPRESS, help="Show this help.")
         trainer = {name for kind in types if issubclass(kind, TrainingArguments) for name in _inherited(kind)}
+        self._lists_all = "--help_all" if trainer else "--help"
         if trainer:
             text = "Show the options of transformers' Trainer too (--bf16, --logging_steps, ...) that work here."
             self.add_argument("--help_all", action="help", default=SUPPRESS, help=text)
@@ -145,7 +146,7 @@ class _Parser(HfArgumentParser):
             names = [name for name in self._known if "-" not in name[2:]]
             nearest = difflib.get_close_matches(option.replace("-", "_"), names, n=1, cutoff=0)[0]
             raise ValueError(
-                f"{self.prog} has no option {option}; the nearest is {nearest}. --help lists all of them."
+                f"{self.prog} has no option {option}; the nearest is {nearest}. {self._lists_all} lists all of them."
             )
         return self._known[option]
 
@@ -207,6 +208,8 @@ class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter)
 
     def _format_action_invocation(self, action: Action) -> str:
         value = action.metavar or action.dest.upper()
+        if action.choices is not None:
+            value = "|".join(map(str, action.choices))
         shown: dict[Any, str] = {None: f" {value}", "+": f" {value} ...", "?": " true|false"}
         return action.option_strings[0] + shown.get(action.nargs, "")
 

@@ -26,7 +26,10 @@ def this_process() -> PartialState:
 def check_single_process() -> None:
     """Raise ValueError if there are several processes, which would all do the same work and write the same files."""
     if this_process().num_processes > 1:
-        raise ValueError("This recipe runs as one process: start it with `python`, or with --num_processes 1.")
+        raise ValueError(
+            "This recipe runs as one process: start it with `python` (where there are several GPUs, after "
+            "CUDA_VISIBLE_DEVICES=0)."
+        )
 
 
 def on_main_process(function: Callable[[], T]) -> T:

@@ -53,6 +53,10 @@ class SpecializationTrainingArguments(Seq2SeqTrainingArguments):
     patience: int | None = field(
         default=None, metadata={"help": "Stop after this many evaluations without a better validation loss."}
     )
+    max_steps: int = field(default=-1, metadata={"help": "Updates to make."})
+    eval_steps: int = field(
+        default=500, metadata={"help": "Validate and save after every so many updates; the best one is kept."}
+    )
     learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate."})
     lr_scheduler_type: str = field(default="inverse_sqrt", metadata={"help": "Learning rate schedule."})
     adam_beta2: float = field(default=0.98, metadata={"help": "Second momentum of Adam."})
@@ -69,9 +73,11 @@ class SpecializationTrainingArguments(Seq2SeqTrainingArguments):
 
 
 def check_max_steps(args: SpecializationTrainingArguments) -> None:
-    """Raise a ValueError unless `max_steps` is set."""
+    """Raise a ValueError unless `max_steps` is set, and `eval_steps` a number of updates."""
     if args.max_steps <= 0:
         raise ValueError("Set max_steps: with temperature sampling there are no epochs.")
+    if args.eval_steps < 1:
+        raise ValueError(f"eval_steps is a number of updates, at least 1; got {args.eval_steps}.")
 
 
 def check_one_gpu(args: TrainingArguments) -> None:

@@ -125,7 +125,7 @@ def fit(
 def _keep_the_best(args: SpecializationTrainingArguments) -> None:
     """Evaluate and save every `eval_steps`, and end with the weights of the lowest validation loss."""
     args.eval_strategy = args.save_strategy = IntervalStrategy.STEPS
-    args.eval_steps = args.save_steps = int(args.eval_steps or args.save_steps)
+    args.save_steps = args.eval_steps
     args.load_best_model_at_end, args.metric_for_best_model, args.greater_is_better = True, "eval_loss", False
 
 
