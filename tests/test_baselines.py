@@ -152,6 +152,13 @@ def test_every_kind_of_method_runs_as_a_stage(method, comparison):
     assert (stage["identification_seconds"] > 0) == (method in IDENTIFIED_BY)
     masked = stage["kept"] is not None
     assert masked == (method in (*IDENTIFIED_BY, "ffn_copies")) and (not masked or 0 < stage["kept"] < 1)
+    assert (stage["extra_parameters"] > 0) == (method in ("ffn_copies", "delta", "lora"))
+    if method == "ffn_copies":
+        assert stage["kept"] == pytest.approx(1 / 4)
+    if masked and method not in ("masks_only", "ffn_copies"):
+        tensors = load_file(next(comparison.directory.rglob("adapter_model.safetensors")))
+        masks = [tensor for key, tensor in tensors.items() if key.endswith("neuron_specialization_mask")]
+        assert stage["mask_bytes"] == sum(packed.numel() for packed in masks) > 0
     rows = {row["direction"]: row for row in found["rows"]}
     assert all(row["loss"] > 0 and 0 <= row["chrf++"] <= 100 for row in rows.values())
     assert not list(comparison.directory.rglob("checkpoint-*")), "no optimizer states are left"

@@ -86,6 +86,11 @@ def test_a_sweep_is_in_the_order_of_its_values(tmp_path):
         ("0.95", -0.5),
         ("0.99", pytest.approx(-0.2)),
     ]
+    better = {"difference": 1.0, "significant": True}
+    significance = {"ours": {"a": better, "b": {**better, "difference": -1.0}, "c": {**better, "significant": False}}}
+    found = {"rows": rows, "stages": stages, "trials": [], "zero_shot": {"rows": [], "not_applicable": {}}}
+    main = {line["method"]: line for line in comparison_tables(found, significance, "en")["Test loss and scores"]}
+    assert main["ours"]["chrF++ better/worse"] == "1/1" and "chrF++ better/worse" not in main["fine_tune"]
     assert table[0]["kept, %"] == 35 and {line["method"] for line in table} == {"ours"}
     assert sweep_table(rows, stages[:2]) == [], "one value is no sweep"
     found = {"rows": rows, "stages": stages, "trials": [], "zero_shot": {"rows": [], "not_applicable": {}}}

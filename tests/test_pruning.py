@@ -12,7 +12,7 @@ import neuron_specialization as ns
 from neuron_specialization.analysis.mass_plots import plot_pruning
 from neuron_specialization.analysis.mass_recording import record_mass
 from neuron_specialization.analysis.pruning import CRITERIA, NO_MASS, mass_matched, mass_shares, prune, pruning_scores
-from neuron_specialization.analysis.pruning_choices import needs_tokens, parse_exports
+from neuron_specialization.analysis.pruning_choices import choose, needs_tokens, parse_exports
 
 from .conftest import make_batch, make_m2m100
 
@@ -158,6 +158,14 @@ def test_languages_are_those_of_the_stack_s_side(model):
     entropy = torch.special.entr(shares / shares.sum(0)).sum(0)
     found, on = pruning_scores(both, "general")[decoder], shares.sum(0) > 0
     torch.testing.assert_close(found[on], entropy[on])
+
+
+def test_what_a_pair_leaves_out_is_pruned(mass):
+    counts = ns.ActivationCounts(mass.names, mass.active, mass.positions, mass.stacks, mass.fingerprint)
+    masks = ns.CumulativeThreshold(0.7).select(counts)
+    chosen = choose(mass, "unspecialized:fr-es", 0.3)
+    for block, rows in chosen.rows.items():
+        assert rows[0].equal(masks.row("fr-es", block)) and not rows[0].equal(masks.row("en-de", block)), block
 
 
 def test_the_mass_of_pruned_neurons_is_a_share_of_all(mass):

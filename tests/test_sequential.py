@@ -122,8 +122,50 @@ def test_every_stage_starts_from_the_right_model_and_every_pair_is_scored(finish
         *((BILINGUAL, pair) for pair in PAIRS),
         (JOINT, ""),
     }
-    lines = robustness_table(rows)
-    assert len(lines) == 2 * 4 and all(line["drop"] == line["clean"] - line["noisy"] for line in lines)
+    lines = {(line["method"], line["noise"]): line for line in robustness_table(rows)}
+    assert len(lines) == 2 * 4
+    for (method, noise), line in lines.items():
+        of = [row for row in rows if (row["method"], row["noise"]) == (method, noise)]
+        assert line["clean"] == pytest.approx(np.mean([row["clean bleu"] for row in of])), method
+        assert line["noisy"] == pytest.approx(np.mean([row["bleu"] for row in of])), method
+        assert line["drop"] == pytest.approx(line["clean"] - line["noisy"])
+
+
+def test_tables_of_transfer_and_pruning_are_those_written_out():
+    def row(method, order, step, scores):
+        about = {"method": method, "order": order, "seed": 0, "step": step}
+        return [
+            {**about, "direction": pair, "bleu": score} for pair, score in zip(("a-b", "a-c"), scores, strict=True)
+        ]
+
+    rows = row("pretraining", "", 0, (0, 0)) + row("joint", "", 1, (20, 30))
+    rows += row("bilingual", "a-c", 1, (0, 12))[1:] + row("bilingual", "a-b", 1, (8, 0))[:1]  # in another order
+    rows += row("sequential", "a-b", 1, (10, 1)) + row("sequential", "a-b/a-c", 2, (4, 15))
+    table = {line["method"]: line for line in transfer_table(rows, ["a-b/a-c"])}
+    assert table["joint"]["final"] == 25 and table["bilingual"]["final"] == 10
+    assert table["sequential"]["forward"] == pytest.approx(np.mean([10 - 8, 15 - 12]))
+    assert table["sequential"]["forgetting"] == 6 and table["sequential"]["backward"] == -6
+
+    shares = {"positive mass": 0.1, "negative mass": 0.2, "loss": 1.0}
+    about = {**rows[-1], "when": "after", "scope": "layer", "rate": 0.1, **shares}
+    whole, pruned = (
+        [
+            {
+                **about,
+                "criterion": name,
+                "pruned": share,
+                "draw": 0,
+                "direction": pair,
+                "bleu": b,
+                "noisy bleu": n,
+            }
+            for pair, b, n in zip(("a-b", "a-c"), bleu, noisy, strict=True)
+        ]
+        for name, share, bleu, noisy in (("none", 0, (4, 16), (3, 13)), ("dead", 0.1, (4, 10), (3, 9)))
+    )
+    lines = {line["criterion"]: line for line in pruning_table(rows, [*whole, *pruned])}
+    assert lines["dead"]["change"] == 7 - 10 and lines["none"]["change"] == 0
+    assert lines["none"]["noise costs"] == 10 - 8 and lines["dead"]["noise costs"] == 7 - 6
 
 
 def test_under_masks_a_pair_leaves_the_neurons_of_the_others_alone(finished):

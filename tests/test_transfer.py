@@ -465,6 +465,20 @@ def test_uninformative_tasks_are_named(en, de, reason):
     assert ([] if reason is None else [True]) == [reason in each["reason"] for each in found]
 
 
+def test_each_mode_trains_what_it_says(files, toy_checkpoint, tmp_path, monkeypatch):
+    (task, *_) = load_tasks({"topics": TOPICS}, "Pv", directory=str(files))
+    seen = set()
+
+    def recorded(encoder, train, tests, labels, training, seed):
+        seen.add(("states" in train[0], training.learning_rate))
+        return train_and_predict(encoder, train, tests, labels, training, seed)
+
+    monkeypatch.setattr(transfer_module, "train_and_predict", recorded)
+    training = {"probing": HeadTraining(1, 1e-3), "fine_tuning": HeadTraining(1, 1e-5)}
+    transfer({"one": str(toy_checkpoint)}, [task], training, tmp_path, seeds=1, max_length=64)
+    assert seen == {(True, 1e-3), (False, 1e-5)}, "probing reads cached states, fine-tuning trains the encoder"
+
+
 def test_the_recipe_prints_tables_and_writes_rows(files, toy_checkpoint, tmp_path, run_here):
     config = {"tasks": {"topics": TOPICS, "tags": TAGS}, "source_language": "Pv", "apart": ["Ba"], "seeds": 1}
     config |= {"probing_epochs": 1, "fine_tuning_epochs": 1, "data_dir": str(files), "max_length": 64}
