@@ -268,7 +268,9 @@ def test_masks_print_as_a_short_table(four):
 @pytest.mark.parametrize(
     "change",
     [
-        *({name: None} for name in ("d_ff", "stacks", "selector", "fingerprint", "routes", "encoder_rows")),
+        *({name: None} for name in ("d_ff", "stacks", "routes", "encoder_rows")),
+        {"selector": "CumulativeThreshold"},
+        {"fingerprint": []},
         {"d_ff": {"encoder.0": "4", "decoder.0": 3}},
         {"stacks": {"encoder.0": "encoder"}},
         {"stacks": {"encoder.0": "encoder", "decoder.0": ["decoder"]}},
