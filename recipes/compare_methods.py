@@ -16,23 +16,20 @@ make a third of the updates, and prefer lower learning rates than a whole stage 
 all, and the best one is the stage.
 """
 
-import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import disable_progress_bars
 
-from neuron_specialization.analysis.budget import budget_facts
-from neuron_specialization.analysis.comparison import headroom, premise
-from neuron_specialization.analysis.comparison_report import comparison_tables, directions_tested, draw
+from neuron_specialization.analysis.comparison_report import comparison_results, draw
 from neuron_specialization.analysis.comparison_tables import usable_rows
 from neuron_specialization.analysis.figures import check_figures
 from neuron_specialization.analysis.report import write_report
 from neuron_specialization.baselines.collected import collect
 from neuron_specialization.baselines.methods import MethodArguments, planned_stages
 from neuron_specialization.baselines.settings import StageArguments
-from neuron_specialization.baselines.stages import FAILED, Comparison
-from neuron_specialization.baselines.zero_shot import ZeroShot, ZeroShotArguments, collect_zero_shot
+from neuron_specialization.baselines.stages import Comparison
+from neuron_specialization.baselines.zero_shot import ZeroShotArguments, collect_zero_shot, load_zero_shot
 from neuron_specialization.neurons.selection import CumulativeThreshold
 from neuron_specialization.translation.arguments import DataArguments, ModelArguments, as_mapping
 from neuron_specialization.translation.checkpoints import load_checkpoint
@@ -76,7 +73,7 @@ def main() -> None:
         *(stage, method, training, data.tokens, data.source_tag, data.pivot, data.max_length),
     )
     zero_shot = load_zero_shot(comparison, zero, data) if zero.zero_shot_pairs and planned else None
-    failed = run_stages(comparison, planned if not compare.zero_shot_only else [])
+    failed = comparison.run_all(planned if not compare.zero_shot_only else [])
     for name, seed in planned if zero_shot is not None else []:
         print(f"\n== zero-shot, {name}, seed {seed}", flush=True)
         zero_shot.score(name, seed)
@@ -92,45 +89,21 @@ def main() -> None:
         raise ValueError(f"Not all stages ran: {'; '.join(failed)}. The same command tries them again.")
 
 
-def run_stages(comparison: Comparison, planned: list[tuple[str, int]]) -> list[str]:
-    """Run each stage that is not done, and return which failed, and why."""
-    failed = []
-    for name, seed in planned:
-        print(f"\n== {name}, seed {seed}", flush=True)
-        if comparison.run(name, seed):
-            print("done", flush=True)
-        else:
-            written = json.loads((comparison.stage_directory(name, seed) / FAILED).read_text())
-            failed.append(f"{name}, seed {seed} ({written['error']})")
-            print(f"FAILED: {written['error']}; more in {FAILED}", flush=True)
-    return failed
-
-
-def load_zero_shot(comparison: Comparison, zero: ZeroShotArguments, data: DataArguments) -> ZeroShot:
-    """Load the test data of directions that are not trained, from the file of the others unless there is one."""
-    file = zero.zero_shot_file or data.test_file
-    untrained = replace(data, language_pairs=zero.zero_shot_pairs, test_file=file)
-    return ZeroShot(comparison, untrained.load("test", max_sentences=zero.zero_shot_sentences), zero)
-
-
 def report(comparison: Comparison, baseline: str, tiers: dict[str, list[str]], settings: dict[str, Any]) -> None:
     """Print and write the tables and figures of the stages that exist."""
-    found = collect(comparison.directory)
-    found["zero_shot"] = collect_zero_shot(comparison.directory)
+    found = {**collect(comparison.directory), "zero_shot": collect_zero_shot(comparison.directory)}
     references = {pair: list(rows["target"]) for pair, rows in comparison.data["test"].items()}
-    significance = directions_tested(found.pop("translations"), references)
-    rows = usable_rows(found["rows"], found["stages"])
-    measured, facts = headroom(rows), budget_facts(found["stages"], found["trials"], training_of(baseline))
-    tables = comparison_tables(found, significance, comparison.pivot, tiers)
+    results, tables, premise_text = comparison_results(
+        found, references, training_of(baseline), comparison.pivot, tiers
+    )
     shown = [
         f"{title}\n\n{table(lines, 4 if 'loss' in title.split('(')[0] else 2)}" for title, lines in tables.items()
     ]
-    text = "\n\n".join(["\n".join(facts), premise(measured), *shown]) + "\n"
+    text = "\n\n".join(["\n".join(results["facts"]), premise_text, *shown]) + "\n"
     print("\n" + text)
     (comparison.directory / "tables.md").write_text(text)
-    results = {"facts": facts, **tables, **found, "headroom": measured, "significance": significance}
     print(f"wrote {write_results(comparison.directory, {**results, 'settings': settings})}")
-    draw(rows, tables, comparison.directory, found["zero_shot"]["rows"])
+    draw(usable_rows(found["rows"], found["stages"]), tables, comparison.directory, found["zero_shot"]["rows"])
 
 
 if __name__ == "__main__":

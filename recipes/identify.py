@@ -5,11 +5,12 @@ accelerate launch --quiet recipes/identify.py --config recipes/configs/identify/
     --output_dir build/masks --stability true
 """
 
-import importlib.util
+import importlib
 import time
 from dataclasses import dataclass, field, replace
 
 import neuron_specialization as ns
+from neuron_specialization.analysis.figures import can_draw
 from neuron_specialization.analysis.report import write_report
 from neuron_specialization.export.hub import facts_from_results
 from neuron_specialization.neurons.adapter_file import CONFIG_NAME, WEIGHTS_NAME, check_holds_no_model
@@ -113,7 +114,7 @@ def main() -> None:
         counts.save(folder / "counts.safetensors")
         path = write_results(folder, results)
         describe_adapter(folder, facts_from_results(CardFacts(), identification=path))
-        if importlib.util.find_spec("matplotlib") and importlib.util.find_spec("scipy"):
+        if can_draw():
             importlib.import_module("neuron_specialization.analysis.mask_plots").plot_pairs(
                 overlap, folder / "overlap.svg"
             )

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .comparison import REFERENCE, Rows, headroom, main_table
+from .budget import budget_facts
+from .comparison import REFERENCE, Rows, headroom, main_table, premise
 from .comparison_tables import (
     curves_table,
     group_table,
@@ -20,6 +21,35 @@ from .statistics import paired_bootstrap
 MAIN = "Test loss and scores"
 _SWEPT = "Knobs, test loss"
 _DRAWN = ("ours", "random_overlap", "general_specific")
+
+
+def comparison_results(
+    found: Mapping[str, Any],
+    references: Mapping[str, Sequence[str]],
+    baseline: Mapping[str, int | None] | None,
+    pivot: str | None,
+    tiers: Mapping[str, Sequence[str]] | None = None,
+) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]], str]:
+    """Return everything that a comparison measured, its tables alone, and whether its premise is met.
+
+    Args:
+        found: what `collect` returns, and "zero_shot", what `collect_zero_shot` does.
+        references: direction → reference translations of the test set.
+        baseline: how long it was trained; see `budget_facts`.
+        pivot: language of the one-to-many and many-to-one groups.
+        tiers: name → languages with as much data.
+
+    Returns:
+        Results ("facts", every table by its title, what was found but for the translations, "headroom",
+        "significance"), the tables, and a sentence.
+    """
+    significance = directions_tested(found["translations"], references)
+    measured = headroom(usable_rows(found["rows"], found["stages"]))
+    tables = comparison_tables(found, significance, pivot, tiers)
+    kept = {name: value for name, value in found.items() if name != "translations"}
+    facts = budget_facts(found["stages"], found["trials"], baseline)
+    results = {"facts": facts, **tables, **kept, "headroom": measured, "significance": significance}
+    return results, tables, premise(measured)
 
 
 def comparison_tables(

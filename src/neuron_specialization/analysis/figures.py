@@ -11,9 +11,14 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#00
 MARKERS = "os^Dvp*"
 
 
+def can_draw() -> bool:
+    """Whether what draws figures and tests differences is installed."""
+    return all(importlib.util.find_spec(name) for name in ("matplotlib", "scipy"))
+
+
 def check_figures() -> None:
-    """Raise ImportError, before anything is measured, if what draws figures and tests differences is not installed."""
-    if not all(importlib.util.find_spec(name) for name in ("matplotlib", "scipy")):
+    """Raise ImportError, before anything is measured, unless figures can be drawn and differences tested."""
+    if not can_draw():
         raise ImportError(f"Figures and tests of what this recipe measures need {install('report')}.")
 
 

@@ -7,6 +7,7 @@ when it is done. A stage that fails leaves `failed.json`, and the others continu
 
 import json
 import traceback
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,19 @@ class Comparison(Models):
             return False
         (directory / FAILED).unlink(missing_ok=True)
         return True
+
+    def run_all(self, stages: Iterable[tuple[str, int]]) -> list[str]:
+        """Run each stage (method, seed) that is not done, say so, and return which failed, and why."""
+        failed = []
+        for method, seed in stages:
+            print(f"\n== {method}, seed {seed}", flush=True)
+            if self.run(method, seed):
+                print("done", flush=True)
+            else:
+                error = json.loads((self.stage_directory(method, seed) / FAILED).read_text())["error"]
+                failed.append(f"{method}, seed {seed} ({error})")
+                print(f"FAILED: {error}; more in {FAILED}", flush=True)
+        return failed
 
     def stage_directory(self, method: str, seed: int) -> Path:
         """Return where a stage keeps its results."""

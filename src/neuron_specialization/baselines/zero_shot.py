@@ -7,7 +7,7 @@ after each direction, so it can be cut off, and follow at any time, under a late
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from datasets import Dataset
 
 from ..adapter.routing import is_routed, router_of
 from ..neurons.language_pairs import split_pair
-from ..translation.arguments import as_mapping
+from ..translation.arguments import DataArguments, as_mapping
 from ..translation.evaluation import SCORES, check_lengths, check_scorers, evaluate, score
 from ..translation.off_target import identified, language_identifier, off_target_rate
 from ..translation.results import write_results
@@ -145,6 +145,13 @@ class ZeroShot:
             result["off_target_references"] = off_target_rate(references, target)
         signatures = {name: value for name, value in scores.items() if name.endswith("signature")}
         return {"result": result, "signatures": signatures, "translations": texts}
+
+
+def load_zero_shot(comparison: Comparison, args: ZeroShotArguments, data: DataArguments) -> ZeroShot:
+    """Load the test data of directions that are not trained, from the file of the others unless `args` names one."""
+    file = args.zero_shot_file or data.test_file
+    untrained = replace(data, language_pairs=args.zero_shot_pairs, test_file=file)
+    return ZeroShot(comparison, untrained.load("test", max_sentences=args.zero_shot_sentences), args)
 
 
 def collect_zero_shot(directory: str | Path) -> dict[str, Any]:
