@@ -14,7 +14,8 @@ from neuron_specialization.analysis.figures import can_draw
 from neuron_specialization.analysis.report import write_report
 from neuron_specialization.export.hub import facts_from_results
 from neuron_specialization.neurons.adapter_file import CONFIG_NAME, WEIGHTS_NAME, check_holds_no_model
-from neuron_specialization.neurons.card import CardFacts, describe_adapter
+from neuron_specialization.neurons.card import describe_adapter
+from neuron_specialization.neurons.card_sections import CardFacts
 from neuron_specialization.neurons.extras import install
 from neuron_specialization.neurons.ffn import STACKS
 from neuron_specialization.neurons.files import atomic_directory, check_not_input, check_replaceable

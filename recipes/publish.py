@@ -4,7 +4,8 @@ python recipes/publish.py --adapter build/specialized/adapter --repo user/name -
     --identification build/masks/results.json --training build/specialized/run.json \\
     --scores build/scores/results.json
 
-With --card_only model_cards/name in the place of --repo, the card is written there and nothing is uploaded.
+With --card_only model_cards/name in the place of --repo, the card is written there and nothing is uploaded. That works
+for the LoRA adapters of a comparison too (build/comparison/lora/seed-0/model), which PEFT's push_to_hub uploads.
 """
 
 from dataclasses import dataclass, field
@@ -12,8 +13,10 @@ from pathlib import Path
 
 from huggingface_hub.errors import HfHubHTTPError
 
+from neuron_specialization.baselines.lora_card import describe_lora, is_lora
 from neuron_specialization.export.hub import facts_from_results, publish
-from neuron_specialization.neurons.card import CardFacts, describe_adapter
+from neuron_specialization.neurons.card import describe_adapter
+from neuron_specialization.neurons.card_sections import CardFacts
 from neuron_specialization.translation.command_line import parse, run
 from neuron_specialization.translation.processes import check_single_process
 
@@ -56,7 +59,8 @@ def main() -> None:
             ) from error
     else:
         Path(args.card_only).mkdir(parents=True, exist_ok=True)
-        wrote = describe_adapter(args.adapter, facts, args.card_only)
+        describe = describe_lora if is_lora(args.adapter) else describe_adapter
+        wrote = describe(args.adapter, facts, args.card_only)
         print(f"{'wrote' if wrote else 'edited by you, and kept as it is:'} {args.card_only}/README.md")
 
 

@@ -17,7 +17,8 @@ import neuron_specialization as ns
 from neuron_specialization.adapter.adding_pairs import trainable_shares
 from neuron_specialization.adapter.routing import is_routed
 from neuron_specialization.export.hub import facts_from_results, identification_beside
-from neuron_specialization.neurons.card import CardFacts, describe_adapter
+from neuron_specialization.neurons.card import describe_adapter
+from neuron_specialization.neurons.card_sections import CardFacts
 from neuron_specialization.neurons.files import check_not_input
 from neuron_specialization.translation.arguments import DataArguments, ModelArguments
 from neuron_specialization.translation.checkpoints import load_checkpoint

@@ -21,7 +21,8 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 import neuron_specialization as ns
 from neuron_specialization.neurons.adapter_file import pack_rows
-from neuron_specialization.neurons.card import CardFacts, render_card
+from neuron_specialization.neurons.card import render_card
+from neuron_specialization.neurons.card_sections import CardFacts
 from neuron_specialization.neurons.extras import install
 from neuron_specialization.neurons.files import atomic_directory
 from neuron_specialization.neurons.kept_picture import draw_kept, kept_shares

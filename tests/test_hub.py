@@ -16,7 +16,7 @@ import neuron_specialization as ns
 from neuron_specialization.adapter.registration import _CREATE_CARD
 from neuron_specialization.export.hub import publish
 from neuron_specialization.neurons.adapter_file import pack_rows
-from neuron_specialization.neurons.card import CardFacts
+from neuron_specialization.neurons.card_sections import CardFacts
 from neuron_specialization.neurons.masks import NeuronMasks
 
 from .conftest import make_batch, make_m2m100, make_masks

@@ -7,14 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForSeq2SeqLM
 
 import neuron_specialization as ns
 from neuron_specialization.baselines.bottleneck import bottleneck_adapters
 from neuron_specialization.baselines.ffn_copies import ffn_copies
 from neuron_specialization.baselines.lass import lass, magnitude_masks
 from neuron_specialization.export.hub import facts_from_results
-from neuron_specialization.neurons.card import CardFacts, describe_adapter, is_edited, render_card
+from neuron_specialization.neurons.card import describe_adapter, is_edited, render_card
+from neuron_specialization.neurons.card_sections import CardFacts
+from neuron_specialization.translation.checkpoints import new_model
 
 from .conftest import make_m2m100, make_masks
 
@@ -192,6 +195,39 @@ def test_a_card_of_an_adapter_whose_base_was_changed_promises_no_usage(method, r
     method(make_m2m100(), ["en-de", "en-fr"]).save_pretrained(tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert f"**It loads onto no checkpoint**: {reason}" in text and "from_pretrained" not in text
+
+
+def test_a_lora_of_a_comparison_has_a_card_whose_usage_runs_as_printed(tmp_path, toy, toy_tokenizer, run_here, capfd):
+    torch.manual_seed(0)
+    new_model(toy_tokenizer, 1, 16, 32, 2, 0.0, 64).save_pretrained(tmp_path / "base")
+    toy_tokenizer.save_pretrained(tmp_path / "base")
+    base = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "base")
+    stage, pair = tmp_path / "lora" / "seed-0", toy.language_pairs[0]
+    get_peft_model(base, LoraConfig(r=3, target_modules="all-linear", task_type="SEQ_2_SEQ_LM")).save_pretrained(
+        stage / "model"
+    )
+    part = {"recipe": "compare_methods", "rows": [{"direction": pair, "bleu": 33.626, "chrf++": 57.234}]}
+    part |= {"signatures": {pair: {"bleu_signature": "b", "chrf++_signature": "c"}}, "translations": {pair: ["a"] * 9}}
+    (stage / "part.json").write_text(json.dumps(part))
+    (stage / "run.json").write_text(json.dumps(RUN))
+    command = ["publish.py", "--adapter", str(stage / "model"), "--card_only", str(tmp_path / "card")]
+    assert "do not tell its directions. Give --scores" in run_here(*command, fails=True)
+    run_here(*command, "--scores", str(stage / "part.json"), "--training", str(stage / "run.json"))
+    text = (tmp_path / "card" / "README.md").read_text()
+    assert f"# LoRA for {pair}\n" in text and "one for this direction:" in text and str(tmp_path) not in text
+    assert (
+        "| r | 3 |" in text
+        and "| target_modules | fc1, fc2, k_proj, out_proj, q_proj, v_proj |" in text
+        and "| updates | 7 |" in text
+    )
+    assert f"| {pair} | 9 | 33.63 | 57.23 |" in text and "lora" in ModelCard(text).data.tags
+    usage = re.search(r"## Usage\n\n```python\n(.*?)```", text, re.S)[1]
+    usage = usage.replace("path/to/base", str(tmp_path / "base")).replace("path/to/adapter", str(stage / "model"))
+    capfd.readouterr()
+    exec(usage, {})
+    assert capfd.readouterr().out.startswith("[")
+    (tmp_path / "card" / "README.md").write_text(text + "\nNot for court rooms.\n")
+    assert "edited by you, and kept" in run_here(*command, "--scores", str(stage / "part.json"))
 
 
 def test_a_card_alone_tells_what_recipes_measured_and_names_no_directory(tmp_path, run_here, monkeypatch):

@@ -29,7 +29,8 @@ from ..neurons.adapter_file import (
     check_packed_rows,
     read_weights,
 )
-from ..neurons.card import CardFacts, describe_adapter, keep_card_of_hub
+from ..neurons.card import describe_adapter, keep_card_of_hub
+from ..neurons.card_sections import CardFacts
 from ..neurons.files import atomic_directory
 from ..neurons.masks import NeuronMasks
 from .layer import NeuronSpecializationLayer

@@ -12,7 +12,8 @@ from typing import Any
 from huggingface_hub import HfApi
 
 from ..neurons.adapter_file import CONFIG_NAME, WEIGHTS_NAME, digest_of_weights, make_repository
-from ..neurons.card import CARD_NAME, CardFacts, describe_adapter, keep_card_of_hub
+from ..neurons.card import CARD_NAME, describe_adapter, keep_card_of_hub
+from ..neurons.card_sections import CardFacts
 from ..neurons.kept_picture import PICTURE_NAME
 from ..neurons.masks import NeuronMasks
 from ..neurons.training_facts import reading_json, training_facts
@@ -113,7 +114,7 @@ def _check_stage(path: str | PathLike[str], adapter: str | PathLike[str] | None)
     """Raise ValueError if a file stands beside another trained model than the adapter: a stage keeps both together."""
     beside = Path(path).parent
     trained = beside / "adapter"
-    if adapter is None:
+    if adapter is None or Path(adapter).resolve() == (beside / "model").resolve():
         return
     if trained.is_dir() and digest_of_weights(trained) != digest_of_weights(adapter):
         raise ValueError(f"{path} tells of {trained}, which differs from {adapter}.")

@@ -13,7 +13,8 @@ from huggingface_hub import HfApi
 from safetensors.torch import save_file
 
 from . import adapter_file
-from .card import CardFacts, describe_adapter, keep_card_of_hub, write_card
+from .card import describe_adapter, keep_card_of_hub, write_card
+from .card_sections import CardFacts
 from .combination import combined, joined
 from .ffn import ENCODER, STACKS, in_order
 from .files import WRITTEN, atomic_directory

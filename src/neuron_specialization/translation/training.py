@@ -18,7 +18,8 @@ from transformers import (
 
 from ..adapter.routing import is_routed
 from ..neurons.base_model import number_of_positions, unwrap
-from ..neurons.card import CardFacts, describe_adapter
+from ..neurons.card import describe_adapter
+from ..neurons.card_sections import CardFacts
 from ..neurons.files import begin_writing, check_not_input, check_replaceable, finish_writing, partial_folder
 from ..neurons.language_pairs import split_pair
 from ..neurons.training_facts import training_facts
