@@ -28,6 +28,7 @@ from neuron_specialization.translation.toy import PIVOT, SPLITS, ToyLanguages
 from neuron_specialization.translation.trainer import SpecializationTrainingArguments
 from neuron_specialization.translation.training import fit
 
+OVERLAP = "IoU of the neurons of two languages' pairs, within and across families, mean over layers"
 METHODS = {
     "fine_tune": "every parameter",
     "ours": "every parameter, under the masks of each pair",
@@ -100,13 +101,13 @@ def main() -> None:
     overlaps = [neuron_overlap(masks, stack, PIVOT) for stack in STACKS]
     families = [overlap.by_family([toy.family[code] for code in overlap.languages]) for overlap in overlaps]
     iou = [{name: float(of.mean()) for name, of in groups.items()} for groups in families]
-    results["iou"] = dict(zip(STACKS, iou, strict=True))
+    results[OVERLAP] = dict(zip(STACKS, iou, strict=True))
     results["kept"] = {pair: 1 - sum((s := masks.sparsity(pair)).values()) / len(s) for pair in masks.language_pairs}
     print("\n" + table(rows))
     trained = [{"run": name, "what is trained": what} for name, what in METHODS.items()]
     print("\n" + table(trained))
-    print("\nIoU of the neurons of two languages' pairs, mean over layers")
-    print(table([{"stack": side, **iou} for side, iou in results["iou"].items()]))
+    print(f"\n{OVERLAP}")
+    print(table([{"stack": side, **iou} for side, iou in results[OVERLAP].items()]))
     seconds = round(time.perf_counter() - started, 1)
     results |= {"comparison": rows, "runs": trained, "seed": training.seed, "seconds": seconds}
     path = write_results(str(training.output_dir), results)

@@ -39,7 +39,8 @@ def test_the_demo_compares_five_models_and_families(demo):
     report = (directory / "build" / "demo" / "report.html").read_text()
     assert all(pair in report for pair in results["ours"]["directions"]) and "fine_tune" in report
     for stack in ("encoder", "decoder"):
-        assert 0 < results["iou"][stack]["within"] <= 1 and 0 < results["iou"][stack]["across"] <= 1
+        overlap = results["IoU of the neurons of two languages' pairs, within and across families, mean over layers"]
+        assert 0 < overlap[stack]["within"] <= 1 and 0 < overlap[stack]["across"] <= 1
 
 
 def test_the_examples_run_as_printed(demo, monkeypatch, capsys):
