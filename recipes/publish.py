@@ -4,17 +4,17 @@ python recipes/publish.py --adapter build/specialized/adapter --repo user/name -
     --identification build/masks/results.json --training build/specialized/run.json \\
     --scores build/scores/results.json
 
-With --card_only model_cards/name in the place of --repo, the card is written there and nothing is uploaded. That works
-for the LoRA adapters of a comparison too (build/comparison/lora/seed-0/model), which PEFT's push_to_hub uploads.
+With --card_only model_cards/name in the place of --repo, the card is written there and nothing is uploaded. The LoRA
+adapters of a comparison (build/comparison/lora/seed-0/model) are published in the same way; they need --scores.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
-from neuron_specialization.baselines.lora_card import describe_lora, is_lora
 from neuron_specialization.export.hub import facts_from_results, publish
+from neuron_specialization.export.lora_card import describe_lora, is_lora
 from neuron_specialization.neurons.card import describe_adapter
 from neuron_specialization.neurons.card_sections import CardFacts
 from neuron_specialization.translation.command_line import parse, run
@@ -38,7 +38,7 @@ class PublishArguments:
     )
     training: str | None = field(default=None, metadata={"help": "run.json of the run that trained it."})
     identification: str | None = field(default=None, metadata={"help": "results.json of recipes/identify.py."})
-    sentence: str = field(default=CardFacts.sentence, metadata={"help": "Source sentence of the card's example."})
+    sentence: str | None = field(default=None, metadata={"help": "Source sentence of the card's example."})
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
     check_single_process()
     if (args.repo is None) == (args.card_only is None):
         raise ValueError("Say where to publish, --repo user/name, or where to write the card, --card_only DIRECTORY.")
-    facts = CardFacts(args.repo, args.license, args.datasets, args.sentence)
+    facts = CardFacts(args.repo, args.license, args.datasets, sentence=args.sentence)
     facts = facts_from_results(facts, args.scores, args.training, args.identification, args.adapter)
     if args.repo is not None:
         try:
@@ -57,6 +57,8 @@ def main() -> None:
                 f"The Hub did not take {args.repo}: {reason} Log in with `hf auth login`, as "
                 "someone who may write there, and try again."
             ) from error
+        except HTTPError as error:  # of the client that huggingface_hub has: no answer, or half of one
+            raise ValueError(f"The Hub was not reached, and nothing was published: {error} Try again.") from error
     else:
         Path(args.card_only).mkdir(parents=True, exist_ok=True)
         describe = describe_lora if is_lora(args.adapter) else describe_adapter

@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
@@ -241,7 +242,8 @@ def test_without_the_import_that_the_card_shows_peft_knows_no_such_adapter(tmp_p
     assert run([sys.executable, "-c", f"{line}; {load}"]).stdout == "NEURON_SPECIALIZATION\n"
 
 
-def test_the_usage_block_runs_as_printed(tmp_path, toy, toy_tokenizer, capsys):
+@pytest.mark.parametrize("knows_tokens", [True, False])
+def test_the_usage_block_runs_as_printed(tmp_path, toy, toy_tokenizer, capsys, knows_tokens):
     from neuron_specialization.translation.checkpoints import new_model
 
     torch.manual_seed(0)
@@ -249,11 +251,14 @@ def test_the_usage_block_runs_as_printed(tmp_path, toy, toy_tokenizer, capsys):
     toy_tokenizer.save_pretrained(tmp_path / "base")
     model = make_model(tmp_path / "base")
     masks = make_masks(model, pairs=tuple(toy.language_pairs[:2]))
+    if knows_tokens:
+        tokens = {code: code for code in toy.languages}
+        masks = replace(masks, language_token_ids=ns.language_token_ids(toy_tokenizer, tokens))
     masks.save_pretrained(tmp_path / "adapter")
     config = ns.neurons.adapter_file.read_config(tmp_path / "adapter")
     text = render_card(config, {}, CardFacts(repo_id=str(tmp_path / "adapter")))
     block = re.search(r"## Usage\n\n```python\n(.*?)```", text, re.S)
-    assert block is not None
+    assert block is not None and ("language_tokens=tokens" in block[1]) != knows_tokens
     exec(block[1].replace("path/to/base", str(tmp_path / "base")), {})
     assert capsys.readouterr().out.startswith("[")
     assert isinstance(NeuronMasks.from_pretrained(tmp_path / "adapter"), NeuronMasks)

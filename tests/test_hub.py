@@ -1,5 +1,7 @@
 """Adapters on the Hub: the real client against a Hub on loopback."""
 
+import json
+import re
 import runpy
 import sys
 from contextlib import nullcontext
@@ -9,7 +11,7 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants, hf_api
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 import neuron_specialization as ns
@@ -204,13 +206,15 @@ def test_an_adapter_that_was_read_once_is_read_again_without_a_network(hub, monk
     assert len(hub.requests) == asked
 
 
-def test_an_interrupted_upload_leaves_no_half_of_it_and_can_be_repeated(hub, tmp_path, monkeypatch):
+def test_an_interrupted_upload_leaves_no_half_of_it_and_can_be_repeated(hub, tmp_path, monkeypatch, capsys):
     adapted().save_pretrained(tmp_path / "adapter")
     words = ("--adapter", tmp_path / "adapter", "--repo", "me/adapter", "--license", "cc-by-4.0")
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # the client tries again
     hub.fail_commits = 100
-    with pytest.raises(Exception, match="(?i)connect|disconnect|protocol|server"):
+    with pytest.raises(SystemExit):
         recipe("publish", monkeypatch, *words)
+    said = capsys.readouterr().err
+    assert re.search("Error: The Hub was not reached, and nothing was published: .* Try again", said)
     assert set(hub.revisions["me/adapter"][hub.head("me/adapter")]) == {".gitattributes"}
     hub.fail_commits = 0
     recipe("publish", monkeypatch, *words)
@@ -228,10 +232,36 @@ def test_publishing_without_the_right_token_or_a_network_says_so_in_one_sentence
         recipe("publish", monkeypatch, *words)
     error = capsys.readouterr().err
     assert "Error: The Hub did not take me/adapter: " in error and "401" in error and "`hf auth login`" in error
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # the client tries again
+        patch.setattr(hf_api.api, "endpoint", "http://127.0.0.1:9")  # where nobody answers
+        patch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+        recipe("publish", monkeypatch, *words)
+    assert "Error: The Hub was not reached, and nothing was published: " in capsys.readouterr().err
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(SystemExit):
         recipe("publish", monkeypatch, *words)
     assert "Error: The Hub did not take me/adapter: " in capsys.readouterr().err and not hub.revisions
+
+
+def test_a_lora_of_a_comparison_is_published_with_its_card(hub, tmp_path, monkeypatch):
+    stage = tmp_path / "lora" / "seed-0"
+    lora = LoraConfig(r=3, target_modules=["fc1"], init_lora_weights=False, task_type="SEQ_2_SEQ_LM")
+    model = get_peft_model(make_m2m100(), lora).eval()
+    model.save_pretrained(stage / "model")
+    row = {"direction": "de-en", "bleu": 33.626, "chrf++": 57.234}
+    part = {"recipe": "compare_methods", "rows": [row], "translations": {"de-en": ["a"] * 9}, "num_beams": 1}
+    part |= {"signatures": {"de-en": {"bleu_signature": "b", "chrf++_signature": "c"}}}
+    part |= {"language_tokens": {"en": "eng_Latn", "de": "deu_Latn"}}
+    (stage / "part.json").write_text(json.dumps(part))
+    words = ("--adapter", stage / "model", "--repo", "me/lora", "--scores", stage / "part.json")
+    recipe("publish", monkeypatch, *words)
+    loaded = PeftModel.from_pretrained(make_m2m100(), "me/lora").eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(**make_batch()).logits, model(**make_batch()).logits)
+    card = hub.revisions["me/lora"][hub.head("me/lora")]["README.md"].decode()
+    assert "# LoRA for de-en\n" in card and "Greedy:" in card and 'adapter = "me/lora"\n' in card
+    assert 'tokens = {"de": "deu_Latn", "en": "eng_Latn"}\n' in card and '["A sentence in de."], "de-en"' in card
 
 
 def test_publishing_what_is_no_adapter_is_refused_before_anything_is_sent(hub, tmp_path, monkeypatch, capsys):

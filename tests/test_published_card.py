@@ -214,7 +214,7 @@ def test_a_lora_of_a_comparison_has_a_card_whose_usage_runs_as_printed(tmp_path,
     assert "do not tell its directions. Give --scores" in run_here(*command, fails=True)
     run_here(*command, "--scores", str(stage / "part.json"), "--training", str(stage / "run.json"))
     text = (tmp_path / "card" / "README.md").read_text()
-    assert f"# LoRA for {pair}\n" in text and "one for this direction:" in text and str(tmp_path) not in text
+    assert f"# LoRA for {pair}\n" in text and "for this direction only:" in text and str(tmp_path) not in text
     assert (
         "| r | 3 |" in text
         and "| target_modules | fc1, fc2, k_proj, out_proj, q_proj, v_proj |" in text
@@ -295,6 +295,21 @@ def test_committed_cards_have_the_scores_of_the_run_in_their_name(path, committe
     if told and not name.startswith(SCORED_ALONE):
         runs = [run for run, of in committed_scores.items() if all(list(of.get(d, ())) == s for d, s in told.items())]
         assert any(is_named(name, *run[:3]) for run in runs), runs
+
+
+WITHOUT_ADAPTER = ("baseline", "masks_only", "fine_tune", "bilingual")  # or, as masks_only, that of ours
+
+
+def test_every_adapter_of_a_committed_comparison_has_a_card():
+    table, cards = r"^\| (\S+-\S+) \| \d+ \| ([\d.]+) \| ([\d.]+) \|$", set()
+    for path in CARDS:
+        cards |= set(re.findall(table, path.read_text(), re.M))
+    for path in sorted((ROOT / "recipes" / "results").glob("**/results.json")):
+        results = json.loads(path.read_text())
+        for row in results.get("rows", []) if results.get("recipe") == "compare_methods" else []:
+            if not row["method"].startswith(WITHOUT_ADAPTER):
+                told = (row["direction"], f"{row['bleu']:.2f}", f"{row['chrf++']:.2f}")
+                assert told in cards, (path, row["method"], row["seed"])
 
 
 def is_named(name, result, method, seed):

@@ -21,7 +21,7 @@ def scored_part(
     num_beams: int,
     **convention: Any,
 ) -> dict[str, Any]:
-    """Return what a stage keeps of its model: "rows", "signatures", "translations" and their "num_beams".
+    """Return what a stage keeps of its model: "rows", "signatures", and "translations" with how they were made.
 
     Args:
         model: the trained model.
@@ -63,4 +63,5 @@ def scored_part(
         "signatures": signatures,
         "translations": scored["translations"],
         "num_beams": num_beams,
+        "language_tokens": convention.get("language_tokens"),
     }

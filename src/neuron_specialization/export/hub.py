@@ -12,11 +12,13 @@ from typing import Any
 from huggingface_hub import HfApi
 
 from ..neurons.adapter_file import CONFIG_NAME, WEIGHTS_NAME, digest_of_weights, make_repository
-from ..neurons.card import CARD_NAME, describe_adapter, keep_card_of_hub
+from ..neurons.card import describe_adapter, keep_card_of_hub
 from ..neurons.card_sections import CardFacts
+from ..neurons.files import CARD_NAME
 from ..neurons.kept_picture import PICTURE_NAME
 from ..neurons.masks import NeuronMasks
 from ..neurons.training_facts import reading_json, training_facts
+from .lora_card import describe_lora, is_lora
 
 _STAGES = ("compare_methods", "transfer_sequentially", "prune")
 _SCORE = ("bleu", "chrf++", "bleu_signature", "chrf++_signature", "sentences")
@@ -30,7 +32,7 @@ def publish(
     The card in the directory is rewritten from `facts`, unless it was edited, there or on the Hub.
 
     Args:
-        adapter: directory that holds an adapter, whose files are checked first.
+        adapter: directory that holds an adapter of this method, whose files are checked first, or a LoRA adapter.
         facts: what the card says; its `repo_id` is the repository, created if missing.
         private: whether a new repository is private; None for the default of its owner.
         token: see `huggingface_hub.HfApi`.
@@ -44,13 +46,15 @@ def publish(
     directory = Path(adapter)
     if not directory.is_dir():
         raise ValueError(f"{directory} is no directory. Name the adapter directory to publish.")
-    NeuronMasks.from_pretrained(directory)  # raises where the files are damaged
+    lora = is_lora(directory)
+    if not lora:
+        NeuronMasks.from_pretrained(directory)  # raises where the files are damaged
     if not (directory / WEIGHTS_NAME).is_file():
         raise ValueError(f"{directory} has no {WEIGHTS_NAME}: save the adapter with safe_serialization=True.")
     api = HfApi(token=token)
     repo_id = make_repository(api, facts.repo_id, private)
     keep_card_of_hub(api, repo_id, directory)
-    if not describe_adapter(directory, facts):
+    if not (describe_lora if lora else describe_adapter)(directory, facts):
         warnings.warn(f"The card in {directory} was edited and is published as it is.", stacklevel=2)
     files = [CONFIG_NAME, WEIGHTS_NAME, CARD_NAME, PICTURE_NAME]
     return str(api.upload_folder(repo_id=repo_id, folder_path=directory, allow_patterns=files))
@@ -112,10 +116,10 @@ def _results(path: str | PathLike[str], recipe: str, *others: str) -> Iterator[d
 
 def _check_stage(path: str | PathLike[str], adapter: str | PathLike[str] | None) -> None:
     """Raise ValueError if a file stands beside another trained model than the adapter: a stage keeps both together."""
-    beside = Path(path).parent
-    trained = beside / "adapter"
-    if adapter is None or Path(adapter).resolve() == (beside / "model").resolve():
+    if adapter is None:
         return
+    beside = Path(path).parent
+    trained = beside / "model" if is_lora(beside / "model") else beside / "adapter"
     if trained.is_dir() and digest_of_weights(trained) != digest_of_weights(adapter):
         raise ValueError(f"{path} tells of {trained}, which differs from {adapter}.")
     if not trained.is_dir() and (beside / "model").is_dir():
@@ -123,10 +127,11 @@ def _check_stage(path: str | PathLike[str], adapter: str | PathLike[str] | None)
 
 
 def _scored(path: str | PathLike[str], adapter: str | PathLike[str] | None) -> dict[str, Any]:
-    """Return the scores of every direction, the name of the data that they are on, and the beams."""
+    """Return the scores of every direction, the data that they are on, the beams, and the language tokens."""
     with _results(path, "score", "continue_pretraining", *_STAGES) as results:
         if results["recipe"] in _STAGES:
-            return {"scores": _scored_in_stage(results), "num_beams": results.get("num_beams")}
+            told = {"num_beams": results.get("num_beams"), "language_tokens": results.get("language_tokens") or {}}
+            return {"scores": _scored_in_stage(results), **told}
         directions = results.get("scores", results)["directions"]  # of continue_pretraining, beside its training
         scores = {direction: {key: of[key] for key in _SCORE} for direction, of in directions.items()}
         settings = _settings(results)

@@ -1,8 +1,9 @@
-"""What cards of any adapter have: its front matter, its scores, and the versions that made it."""
+"""What cards of any adapter have: front matter, an example, scores, and the versions of libraries."""
 
 import importlib.metadata
+import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ class CardFacts:
         repo_id: Hub id that the adapter will have.
         license: identifier of its license.
         datasets: Hub ids of the data that it was made from.
-        sentence: a source sentence for the example.
+        sentence: a source sentence for the example; None for an English one, where a pair is from English.
+        language_tokens: language code → token, where the adapter does not know them itself.
         identification: what activations were counted on: fact → value.
         training: setting → value.
         scores: direction → "bleu", "chrf++", their "..._signature" and "sentences", as `recipes/score.py` writes them.
@@ -37,7 +39,8 @@ class CardFacts:
     repo_id: str | None = None
     license: str | None = None
     datasets: list[str] = field(default_factory=list)
-    sentence: str = "A dog runs across the grass."
+    sentence: str | None = None
+    language_tokens: Mapping[str, str] = field(default_factory=dict)
     identification: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
     scores: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -89,6 +92,24 @@ def front_matter(pairs: Iterable[str], base: str | None, facts: CardFacts, *tags
     )
 
 
+def example(pairs: Sequence[str], facts: CardFacts) -> dict[str, str]:
+    """Return what an example translates, as Python prints it: its "pair", "sentence" and language "tokens".
+
+    "replace" says that the tokens are stand-ins, "" where they are known.
+    """
+    pair = next((pair for pair in pairs if split_pair(pair)[0].partition("_")[0] == "en"), pairs[0])
+    codes = split_pair(pair)
+    english = codes[0].partition("_")[0] == "en"
+    sentence = facts.sentence or ("A dog runs across the grass." if english else f"A sentence in {codes[0]}.")
+    known = all(code in facts.language_tokens for code in codes)
+    return {
+        "pair": json.dumps(pair),
+        "sentence": json.dumps(sentence, ensure_ascii=False),
+        "tokens": json.dumps({code: facts.language_tokens[code] if known else code for code in codes}),
+        "replace": "" if known else "  # replace by the tokenizer's tokens of these languages, such as eng_Latn",
+    }
+
+
 def evaluation(facts: CardFacts) -> str:
     """Return what stands under "Evaluation": the data, scores by direction, and the signatures of each."""
     if not facts.scores:
@@ -110,5 +131,5 @@ def evaluation(facts: CardFacts) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return the libraries that adapters depend on: name → version."""
+    """Return the libraries of the environment that a card is written in: name → version."""
     return {"PEFT": importlib.metadata.version("peft")} | {n: importlib.metadata.version(n) for n in _VERSIONED}

@@ -1,6 +1,5 @@
-"""The card of a LoRA adapter that a comparison trained: one of PEFT's own kind, whose cards PEFT leaves empty."""
+"""The card of a LoRA adapter that a comparison trained: PEFT's own kind of adapter, whose card PEFT leaves empty."""
 
-import json
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -9,9 +8,8 @@ from huggingface_hub import ModelCard
 
 from ..neurons.adapter_file import CONFIG_NAME
 from ..neurons.card import is_edited, marked
-from ..neurons.card_sections import CardFacts, base_on_hub, evaluation, front_matter, versions
+from ..neurons.card_sections import CardFacts, base_on_hub, evaluation, example, front_matter, versions
 from ..neurons.files import CARD_NAME
-from ..neurons.language_pairs import split_pair
 from ..neurons.training_facts import reading_json
 
 TEMPLATE = Path(__file__).with_name("lora_card.md.jinja")
@@ -27,13 +25,15 @@ def is_lora(directory: str | PathLike[str]) -> bool:
         return config.get("peft_type") == "LORA"
 
 
-def describe_lora(directory: str | PathLike[str], facts: CardFacts, card_directory: str | PathLike[str]) -> bool:
+def describe_lora(
+    directory: str | PathLike[str], facts: CardFacts, card_directory: str | PathLike[str] | None = None
+) -> bool:
     """Write README.md for a LoRA adapter, unless it was edited.
 
     Args:
         directory: the adapter's directory.
         facts: what its files do not tell, its directions among it: those of `scores`.
-        card_directory: where the card goes.
+        card_directory: where the card goes instead of beside the adapter.
 
     Returns:
         Whether it was written; an edited card stays as it is.
@@ -43,28 +43,34 @@ def describe_lora(directory: str | PathLike[str], facts: CardFacts, card_directo
     """
     if not facts.scores:
         raise ValueError(f"The files of {directory} do not tell its directions. Give --scores, its stage's part.json.")
-    path = Path(card_directory) / CARD_NAME
+    path = Path(card_directory or directory) / CARD_NAME
     if is_edited(path):
         return False
     with reading_json(Path(directory) / CONFIG_NAME, "the config of a LoRA adapter") as config:
-        text = _render(config, facts)
+        text = _render(config, facts, _base(config, Path(directory)))
     path.write_text(text, encoding="utf-8")
     return True
 
 
-def _render(config: dict[str, Any], facts: CardFacts) -> str:
-    pairs, base = list(facts.scores), base_on_hub(config)
-    codes = dict.fromkeys(split_pair(pairs[0]))
-    layers = {name.rpartition(".")[2] for name in config["target_modules"]}  # PEFT may list each with its path
-    settings = {**config, "target_modules": ", ".join(sorted(layers))}
+def _base(config: dict[str, Any], directory: Path) -> str | None:
+    """Return the base if it is one of the Hub: none that is a folder, seen from here or from around the adapter."""
+    base = base_on_hub(config)
+    beside = base is not None and any((parent / base).exists() for parent in directory.resolve().parents)
+    return None if beside else base
+
+
+def _render(config: dict[str, Any], facts: CardFacts, base: str | None) -> str:
+    pairs, layers = list(facts.scores), config["target_modules"]
+    if not isinstance(layers, str):  # a pattern; in a list, PEFT may give each layer with its path
+        layers = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
+    settings = {**config, "target_modules": layers}
     card = ModelCard.from_template(
         front_matter(pairs, base, facts, "lora"),
         template_path=str(TEMPLATE),
         base=base,
         pairs=pairs,
         repo_id=facts.repo_id,
-        sentence=json.dumps(facts.sentence, ensure_ascii=False),
-        tokens=json.dumps({code: code for code in codes}),
+        example=example(pairs, facts),
         lora={name: settings[name] for name in _SETTINGS},
         training=facts.training,
         evaluation=evaluation(facts),
