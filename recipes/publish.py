@@ -57,7 +57,9 @@ def main() -> None:
                 f"The Hub did not take {args.repo}: {reason} Log in with `hf auth login`, as "
                 "someone who may write there, and try again."
             ) from error
-        except HTTPError as error:  # of the client that huggingface_hub has: no answer, or half of one
+        except (HTTPError, RuntimeError) as error:  # no answer, or half of one; of large files it is a RuntimeError
+            if not isinstance(error, HTTPError) and not isinstance(error.__cause__, HTTPError):
+                raise
             raise ValueError(f"The Hub was not reached, and nothing was published: {error} Try again.") from error
     else:
         Path(args.card_only).mkdir(parents=True, exist_ok=True)

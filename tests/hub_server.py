@@ -18,13 +18,17 @@ TOKEN = "hf_of_the_owner"
 
 
 class Hub:
-    """Repositories by id, each with its revisions; `fail_commits` connections break in the middle of a commit."""
+    """Repositories by id, each with its revisions.
+
+    `fail_commits` connections break in the middle of a commit, `fail_weights` in the middle of a large file.
+    """
 
     def __init__(self) -> None:
         self.revisions: dict[str, dict[str, dict[str, bytes]]] = {}  # repository → commit → file → content
         self.private: set[str] = set()
         self.large: dict[str, bytes] = {}  # SHA-256 → content
         self.fail_commits = 0
+        self.fail_weights = 0
         self.requests: list[str] = []
 
     def head(self, repo: str) -> str:
@@ -81,6 +85,10 @@ class _Handler(BaseHTTPRequestHandler):
     def do_PUT(self) -> None:
         self.hub.requests.append(f"PUT {self.path}")
         body = self._body()
+        if self.hub.fail_weights:
+            self.hub.fail_weights -= 1
+            self.close_connection = True
+            return None
         assert hashlib.sha256(body).hexdigest() == self.path.removeprefix("/lfs/"), self.path
         self.hub.large[self.path.removeprefix("/lfs/")] = body
         return self._answer({})

@@ -206,17 +206,20 @@ def test_an_adapter_that_was_read_once_is_read_again_without_a_network(hub, monk
     assert len(hub.requests) == asked
 
 
-def test_an_interrupted_upload_leaves_no_half_of_it_and_can_be_repeated(hub, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("interrupted", ["fail_weights", "fail_commits"])
+def test_an_interrupted_upload_leaves_no_half_of_it_and_can_be_repeated(
+    hub, tmp_path, monkeypatch, capsys, interrupted
+):
     adapted().save_pretrained(tmp_path / "adapter")
     words = ("--adapter", tmp_path / "adapter", "--repo", "me/adapter", "--license", "cc-by-4.0")
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # the client tries again
-    hub.fail_commits = 100
+    setattr(hub, interrupted, 100)
     with pytest.raises(SystemExit):
         recipe("publish", monkeypatch, *words)
     said = capsys.readouterr().err
     assert re.search("Error: The Hub was not reached, and nothing was published: .* Try again", said)
     assert set(hub.revisions["me/adapter"][hub.head("me/adapter")]) == {".gitattributes"}
-    hub.fail_commits = 0
+    setattr(hub, interrupted, 0)
     recipe("publish", monkeypatch, *words)
     files = hub.revisions["me/adapter"][hub.head("me/adapter")]
     assert {"README.md", "adapter_config.json", "adapter_model.safetensors", "kept_neurons.svg"} <= set(files)
