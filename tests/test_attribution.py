@@ -96,7 +96,8 @@ def test_experts_are_scored_and_padding_does_not_spread(name):
     ]
     together, apart = (ns.record_attribution(model, {"en-de": part}, progress=False) for part in ([batch], one_by_one))
     for block, scores in together.counts.items():
-        torch.testing.assert_close(scores, apart.counts[block], rtol=1e-8, atol=1e-12)
+        # routers weigh experts in float32, whose last digits depend on the processor and on the shape of the batch
+        torch.testing.assert_close(scores, apart.counts[block], rtol=1e-5, atol=1e-9)
     assert all(scores.isfinite().all() for scores in together.counts.values())
 
 
