@@ -13,9 +13,7 @@ from pathlib import Path
 
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
-from neuron_specialization.export.hub import facts_from_results, publish
-from neuron_specialization.export.lora_card import describe_lora, is_lora
-from neuron_specialization.neurons.card import describe_adapter
+from neuron_specialization.export.hub import describe, facts_from_results, publish
 from neuron_specialization.neurons.card_sections import CardFacts
 from neuron_specialization.translation.command_line import parse, run
 from neuron_specialization.translation.processes import check_single_process
@@ -63,7 +61,6 @@ def main() -> None:
             raise ValueError(f"The Hub was not reached, and nothing was published: {error} Try again.") from error
     else:
         Path(args.card_only).mkdir(parents=True, exist_ok=True)
-        describe = describe_lora if is_lora(args.adapter) else describe_adapter
         wrote = describe(args.adapter, facts, args.card_only)
         print(f"{'wrote' if wrote else 'edited by you, and kept as it is:'} {args.card_only}/README.md")
 

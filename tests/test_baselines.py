@@ -162,6 +162,10 @@ def test_every_kind_of_method_runs_as_a_stage(method, comparison):
     rows = {row["direction"]: row for row in found["rows"]}
     assert all(row["loss"] > 0 and 0 <= row["chrf++"] <= 100 for row in rows.values())
     assert not list(comparison.directory.rglob("checkpoint-*")), "no optimizer states are left"
+    if method == "lora":
+        card = (comparison.directory / "lora" / "seed-0" / "model" / "README.md").read_text()
+        assert "# LoRA for" in card and "More Information Needed" not in card and "| updates | 3 |" in card
+        assert all(f"{row['chrf++']:.2f} |" in card for row in rows.values())
     if method not in ("baseline", "masks_only"):
         assert list(comparison.directory.rglob("*.safetensors")), "the final model is kept"
 

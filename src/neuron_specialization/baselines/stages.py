@@ -15,12 +15,16 @@ from typing import Any
 import numpy as np
 
 from ..adapter.active import active_config
+from ..export.hub import describe, facts_of_stage
+from ..export.lora_card import is_lora
 from ..neurons.adapter_file import MASK
+from ..neurons.card_sections import CardFacts
 from ..neurons.language_pairs import split_pair
+from ..neurons.training_facts import training_facts
 from ..translation.encoding import text_digest
 from ..translation.evaluation import check_lengths, check_scorers
 from ..translation.results import write_results
-from ..translation.runs import digest, load_trained
+from ..translation.runs import RUN_FILE, digest, load_trained
 from . import lass
 from .methods import EQUAL_SECONDS, MethodArguments
 from .models import Models, Setting, identification_seconds, remove_checkpoints
@@ -139,6 +143,9 @@ class Comparison(Models):
             "validation_losses": while_training,
         }
         write_results(directory, {**scored, "about": about}, PART)
+        if is_lora(directory / "model"):  # PEFT leaves its card empty
+            facts = CardFacts(training=training_facts(directory / RUN_FILE), **facts_of_stage(scored))
+            describe(directory / "model", facts)
         remove_checkpoints(directory)
 
     def _updates_in_equal_seconds(self, seed: int) -> int:

@@ -46,18 +46,24 @@ def publish(
     directory = Path(adapter)
     if not directory.is_dir():
         raise ValueError(f"{directory} is no directory. Name the adapter directory to publish.")
-    lora = is_lora(directory)
-    if not lora:
+    if not is_lora(directory):
         NeuronMasks.from_pretrained(directory)  # raises where the files are damaged
     if not (directory / WEIGHTS_NAME).is_file():
         raise ValueError(f"{directory} has no {WEIGHTS_NAME}: save the adapter with safe_serialization=True.")
     api = HfApi(token=token)
     repo_id = make_repository(api, facts.repo_id, private)
     keep_card_of_hub(api, repo_id, directory)
-    if not (describe_lora if lora else describe_adapter)(directory, facts):
+    if not describe(directory, facts):
         warnings.warn(f"The card in {directory} was edited and is published as it is.", stacklevel=2)
     files = [CONFIG_NAME, WEIGHTS_NAME, CARD_NAME, PICTURE_NAME]
     return str(api.upload_folder(repo_id=repo_id, folder_path=directory, allow_patterns=files))
+
+
+def describe(
+    adapter: str | PathLike[str], facts: CardFacts, card_directory: str | PathLike[str] | None = None
+) -> bool:
+    """Write the card of an adapter of this method or of LoRA; see `describe_adapter` and `describe_lora`."""
+    return (describe_lora if is_lora(adapter) else describe_adapter)(adapter, facts, card_directory)
 
 
 def facts_from_results(
@@ -130,8 +136,7 @@ def _scored(path: str | PathLike[str], adapter: str | PathLike[str] | None) -> d
     """Return the scores of every direction, the data that they are on, the beams, and the language tokens."""
     with _results(path, "score", "continue_pretraining", *_STAGES) as results:
         if results["recipe"] in _STAGES:
-            told = {"num_beams": results.get("num_beams"), "language_tokens": results.get("language_tokens") or {}}
-            return {"scores": _scored_in_stage(results), **told}
+            return facts_of_stage(results)
         directions = results.get("scores", results)["directions"]  # of continue_pretraining, beside its training
         scores = {direction: {key: of[key] for key in _SCORE} for direction, of in directions.items()}
         settings = _settings(results)
@@ -145,14 +150,15 @@ def _scored(path: str | PathLike[str], adapter: str | PathLike[str] | None) -> d
     return {"scores": scores, **about}
 
 
-def _scored_in_stage(part: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return what `part.json` tells of every direction: it names no test data, but holds the translations."""
+def facts_of_stage(part: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `part.json` of a stage tells for `CardFacts`: it names no test data, but holds the translations."""
     scores = {}
     for row in part["rows"]:
         direction = row["direction"]
         told = {**row, **part["signatures"][direction], "sentences": len(part["translations"][direction])}
         scores[direction] = {key: told[key] for key in _SCORE}
-    return scores
+    tokens = part.get("language_tokens") or {}
+    return {"scores": scores, "num_beams": part.get("num_beams"), "language_tokens": tokens}
 
 
 def _counted(path: str | PathLike[str], adapter: str | PathLike[str] | None) -> dict[str, Any]:
