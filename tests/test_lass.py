@@ -138,6 +138,16 @@ def test_a_pair_runs_with_the_weights_it_keeps(toy_model, toy_tokenizer, toy_dat
         masked(**batch, language_pairs=PAIRS[:2])
 
 
+def test_validation_data_of_any_size_runs_one_direction_at_a_time(toy_model, toy_tokenizer, toy_data, tmp_path):
+    """Batches of three from ten sentences each: those that run over into the next direction would have two masks."""
+    data = {pair: toy_data["validation"][pair].select(range(10)) for pair in PAIRS}
+    model = lass(toy_model, masks_of_noisy_copies(toy_model, 0.3), PAIRS)
+    args = arguments(tmp_path, max_steps=1, eval_steps=1, per_device_eval_batch_size=3, learning_rate=1e-9)
+    found = fit(model, toy_tokenizer, data, data, args)
+    losses = token_losses(model, toy_tokenizer, data)
+    assert min(losses.values()) < found["masked_validation_loss"] < max(losses.values())
+
+
 def test_dropout_is_set_wherever_a_model_keeps_it():
     for make in (make_m2m100, make_t5):
         model = make().train()

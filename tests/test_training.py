@@ -5,13 +5,14 @@ import os
 import pickle
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from peft import AutoPeftModelForSeq2SeqLM, PeftModel, get_peft_model
 from transformers import TrainerCallback
 
 import neuron_specialization as ns
-from neuron_specialization.translation.batching import TranslationCollator
+from neuron_specialization.translation.batching import TranslationCollator, evaluation_batches
 from neuron_specialization.translation.checkpoints import load_adapted, load_checkpoint
 from neuron_specialization.translation.encoding import encode_parallel
 from neuron_specialization.translation.identification import record_corpus
@@ -291,6 +292,18 @@ def test_the_validation_loss_does_not_depend_on_the_batches(toy_data, toy_tokeni
             tokens += len(example["labels"])
     assert trainer.evaluate()["eval_loss"] == pytest.approx(nats / tokens, rel=1e-5)
     assert trainer.validation_loss() == pytest.approx(nats / tokens, rel=1e-5)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_an_evaluation_sees_every_sentence_once_in_batches_of_one_direction(processes):
+    directions = np.repeat([0, 1, 2], [7, 1, 10])
+    lengths = np.random.default_rng(0).integers(1, 30, len(directions))
+    batches = evaluation_batches(directions, lengths, 4, processes)
+    assert sorted(sum(batches, [])) == list(range(len(directions))) and max(map(len, batches)) <= 4
+    assert all(len(set(directions[batch])) == 1 for batch in batches)
+    assert len(batches) % processes == 0, "or some process would repeat a batch"
+    if processes == 1:
+        assert [list(lengths[batch]) for batch in batches] == [sorted(lengths[batch]) for batch in batches]
 
 
 def test_ends_of_sentences_are_attended_to_where_padding_is_the_same_token(toy_tokenizer, toy_model):

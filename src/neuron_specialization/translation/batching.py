@@ -1,4 +1,4 @@
-"""Batches of one direction each, drawn with temperature; and their tensors."""
+"""Batches of one direction each, drawn with temperature or one after another; and their tensors."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -72,6 +72,29 @@ class DirectionBatchSampler(Sampler[list[int]]):
                 pool[:] = pool[np.argsort(self._lengths[pool], kind="stable")]
             for i in draw.permutation(-(-len(order) // size)):
                 yield order[i * size : (i + 1) * size].tolist()
+
+
+def evaluation_batches(
+    directions: np.ndarray, lengths: np.ndarray, batch_size: int, processes: int = 1
+) -> list[list[int]]:
+    """Return every example once, in batches of one direction each, of similar length.
+
+    Args:
+        directions: direction of each example, int [examples].
+        lengths: length of each example in tokens, int [examples].
+        batch_size: examples per batch, at most.
+        processes: how many share the batches. As long as one can be split, their number becomes a multiple of it, so
+            that no batch has to be counted twice for all processes to run as many.
+    """
+    batches = []
+    for direction in np.unique(directions):
+        members = np.flatnonzero(directions == direction)
+        members = members[np.argsort(lengths[members], kind="stable")]
+        batches += [members[start : start + batch_size].tolist() for start in range(0, len(members), batch_size)]
+    while len(batches) % processes and len(largest := max(batches, key=len)) > 1:
+        batches.remove(largest)
+        batches += [largest[::2], largest[1::2]]
+    return batches
 
 
 def _count() -> Iterator[int]:

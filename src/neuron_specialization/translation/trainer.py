@@ -24,7 +24,7 @@ from ..neurons.base_model import unwrap
 from ..neurons.positions import IGNORED
 from .alignment import alignment_loss
 from .arrow import list_lengths, numpy_column
-from .batching import DirectionBatchSampler, TranslationCollator
+from .batching import DirectionBatchSampler, TranslationCollator, evaluation_batches
 from .denoising import Noise, NoisyExamples, NumberedBatches
 from .loss import LinearHead, find_linear_head, logits_cross_entropy
 from .runs import MarkComplete
@@ -149,7 +149,7 @@ class SpecializationTrainer(Seq2SeqTrainer):
             args=args,
             data_collator=TranslationCollator(tokenizer, model, pair_ids(model, language_pairs)),
             train_dataset=train_dataset,
-            eval_dataset=eval_dataset if eval_dataset is None else self._with_noise(eval_dataset),
+            eval_dataset=eval_dataset,
             processing_class=tokenizer,
             callbacks=callbacks,
             compute_loss_func=self._token_loss,
@@ -165,15 +165,30 @@ class SpecializationTrainer(Seq2SeqTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Return batches of one direction each; the sampler spans the whole run of all processes."""
+        batches = self._batches(self.args.max_steps)
+        return self._loader(self.train_dataset, batches if self.noise is None else NumberedBatches(batches))
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Return batches of one direction each here too: some models take no others, and masks run compactly."""
+        data: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        batches = evaluation_batches(
+            numpy_column(data, "language_pair"),
+            numpy_column(data, "length"),
+            self.args.eval_batch_size,
+            self.args.world_size,
+        )
+        return self._loader(data, batches)
+
+    def _loader(self, data: Any, batches: Any) -> DataLoader:
         args: Any = self.args
-        batches = self._batches(args.max_steps)
         loader = DataLoader(
-            self._with_noise(self.train_dataset),
-            batch_sampler=batches if self.noise is None else NumberedBatches(batches),
+            data if self.noise is None else NoisyExamples(data, self.noise, self._drawn_from),
+            batch_sampler=batches,
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
-            persistent_workers=args.dataloader_persistent_workers,
+            # an evaluation is over soon, and the next one has a loader of its own
+            persistent_workers=args.dataloader_persistent_workers and data is self.train_dataset,
             prefetch_factor=args.dataloader_prefetch_factor,
         )
         return self.accelerator.prepare(loader)
@@ -190,9 +205,6 @@ class SpecializationTrainer(Seq2SeqTrainer):
             args.temperature,
             self._drawn_from,
         )
-
-    def _with_noise(self, examples: Any) -> Any:
-        return examples if self.noise is None else NoisyExamples(examples, self.noise, self._drawn_from)
 
     def target_tokens(self, updates: int) -> int:
         """Return how many target tokens the first updates of the run train on, tags and ends of sentences included."""
@@ -224,7 +236,7 @@ class SpecializationTrainer(Seq2SeqTrainer):
     ) -> EvalLoopOutput:
         """As the Trainer's, whose loss is a mean over batches; this one is in nats per token, whatever the batches.
 
-        Of several processes, some repeat a few sentences, so that all make as many batches; these count again.
+        Where there are fewer sentences than processes, some repeat a sentence, and it counts again.
         """
         self._evaluated = []
         about = (description, prediction_loss_only, ignore_keys, metric_key_prefix)
