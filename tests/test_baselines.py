@@ -81,12 +81,14 @@ def test_k_1_equals_fine_tuning_update_by_update(toy_model, toy_tokenizer, toy_d
     assert not dense.model.shared.weight.equal(toy_model.model.shared.weight)
 
 
+@pytest.mark.parametrize("per_target", [False, True], ids=["per pair", "per target"])
 @pytest.mark.parametrize("make", [make_m2m100, make_t5], ids=["relu", "gated"])
-def test_ffn_copies_start_at_the_model_and_part_in_training(make):
+def test_ffn_copies_start_at_the_model_and_part_in_training(make, per_target):
     model = make()
+    owners = list(dict.fromkeys(pair.split("-")[1] if per_target else pair for pair in PAIRS))
     before = copy.deepcopy(model)
     widths = {block.name: block.d_ff for block in ns.find_ffn_blocks(model)}
-    copies = ffn_copies(model, PAIRS)
+    copies = ffn_copies(model, PAIRS, per_target=per_target)
     batch = make_batch()
     for pair in PAIRS:
         with torch.no_grad():
@@ -99,10 +101,11 @@ def test_ffn_copies_start_at_the_model_and_part_in_training(make):
     for block in ns.find_ffn_blocks(copies):
         name = block.name.removeprefix("base_model.model.")
         width = widths[name]
-        own = block.down.weight.unflatten(1, (len(PAIRS), width))
-        moved = [not own[:, i].equal(own[:, 0]) for i in range(len(PAIRS))]
-        assert moved == [pair == "de-en" for pair in PAIRS], "only the copy of the pair in the batch trains"
-        assert block.d_ff == len(PAIRS) * before_ups[name].weight.shape[0]
+        assert block.d_ff == len(owners) * before_ups[name].weight.shape[0]
+        own = block.down.weight.unflatten(1, (len(owners), width))
+        start = next(b for b in ns.find_ffn_blocks(before) if b.name == name).down.weight
+        moved = [owner for i, owner in enumerate(owners) if not own[:, i].equal(start)]
+        assert moved == ["en" if per_target else "de-en"], "only the copy of the pair in the batch trains"
     copies.eval()
     with torch.no_grad():
         one, other = (copies(**batch, language_pairs=[pair]).logits for pair in ("de-en", "en-de"))

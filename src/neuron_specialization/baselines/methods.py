@@ -21,13 +21,14 @@ from .gradual import gradual
 UNTRAINED = ("baseline", "masks_only")
 PER_DIRECTION = ("bilingual", "fine_tune_single", "lora_per_pair")  # a model of its own for each direction
 EQUAL_SECONDS = "fine_tune_equal_seconds"
+FFN_COPIES = ("ffn_copies", "ffn_copies_per_target")
 # masks of ours, or made from them: these methods share its knobs
 OURS = (
     *("ours", "ours_enc", "ours_dec", "factorized", "delta", "low_rank", "update_only", "masks_only", "gradual"),
     *("random", "random_overlap", "wrong_pair", "group", "union"),
 )
 METHODS = (
-    *("baseline", "fine_tune", EQUAL_SECONDS, "bilingual", "fine_tune_single", "ffn_copies", *OURS),
+    *("baseline", "fine_tune", EQUAL_SECONDS, "bilingual", "fine_tune_single", *FFN_COPIES, *OURS),
     *("lora", "lora_per_pair", "adapter_lp", "adapter_fam", "lass"),
     *("general_specific", "specificity_1", "specificity_2", "taylor"),
 )
@@ -227,8 +228,9 @@ def build_model(
     model = copy.deepcopy(baseline)
     if method in ("baseline", "fine_tune", EQUAL_SECONDS, "fine_tune_single"):
         return model
-    if method == "ffn_copies":
-        return ffn_copies(model, counts.language_pairs, counts.source_tag)
+    if method in FFN_COPIES:
+        per_target = method == "ffn_copies_per_target"
+        return ffn_copies(model, counts.language_pairs, counts.source_tag, per_target)
     if method in ("adapter_lp", "adapter_fam"):
         families = as_mapping(args.families) if method == "adapter_fam" else None
         return bottleneck_adapters(model, counts.language_pairs, args.adapter_width, families, counts.source_tag)

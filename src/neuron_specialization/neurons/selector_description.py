@@ -12,8 +12,8 @@ CONTROLS = {
     "Pooled": "one mask for many pairs, as large as the masks of single pairs",
 }
 _BASE_WAS_CHANGED = {
-    "ffn_copies": "its base was widened for the training, by an FFN of its own for each pair, and that base is\n"
-    "not kept. It is a ceiling to compare with.",
+    "ffn_copies": "its base was widened for the training, by FFNs of their own for pairs or target languages, and\n"
+    "that base is not kept. It is a ceiling to compare with.",
     "lass": "its base was put under masks of single weights (LaSS), which are not in these files. The block\n"
     "below, of which every pair keeps all, only tells pairs apart. It is a peer to compare with.",
     "bottleneck_adapters": "its base was given a bottleneck after every layer for the training, whose neurons\n"
