@@ -54,7 +54,7 @@ def main() -> None:
     transfer, output = transfer_data.load_finished(args.transfer_dir, *arguments)
     tagged = tagged_text(args.tagged_file, transfer.orders[0][0]) if args.tagged_file else None
     models = losses_of(transfer.directory)
-    check_settings(output, "recordings.json", {**transfer.settings(), **models}, models)
+    check_settings(output, "recordings.json", {**transfer.settings(), **models})
     tokens = trackable_tokens(transfer.model, transfer.batches(transfer.model), len(transfer.tokenizer), args.site)
     print(f"credit by token: {len(tokens)} of {len(transfer.tokenizer)} tokens are tracked", flush=True)
 

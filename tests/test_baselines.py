@@ -4,6 +4,8 @@ import copy
 import dataclasses
 import json
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -30,6 +32,7 @@ from neuron_specialization.baselines.methods import (
 )
 from neuron_specialization.baselines.settings import StageArguments
 from neuron_specialization.baselines.stages import PART, SETTINGS, Comparison
+from neuron_specialization.translation.identification import record_corpus
 from neuron_specialization.translation.results import write_results
 from neuron_specialization.translation.token_loss import token_losses
 from neuron_specialization.translation.training import fit
@@ -227,6 +230,10 @@ def test_stages_of_other_settings_are_not_mixed(comparison):
     other.model.shared.weight.data[5] += 1
     with pytest.raises(ValueError, match=r"other settings \(baseline\)"):
         Comparison(**{**again, "baseline": other})
+    same_weights = copy.deepcopy(comparison.baseline)
+    same_weights.config.dropout = 0.5
+    with pytest.raises(ValueError, match=r"other settings \(configuration\)"):
+        Comparison(**{**again, "baseline": same_weights})
     corrected = {
         pair: rows.map(lambda row: {"target": row["target"] + " ba"}) for pair, rows in again["data"]["test"].items()
     }
@@ -300,16 +307,17 @@ def test_a_stage_names_the_value_of_a_knob(comparison, counts):
 
 def test_fine_tuning_for_as_many_seconds_as_ours(comparison):
     assert not comparison.run(EQUAL_SECONDS, 0)
-    assert "run both with seed 0 first" in collect(comparison.directory)["stages"][0]["error"]
-    seconds = {"ours": 29.0, "fine_tune": 10.0}
+    assert "run both with the same seed first" in collect(comparison.directory)["stages"][0]["error"]
+    seconds = {"ours": (32.0, 26.0, 1.0), "fine_tune": (8.0, 12.0)}
     for method, spent in seconds.items():
-        row = {"updates": 3, "seconds": spent}
-        write_results(comparison.directory / method / "seed-0", {"rows": [row]}, PART)
+        for seed, each in enumerate(spent):
+            rows = [{"updates": 3, "seconds": each}]
+            write_results(comparison.directory / method / f"seed-{seed}", {"rows": rows}, PART)
     comparison.counts()
     write_results(comparison.directory / "identification", {"seconds": 1.0})
     assert comparison.run(EQUAL_SECONDS, 0)
     row = json.loads((comparison.directory / EQUAL_SECONDS / "seed-0" / PART).read_text())["rows"][0]
-    assert row["updates"] == 3 * (29 + 1) / 10
+    assert row["updates"] == 3 * (29 + 1) / 10, "means over the seeds that both have"
 
 
 def test_the_warm_up_is_as_large_a_share_of_every_run(comparison):
@@ -364,9 +372,34 @@ def test_a_trial_of_all_updates_is_the_stage_that_it_chooses(comparison, method)
     assert sum(losses) / len(losses) == pytest.approx(chosen["validation_loss"], rel=1e-12)
 
 
-def test_a_share_of_the_updates_is_checked(toy_model, toy_tokenizer, toy_data, tmp_path):
-    with pytest.raises(ValueError, match="trial_share must be above 0 and at most 1, got 1.5"):
-        make_comparison(toy_model, toy_tokenizer, toy_data, tmp_path, trial_share=1.5)
+def test_the_budget_is_checked(toy_model, toy_tokenizer, toy_data, tmp_path):
+    for wrong, message in (
+        ({"trial_share": 1.5}, "trial_share must be above 0 and at most 1, got 1.5"),
+        ({"evaluations": 0}, "at least 1, got 0 and 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_comparison(toy_model, toy_tokenizer, toy_data, tmp_path, **wrong)
+
+
+@pytest.mark.parametrize("method", ["lora", "bilingual"])
+def test_new_weights_are_those_of_the_seed_also_where_neurons_are_counted_first(comparison, method):
+    knobs = comparison.method
+    first, again, other = (weights(comparison.untrained(method, seed, knobs)) for seed in (0, 0, 1))
+    assert all(again[name].equal(weight) for name, weight in first.items())
+    assert any(not other[name].equal(weight) for name, weight in first.items())
+
+
+def test_what_stages_share_is_made_once_by_whoever_comes_first(comparison, monkeypatch):
+    made = []
+
+    def slow(*args, **options):
+        made.append(time.sleep(0.5))
+        return record_corpus(*args, **options)
+
+    monkeypatch.setattr("neuron_specialization.baselines.models.record_corpus", slow)
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(lambda _: comparison.counts(), range(2))
+    assert len(made) == 1 and one.language_pairs == other.language_pairs
 
 
 def test_a_knob_is_the_best_of_trials_at_the_best_learning_rate(comparison):

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .folders import identification_seconds
 from .methods import EQUAL_SECONDS, MethodArguments, parse_method
-from .models import identification_seconds
 from .stages import FAILED, PART, SETTINGS
 
 

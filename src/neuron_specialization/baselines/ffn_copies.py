@@ -14,9 +14,7 @@ from ..neurons.language_pairs import Routes, split_pair
 from ..neurons.masks import NeuronMasks
 
 
-def ffn_copies(
-    model: Any, language_pairs: Sequence[str], source_tag: str = "source", per_target: bool = False
-) -> Any:
+def ffn_copies(model: Any, language_pairs: Sequence[str], source_tag: str = "source", per_target: bool = False) -> Any:
     """Give each pair, or all pairs into one language, its own copy of every FFN block, and train it with all else.
 
     Each block is widened in place to one copy of its neurons per owner, and a mask row keeps the owner's copy and

@@ -21,9 +21,10 @@ from ..translation.processes import this_process
 from ..translation.results import write_results
 from ..translation.runs import RUN_FILE
 from ..translation.token_loss import token_losses
-from ..translation.trainer import SpecializationTrainingArguments, check_one_gpu
+from ..translation.trainer import SpecializationTrainingArguments, check_max_steps, check_one_gpu
 from ..translation.training import fit
 from . import lass
+from .folders import alone, identification_folder, remove_checkpoints
 from .gradual import GradualMasks
 from .methods import (
     EQUAL_SECONDS,
@@ -67,8 +68,8 @@ class Models:
         max_length: truncate training text to this many tokens.
 
     Raises:
-        ValueError: if a grid of knobs is malformed, `trial_share` is no share, or a listed method is unknown or lacks
-            a setting.
+        ValueError: if a grid of knobs is malformed, a part of the budget is out of range, or a listed method is
+            unknown or lacks a setting.
     """
 
     baseline: Any
@@ -84,11 +85,17 @@ class Models:
 
     def __post_init__(self) -> None:
         check_one_gpu(self.training)
+        check_max_steps(self.training)
         self.baseline.to(this_process().device)
         self.directory = Path(str(self.training.output_dir))
         self.language_pairs = list(self.data["train"])
         if not 0 < self.stage.trial_share <= 1:
             raise ValueError(f"trial_share must be above 0 and at most 1, got {self.stage.trial_share}.")
+        if min(self.stage.evaluations, self.stage.tuning_directions) < 1:
+            raise ValueError(
+                "evaluations and tuning_directions are at least 1, got "
+                f"{self.stage.evaluations} and {self.stage.tuning_directions}."
+            )
         self.grids = knob_grids(self.stage.knobs)
         check_methods(seeds_of(self.stage.methods), self.method, self.pivot)
 
@@ -116,13 +123,15 @@ class Models:
 
     def counts(self, measure: str = ACTIVITY) -> ActivationCounts:
         """Return the baseline's activity or attribution on the validation data, recorded once for all methods."""
-        path = identification_folder(self.directory, measure) / "counts.safetensors"
-        if not path.is_file():
-            started = time.perf_counter()
-            options = {"measure": measure, "max_length": self.max_length, **self.convention()}
-            recorded = record_corpus(self.baseline, self.tokenizer, self.data["validation"], **options)
-            write_results(path.parent, {"seconds": time.perf_counter() - started})
-            recorded.save(path)  # last: while it is missing, it is recorded and timed again
+        folder = identification_folder(self.directory, measure)
+        path = folder / "counts.safetensors"
+        with alone(self.directory, f"identification-{measure}"):
+            if not path.is_file():
+                started = time.perf_counter()
+                options = {"measure": measure, "max_length": self.max_length, **self.convention()}
+                recorded = record_corpus(self.baseline, self.tokenizer, self.data["validation"], **options)
+                write_results(folder, {"seconds": time.perf_counter() - started})
+                recorded.save(path)  # last: while it is missing, it is recorded and timed again
         return ActivationCounts.load(path)
 
     def weight_masks(self, alpha: float) -> dict[str, torch.Tensor]:
@@ -133,31 +142,39 @@ class Models:
         """
         directory = identification_folder(self.directory, WEIGHTS)
         path = directory / f"masks-{alpha:g}.safetensors"
-        if not path.is_file():
-            rate: Any = self.setting("fine_tune_single").learning_rate
-            found, seconds = [], 0.0
-            for pair in self.language_pairs:
-                set_seed(0)
-                model = lass.for_fine_tuning(self.baseline)
-                spent = self.fit(model, [pair], 0, rate, self.stage.single_updates, directory / pair, accumulation=1)
-                remove_checkpoints(directory / pair)
-                found.append(lass.magnitude_masks(model, alpha))
-                seconds += spent["seconds"]
-            write_results(directory, {"seconds": seconds})
-            lass.save_masks(found, path)
+        with alone(self.directory, f"identification-{WEIGHTS}"):
+            if not path.is_file():
+                lass.save_masks(self._fine_tuned_weights(directory, alpha), path)
         return load_file(path)
+
+    def _fine_tuned_weights(self, directory: Path, alpha: float) -> list[dict[str, torch.Tensor]]:
+        """Return the weight masks of each pair, made from the model that is fine-tuned on it."""
+        rate: Any = self.setting("fine_tune_single").learning_rate
+        found, seconds = [], 0.0
+        for pair in self.language_pairs:
+            set_seed(0)
+            model = lass.for_fine_tuning(self.baseline)
+            spent = self.fit(model, [pair], 0, rate, self.stage.single_updates, directory / pair, accumulation=1)
+            remove_checkpoints(directory / pair)
+            found.append(lass.magnitude_masks(model, alpha))
+            seconds += spent["seconds"]
+        write_results(directory, {"seconds": seconds})
+        return found
 
     def kind(self, method: str) -> str:
         """Return the method without a knob's value."""
         return parse_method(method, self.method)[0]
 
     def per_direction(self, method: str) -> bool:
+        """Whether the method trains a model of its own for each direction."""
         return self.kind(method) in PER_DIRECTION
 
     def groups(self, method: str) -> list[list[str]]:
+        """Return the directions of each model that the method trains."""
         return [[pair] for pair in self.language_pairs] if self.per_direction(method) else [self.language_pairs]
 
     def part_directory(self, directory: Path, method: str, pairs: Sequence[str]) -> Path:
+        """Return where the model of one group of directions is kept in the directory of a stage or trial."""
         return directory / pairs[0] if self.per_direction(method) else directory
 
     def _best(self, method: str, settings: list[Setting]) -> Setting:
@@ -167,24 +184,28 @@ class Models:
     def _trial(self, method: str, setting: Setting) -> float:
         """Return the mean validation loss over directions after `trial_share` of the updates."""
         directory = self._trial_directory(method, setting)
-        if not (directory / "trial.json").is_file():
-            groups, updates = self.groups(method), max(1, int(self.updates(method) * self.stage.trial_share))
-            if self.per_direction(method):
-                groups = groups[:: max(1, len(groups) // self.stage.tuning_directions)][: self.stage.tuning_directions]
-            losses: dict[str, float] = {}
-            for pairs in groups:
-                where = self.part_directory(directory, method, pairs)
-                model, _ = self.trained(method, 0, setting, pairs, updates, where)
-                losses |= self.losses(model, "validation", pairs)
-                if updates == self.updates(method):
-                    remove_checkpoints(where)  # the rest may become a stage
-                else:
-                    shutil.rmtree(where)
-            knobs = {"learning_rate": setting.learning_rate, "knobs": self._other_knobs(method, setting.knobs)}
-            write_results(directory, {**knobs, "updates": updates, "validation_loss": losses}, "trial.json")
+        with alone(self.directory, f"{method}-{directory.name}"):
+            if not (directory / "trial.json").is_file():
+                self._try(method, setting, directory)
         losses = json.loads((directory / "trial.json").read_text())["validation_loss"]
         mean = sum(losses.values()) / len(losses)
         return mean if math.isfinite(mean) else math.inf
+
+    def _try(self, method: str, setting: Setting, directory: Path) -> None:
+        groups, updates = self.groups(method), max(1, int(self.updates(method) * self.stage.trial_share))
+        if self.per_direction(method):
+            groups = groups[:: max(1, len(groups) // self.stage.tuning_directions)][: self.stage.tuning_directions]
+        losses: dict[str, float] = {}
+        for pairs in groups:
+            where = self.part_directory(directory, method, pairs)
+            model, _ = self.trained(method, 0, setting, pairs, updates, where)
+            losses |= self.losses(model, "validation", pairs)
+            if updates == self.updates(method):
+                remove_checkpoints(where)  # the rest may become a stage
+            else:
+                shutil.rmtree(where)
+        knobs = {"learning_rate": setting.learning_rate, "knobs": self._other_knobs(method, setting.knobs)}
+        write_results(directory, {**knobs, "updates": updates, "validation_loss": losses}, "trial.json")
 
     def _trial_directory(self, method: str, setting: Setting) -> Path:
         knobs = [f"{name}={value:g}" for name, value in self._other_knobs(method, setting.knobs).items()]
@@ -219,7 +240,6 @@ class Models:
         self, method: str, seed: int, setting: Setting, pairs: list[str], updates: int, directory: Path
     ) -> tuple[Any, dict[str, Any]]:
         """Return the method's model, trained on `pairs` and left at its best validation loss, and what that took."""
-        set_seed(seed)
         model = self.untrained(method, seed, setting.knobs)
         rate = setting.learning_rate
         if rate is None:
@@ -229,13 +249,18 @@ class Models:
         return model, self.fit(model, pairs, seed, rate, updates, directory, callbacks=callbacks, **single)
 
     def untrained(self, method: str, seed: int, knobs: MethodArguments) -> Any:
-        """Return the model of a stage before its training."""
+        """Return the model of a stage before its training.
+
+        What it is made from comes first: making it draws from the random state that new weights are drawn from.
+        """
         kind = self.kind(method)
         if kind == "lass":
             masks = self.weight_masks(knobs.alpha)
+            set_seed(seed)
             model = lass.lass(copy.deepcopy(self.baseline), masks, self.language_pairs, self.source_tag)
         else:
             counts = self.counts(IDENTIFIED_BY.get(kind, ACTIVITY))
+            set_seed(seed)
             model = build_model(kind, self.baseline, counts, knobs, self.pivot, seed)
         return model.to(this_process().device)
 
@@ -283,23 +308,3 @@ class Models:
     def convention(self) -> dict[str, Any]:
         """Return how text is tagged, for every function that encodes it."""
         return {"language_tokens": self.language_tokens, "source_tag": self.source_tag}
-
-
-def remove_checkpoints(directory: Path) -> None:
-    """Remove the checkpoints with optimizer states of a run that is done."""
-    for checkpoint in directory.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
-
-
-def identification_folder(directory: Path, by: str) -> Path:
-    """Return where a comparison keeps what masks are made from."""
-    folder = directory / "identification"
-    return folder if by == ACTIVITY else folder / by
-
-
-def identification_seconds(directory: Path, kind: str) -> float:
-    """Return how long it took to find what a method's masks are made from; 0 for a method without masks."""
-    if kind not in IDENTIFIED_BY:
-        return 0.0
-    path = identification_folder(directory, IDENTIFIED_BY[kind]) / "results.json"
-    return json.loads(path.read_text())["seconds"] if path.is_file() else 0.0

@@ -5,7 +5,6 @@ with. A stage's directory holds `part.json`, and the model where pruning was fol
 """
 
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from ..adapter.config import NeuronSpecializationConfig
 from ..neurons.masks import NeuronMasks
 from ..translation.evaluation import SCORES
 from ..translation.results import write_results
+from .folders import remove_checkpoints
 from .sequential import SequentialTransfer
 from .settings import check_settings
 from .transfer_plan import PART, PRETRAINING, SEQUENTIAL, Stage, losses_of
@@ -166,7 +166,7 @@ class Pruning:
         later: dict[str, Any] = losses_of(self.transfer.directory, (PRETRAINING, SEQUENTIAL))
         if self.retraining_updates:
             later["retraining_updates"] = self.retraining_updates
-        check_settings(self.directory, SETTINGS, {**self.transfer.settings(), **later}, later)
+        check_settings(self.directory, SETTINGS, {**self.transfer.settings(), **later})
 
     def is_done(self, pruned: PrunedStage) -> bool:
         """Whether the results of a stage stand."""
@@ -196,9 +196,8 @@ class Pruning:
         noisy = self.transfer.scores(model, self.transfer.noisy_test())["directions"]
         for row in part["rows"]:
             row.update({f"noisy {name}": noisy[row["direction"]][name] for name in SCORES}, **spent)
-        write_results(directory, part, PART)
-        for checkpoint in directory.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
+        remove_checkpoints(directory)
+        write_results(directory, part, PART)  # last: it says that the stage is done
 
     def export(self, pruned: PrunedStage, masks: NeuronMasks) -> Any:
         """Return the model of a stage that is not trained after pruning, with its masks, to be made compact."""

@@ -4,7 +4,6 @@ After every stage every pair is evaluated. A stage that is done is skipped, one 
 """
 
 import copy
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +29,12 @@ from ..translation.processes import this_process
 from ..translation.recording import corpus_batches, vocabulary_digest
 from ..translation.results import write_results
 from ..translation.runs import configuration, digest, load_trained
-from ..translation.trainer import SpecializationTrainingArguments, check_one_gpu
+from ..translation.trainer import SpecializationTrainingArguments, check_max_steps, check_one_gpu
 from ..translation.training import fit
+from .folders import remove_checkpoints
 from .freezing import NONE, frozen_parameters
 from .scored_part import scored_part
-from .settings import check_settings
+from .settings import TRAINING, check_settings
 from .transfer_plan import (
     BILINGUAL,
     JOINT,
@@ -50,10 +50,6 @@ from .transfer_plan import (
 )
 
 SETTINGS, COUNTS = "transfer.json", "counts.safetensors"
-_TRAINING = (
-    *("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "temperature", "learning_rate"),
-    *("lr_scheduler_type", "warmup_steps", "label_smoothing_factor", "weight_decay"),
-)
 
 
 @dataclass
@@ -93,6 +89,9 @@ class SequentialTransfer:
 
     def __post_init__(self) -> None:
         check_one_gpu(self.training)
+        check_max_steps(self.training)
+        if self.plan.evaluations < 1:
+            raise ValueError(f"evaluations is a number of at least 1, got {self.plan.evaluations}.")
         self.directory = Path(str(self.training.output_dir))
         self.language_pairs = list(self.data["train"])
         self.orders = orders_of(self.plan.orders, self.language_pairs)
@@ -109,7 +108,9 @@ class SequentialTransfer:
         check_scorers(split_pair(pair)[1] for pair in self.language_pairs)
         for test in (self.data["test"], self.noisy_test()):
             check_lengths(self.model, self.tokenizer, test, **self.convention())
-        check_settings(self.directory, SETTINGS, self.settings())
+        check_settings(
+            self.directory, SETTINGS, self.settings(), {**vars(SequentialArguments()), **vars(NoiseArguments())}
+        )
 
     def stages(self) -> list[Stage]:
         """Return every stage, each one after those that it starts from."""
@@ -122,9 +123,9 @@ class SequentialTransfer:
             model, spent = self._trained(stage)
             pairs = list(stage.trained) if stage.method == BILINGUAL else self.language_pairs
             part = self.evaluate(model, pairs, stage.about())
+            remove_checkpoints(directory)
+            # last: it says that the stage is done
             write_results(directory, {**part, "stage": {**stage.about(), **spent}}, PART)
-            for checkpoint in directory.glob("checkpoint-*"):
-                shutil.rmtree(checkpoint)
         if self.is_final(stage) and not (directory / ROBUSTNESS).is_file():
             write_results(directory, self._robustness(stage), ROBUSTNESS)
 
@@ -148,7 +149,7 @@ class SequentialTransfer:
         Args:
             model: with masks or without; what needs no gradient stays frozen.
             directory: where checkpoints and the model go; it is resumed from there.
-            pairs: all of `language_pairs`, or all of `copying`.
+            pairs: some of `language_pairs`, or all of `copying`.
             updates: optimizer updates.
             seed: of dropout and the order of batches.
 
@@ -283,6 +284,6 @@ class SequentialTransfer:
             "text": {split: text_digest(of) for split, of in self.data.items()},
             "vocabulary": vocabulary_digest(self.tokenizer),
             **{name: value for name, value in (vars(self.plan) | vars(self.noise)).items() if name not in free},
-            **{name: getattr(self.training, name) for name in _TRAINING},
+            **{name: getattr(self.training, name) for name in ("learning_rate", *TRAINING)},
             **{"max_length": self.max_length, **self.convention()},
         }

@@ -8,6 +8,13 @@ from typing import Any
 
 from ..translation.results import write_results
 
+# arguments of the Trainer that every stage shares
+TRAINING = (
+    *("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "temperature"),
+    *("lr_scheduler_type", "warmup_steps", "label_smoothing_factor", "weight_decay"),
+    *("optim", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16"),
+)
+
 
 @dataclass
 class StageArguments:
@@ -50,7 +57,7 @@ def check_settings(
         directory: of the stages.
         name: of the JSON file.
         settings: name → value that JSON can hold.
-        defaults: what stages had that were run before a setting existed or was asked about.
+        defaults: what stages had that were run before a setting existed. Whatever else was not recorded is as now.
 
     Raises:
         ValueError: if the file says otherwise; it names the settings that differ.
@@ -59,7 +66,7 @@ def check_settings(
     recorded: dict[str, Any] = {}
     if path.is_file():
         recorded = json.loads(path.read_text())["settings"]
-        before = {**json.loads(json.dumps(defaults or {})), **recorded}
+        before = {**settings, **json.loads(json.dumps(defaults or {})), **recorded}
         changed = [key for key in settings if before.get(key) != settings[key]]
         if changed:
             raise ValueError(

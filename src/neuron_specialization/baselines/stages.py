@@ -24,19 +24,15 @@ from ..neurons.training_facts import training_facts
 from ..translation.encoding import text_digest
 from ..translation.evaluation import check_lengths, check_scorers
 from ..translation.results import write_results
-from ..translation.runs import RUN_FILE, digest, load_trained
+from ..translation.runs import RUN_FILE, configuration, digest, load_trained
 from . import lass
+from .folders import identification_seconds, remove_checkpoints
 from .methods import EQUAL_SECONDS, MethodArguments
-from .models import Models, Setting, identification_seconds, remove_checkpoints
+from .models import Models, Setting
 from .scored_part import scored_part
-from .settings import StageArguments, check_settings
+from .settings import TRAINING, StageArguments, check_settings
 
 PART, FAILED, SETTINGS = "part.json", "failed.json", "comparison.json"
-_TRAINING = (
-    *("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "temperature"),
-    *("lr_scheduler_type", "warmup_steps", "label_smoothing_factor", "weight_decay"),
-    *("optim", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16"),
-)
 
 
 @dataclass
@@ -108,24 +104,23 @@ class Comparison(Models):
         """Record what every stage depends on; raise if the directory holds stages that depend on something else."""
         settings = {
             "baseline": digest(self.baseline.state_dict().items()),
+            "configuration": configuration(self.baseline),
             "language_pairs": self.language_pairs,
             "sentences": {split: [len(rows) for rows in of.values()] for split, of in self.data.items()},
             "text": {split: text_digest(of) for split, of in self.data.items()},
             **{name: value for name, value in vars(self.stage).items() if name != "methods"},
             **vars(self.method),
-            **{name: getattr(self.training, name) for name in _TRAINING},
+            **{name: getattr(self.training, name) for name in TRAINING},
             **{"pivot": self.pivot, "max_length": self.max_length, **self.convention()},
         }
-        # an option that is newer than the stages had its default in them, and whatever else was not recorded is as now
-        before = {**settings, **vars(StageArguments()), **vars(MethodArguments())}
-        check_settings(self.directory, SETTINGS, settings, before)
+        check_settings(self.directory, SETTINGS, settings, {**vars(StageArguments()), **vars(MethodArguments())})
 
     def _part(self, method: str, seed: int, setting: Setting, pairs: list[str], directory: Path) -> None:
         if (directory / PART).is_file():
             return
         if seed == 0:
             self.adopt_trial(method, setting, pairs, directory)
-        updates = self._updates_in_equal_seconds(seed) if method == EQUAL_SECONDS else self.updates(method)
+        updates = self._updates_in_equal_seconds() if method == EQUAL_SECONDS else self.updates(method)
         model, spent = self.trained(method, seed, setting, pairs, updates, directory)
         while_training = spent.pop("validation_losses", [])
         scored = scored_part(
@@ -142,29 +137,35 @@ class Comparison(Models):
             **size_of(self.baseline, model),
             "validation_losses": while_training,
         }
-        write_results(directory, {**scored, "about": about}, PART)
         if is_lora(directory / "model"):  # PEFT leaves its card empty
             facts = CardFacts(training=training_facts(directory / RUN_FILE), **facts_of_stage(scored))
             describe(directory / "model", facts)
         remove_checkpoints(directory)
+        write_results(directory, {**scored, "about": about}, PART)  # last: it says that the part is done
 
-    def _updates_in_equal_seconds(self, seed: int) -> int:
+    def _updates_in_equal_seconds(self) -> int:
         """Return how many updates fine-tuning makes in the seconds that "ours" took, identification included.
+
+        Means over the seeds that both have: single runs on a shared machine differ by more than the methods do.
 
         Raises:
             ValueError: if the stages that were timed are not done.
         """
-        spent = {}
-        for method in ("ours", "fine_tune"):
-            part = self.stage_directory(method, seed) / PART
-            if not part.is_file():
-                raise ValueError(
-                    f"{EQUAL_SECONDS} is as long as 'ours', at the speed of 'fine_tune': run both with seed {seed} "
-                    f"first ({method} is not done)."
-                )
-            spent[method] = json.loads(part.read_text())["rows"][0]
-        seconds = spent["ours"]["seconds"] + identification_seconds(self.directory, "ours")
-        return max(1, round(spent["fine_tune"]["updates"] * seconds / spent["fine_tune"]["seconds"]))
+        done = {
+            method: {part.parent.name: part for part in self.directory.glob(f"{method}/seed-*/{PART}")}
+            for method in ("ours", "fine_tune")
+        }
+        both = sorted(set.intersection(*map(set, done.values())))
+        if not both:
+            raise ValueError(
+                f"{EQUAL_SECONDS} is as long as 'ours', at the speed of 'fine_tune': run both with the same seed first."
+            )
+        spent = {
+            method: [json.loads(parts[seed].read_text())["rows"][0] for seed in both] for method, parts in done.items()
+        }
+        ours, dense = (sum(row["seconds"] for row in spent[method]) / len(both) for method in ("ours", "fine_tune"))
+        seconds = ours + identification_seconds(self.directory, "ours")
+        return max(1, round(spent["fine_tune"][0]["updates"] * seconds / dense))
 
 
 def size_of(baseline: Any, model: Any) -> dict[str, Any]:

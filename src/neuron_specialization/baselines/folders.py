@@ -1,0 +1,41 @@
+"""What the folders of a comparison hold beside its stages, and who may write there."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock
+
+from ..neurons.activations import ACTIVITY
+from .methods import IDENTIFIED_BY
+
+
+@contextmanager
+def alone(directory: Path, what: str) -> Iterator[None]:
+    """Let one process at a time make what several stages, and so several processes, may ask for."""
+    locks = directory / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    with FileLock(locks / f"{what}.lock"):
+        yield
+
+
+def remove_checkpoints(directory: Path) -> None:
+    """Remove the checkpoints with optimizer states of a run that is done."""
+    for checkpoint in directory.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+
+
+def identification_folder(directory: Path, by: str) -> Path:
+    """Return where a comparison keeps what masks are made from."""
+    folder = directory / "identification"
+    return folder if by == ACTIVITY else folder / by
+
+
+def identification_seconds(directory: Path, kind: str) -> float:
+    """Return how long it took to find what a method's masks are made from; 0 for a method without masks."""
+    if kind not in IDENTIFIED_BY:
+        return 0.0
+    path = identification_folder(directory, IDENTIFIED_BY[kind]) / "results.json"
+    return json.loads(path.read_text())["seconds"] if path.is_file() else 0.0
