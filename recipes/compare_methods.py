@@ -21,7 +21,13 @@ from typing import Any
 
 from datasets import disable_progress_bars
 
-from neuron_specialization.analysis.comparison_report import comparison_results, draw
+from neuron_specialization.analysis.comparison import premise
+from neuron_specialization.analysis.comparison_report import (
+    comparison_results,
+    comparison_tables,
+    directions_tested,
+    draw,
+)
 from neuron_specialization.analysis.comparison_tables import usable_rows
 from neuron_specialization.analysis.figures import check_figures
 from neuron_specialization.analysis.report import write_report
@@ -91,15 +97,16 @@ def main() -> None:
 
 def report(comparison: Comparison, baseline: str, tiers: dict[str, list[str]], settings: dict[str, Any]) -> None:
     """Print and write the tables and figures of the stages that exist."""
-    found = {**collect(comparison.directory), "zero_shot": collect_zero_shot(comparison.directory)}
+    found = collect(comparison.directory, planned_stages(comparison.stage.methods))
+    found["zero_shot"] = collect_zero_shot(comparison.directory)
     references = {pair: list(rows["target"]) for pair, rows in comparison.data["test"].items()}
-    results, tables, premise_text = comparison_results(
-        found, references, training_of(baseline), comparison.pivot, tiers
-    )
+    significance = directions_tested(found["translations"], references)
+    tables = comparison_tables(found, significance, comparison.pivot, tiers)
+    results = comparison_results(found, tables, significance, training_of(baseline))
     shown = [
         f"{title}\n\n{table(lines, 4 if 'loss' in title.split('(')[0] else 2)}" for title, lines in tables.items()
     ]
-    text = "\n\n".join(["\n".join(results["facts"]), premise_text, *shown]) + "\n"
+    text = "\n\n".join(["\n".join(results["facts"]), premise(results["headroom"]), *shown]) + "\n"
     print("\n" + text)
     (comparison.directory / "tables.md").write_text(text)
     print(f"wrote {write_results(comparison.directory, {**results, 'settings': settings})}")

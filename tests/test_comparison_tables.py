@@ -10,6 +10,7 @@ import pytest
 from neuron_specialization.analysis.budget import budget_facts
 from neuron_specialization.analysis.comparison_report import comparison_tables, draw
 from neuron_specialization.analysis.comparison_tables import (
+    comparable,
     curves_table,
     group_table,
     interference_table,
@@ -103,6 +104,16 @@ def test_a_sweep_is_in_the_order_of_its_values(tmp_path):
     drawn = draw(rows, tables, tmp_path, [*direct, *through_pivot])
     assert drawn[1].name == "zero-shot.svg"
     assert "right is better" in drawn[1].read_text() and "right is better" not in drawn[0].read_text()
+    cut_off = [
+        *direct,
+        *({**row, "seed": 1} for row in direct if row["method"] == "ours" and row["direction"][:2] == "en"),
+    ]
+    drawn = draw(rows, tables, tmp_path, cut_off)
+    assert len(drawn) == 3, "scoring of a second seed that was cut off leaves the figures of what is there"
+    compared = comparable(cut_off)
+    assert {row["direction"] for row in compared if row["method"] == "ours"} == {"en-de", "en-fr"}
+    assert len({row["direction"] for row in compared if row["method"] == "ours_k=0.7"}) == 4
+    assert comparable([row for row in direct if row["method"] != "fine_tune"]) == []
 
 
 def test_what_was_fair_is_said_above_the_tables():
@@ -120,6 +131,8 @@ def test_what_was_fair_is_said_above_the_tables():
     ):
         assert "NOT trained to patience" in budget_facts([], [], limits)[0]
     assert "unequal numbers of trials: fine_tune 3, ours 2" in str(budget_facts(stages, trials[:-1], None))
+    of_a_knob = [{"method": "ours", "learning_rate": 1e-2, "knobs": {"k": k}} for k in (0.5, 0.9)]
+    assert budget_facts(stages, [*trials[:3], *of_a_knob], None)[-1].endswith("not tuned: ours.")
 
 
 def scored(

@@ -42,7 +42,8 @@ def _learning_rates(stages: Rows, trials: Rows) -> list[str]:
     tuned_as = {stage["method"]: stage.get("tuned_as", stage["method"]) for stage in stages}
     numbers = {method: sum(trial["method"] == tuned_as[method] for trial in trials) for method in chosen}
     edge = [f"{method} {rate.split()[0]}" for method, rate in chosen.items() if "edge" in rate]
-    untuned = [method for method, number in numbers.items() if number < 2]
+    rates = {m: {trial["learning_rate"] for trial in trials if trial["method"] == tuned_as[m]} for m in chosen}
+    untuned = [method for method, tried in rates.items() if len(tried) < 2]
     facts = []
     if edge:
         facts.append(

@@ -6,7 +6,7 @@ from typing import Any
 from .statistics import hierarchical_bootstrap, paired_differences, spread
 
 Rows = Sequence[Mapping[str, Any]]
-CEILINGS = ("bilingual", "fine_tune_single", "ffn_copies")
+CEILINGS = ("bilingual", "fine_tune_single", "ffn_copies", "ffn_copies_per_target")
 REFERENCE = "fine_tune"
 ENOUGH_LOSS, ENOUGH_CHRF = 0.01, 0.5  # of the loss, and in chrF++
 
@@ -16,30 +16,30 @@ def headroom(rows: Rows) -> dict[str, Any]:
 
     Returns:
         "ceilings": one row for each ceiling that has been run, with its gain over joint fine-tuning as a share of the
-        loss and in chrF++; "met": whether any of them gains 1 % of the loss or 0.5 chrF++ on average over directions
-        (None without a ceiling).
+        loss and in chrF++, and how many of its directions are done; "met": whether any that is done in all of them
+        gains 1 % of the loss or 0.5 chrF++ on average (None without such a ceiling).
     """
     methods = {row["method"] for row in rows}
-    ceilings = []
+    trained = {row["direction"] for row in rows if row["method"] == REFERENCE}
+    ceilings: list[dict[str, Any]] = []
     for name in CEILINGS if REFERENCE in methods else ():
         if name in methods:
             differences, _, directions = paired_differences(rows, name, REFERENCE, "loss")
             chrf = paired_differences(rows, name, REFERENCE, "chrf++")[0].mean()
             both = [row for row in rows if row["direction"] in directions]  # an unfinished ceiling has some only
             share = -differences.mean() / spread(both, REFERENCE, "loss")[0]
-            enough = bool(share >= ENOUGH_LOSS or chrf >= ENOUGH_CHRF)
-            ceilings.append(
-                {"ceiling": name, "loss gained, %": 100 * share, "chrF++ gained": chrf, "headroom": enough}
-            )
-    return {"ceilings": ceilings, "met": any(c["headroom"] for c in ceilings) if ceilings else None}
+            line = {"ceiling": name, "directions": f"{len(directions)}/{len(trained)}"}
+            line |= {"loss gained, %": 100 * share, "chrF++ gained": chrf}
+            line["headroom"] = bool(share >= ENOUGH_LOSS or chrf >= ENOUGH_CHRF)
+            ceilings.append(line if len(directions) == len(trained) else {**line, "headroom": "unfinished"})
+    done = [line["headroom"] for line in ceilings if line["headroom"] != "unfinished"]
+    return {"ceilings": ceilings, "met": any(done) if done else None}
 
 
 def premise(measured: Mapping[str, Any]) -> str:
     """Return one line on what the headroom means for the table below it."""
     if measured["met"] is None:
-        return (
-            "Premise not tested: no ceiling (bilingual, fine_tune_single, ffn_copies) has been run beside fine_tune."
-        )
+        return f"Premise not tested: no ceiling ({', '.join(CEILINGS)}) has been run to its end beside {REFERENCE}."
     if measured["met"]:
         return (
             "Premise met: a ceiling improves on joint fine-tuning. Directions that interfere are one reason, and a "
@@ -51,8 +51,10 @@ def premise(measured: Mapping[str, Any]) -> str:
 def main_table(rows: Rows, stages: Rows, trials: Rows = ()) -> list[dict[str, Any]]:
     """Return one row per method: loss and scores, the difference from joint fine-tuning, and what it costs.
 
-    Losses are test losses in nats per token, averaged over directions and seeds. Stages that failed, or have only some
-    of their parts, are listed in the column "unfinished"; the averages are then over fewer directions.
+    Losses are in nats per token, averaged over directions and seeds, "±" the standard deviation of the seeds' means. A
+    difference is over the seeds that both have, so that methods with several seeds and with one are compared in "Δ
+    loss, seed 0". Stages that failed, have only some of their parts or have not begun are listed in the column
+    "unfinished"; the averages are then over fewer directions.
     """
     tuned = learning_rates(stages, trials)
     table = []
@@ -75,10 +77,13 @@ def interference(rows: Rows, method: str) -> list[dict[str, Any]]:
     Returns:
         One row per direction: "interference", the loss of joint fine-tuning minus that of the bilingual model
         (positive where sharing hurts), and "difference", the loss of the method minus that of joint fine-tuning; both
-        in nats per token, averaged over seeds.
+        in nats per token, averaged over the seeds that the bilingual models have, where the method has them.
     """
-    gap, _, directions = paired_differences(rows, "bilingual", REFERENCE, "loss")
-    gain, _, others = paired_differences(rows, method, REFERENCE, "loss")
+    gap, seeds, directions = paired_differences(rows, "bilingual", REFERENCE, "loss")
+    same = [row for row in rows if row["seed"] in seeds]
+    gain, _, others = paired_differences(
+        same if any(row["method"] == method for row in same) else rows, method, REFERENCE, "loss"
+    )
     gains = dict(zip(others, gain.mean(0).tolist(), strict=True))
     measured = dict(zip(directions, (-gap.mean(0)).tolist(), strict=True))
     return [
@@ -105,10 +110,11 @@ def difference(rows: Rows, method: str) -> dict[str, Any]:
     """Return the columns that set a method's losses (lower is better) against those of joint fine-tuning."""
     if method == REFERENCE or not any(row["method"] == REFERENCE for row in rows):
         return {}
-    differences, _, _ = paired_differences(rows, method, REFERENCE, "loss")
+    differences, seeds, _ = paired_differences(rows, method, REFERENCE, "loss")
     interval = hierarchical_bootstrap(differences)
     return {
         "Δ loss": interval["mean"],
+        "Δ loss, seed 0": float(differences[seeds.index(0)].mean()) if 0 in seeds else None,
         "95 %": f"[{interval['low']:+.4f}, {interval['high']:+.4f}]",
         "p": interval["p"],
         "better in": f"{int((differences.mean(0) < 0).sum())}/{differences.shape[1]}",
@@ -116,9 +122,12 @@ def difference(rows: Rows, method: str) -> dict[str, Any]:
 
 
 def _scores(rows: Rows, method: str) -> dict[str, Any]:
-    loss, deviation = spread(rows, method, "loss")
-    scores = {"chrF++ all": spread(rows, method, "chrf++")[0], "BLEU all": spread(rows, method, "bleu")[0]}
-    return {"loss all": loss, "± loss": deviation, **scores}
+    line: dict[str, Any] = {}
+    for column, score in (("loss", "loss"), ("chrF++", "chrf++"), ("BLEU", "bleu")):
+        line[f"{column} all"], line[f"± {column}"] = spread(rows, method, score)
+    if all("validation_loss" in row for row in rows if row["method"] == method):
+        line["validation loss"] = spread(rows, method, "validation_loss")[0]
+    return line
 
 
 def _costs(begun: Rows) -> dict[str, Any]:

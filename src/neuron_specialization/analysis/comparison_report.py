@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from .budget import budget_facts
-from .comparison import REFERENCE, Rows, headroom, main_table, premise
+from .comparison import REFERENCE, Rows, headroom, main_table
 from .comparison_tables import (
+    comparable,
     curves_table,
     group_table,
     interference_table,
@@ -25,31 +26,25 @@ _DRAWN = ("ours", "random_overlap", "general_specific")
 
 def comparison_results(
     found: Mapping[str, Any],
-    references: Mapping[str, Sequence[str]],
+    tables: Mapping[str, Any],
+    significance: Mapping[str, Any],
     baseline: Mapping[str, int | None] | None,
-    pivot: str | None,
-    tiers: Mapping[str, Sequence[str]] | None = None,
-) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]], str]:
-    """Return everything that a comparison measured, its tables alone, and whether its premise is met.
+) -> dict[str, Any]:
+    """Return everything that a comparison measured, for its `results.json`.
 
     Args:
         found: what `collect` returns, and "zero_shot", what `collect_zero_shot` does.
-        references: direction → reference translations of the test set.
+        tables: what `comparison_tables` makes of it.
+        significance: what `directions_tested` returns.
         baseline: how long it was trained; see `budget_facts`.
-        pivot: language of the one-to-many and many-to-one groups.
-        tiers: name → languages with as much data.
 
     Returns:
-        Results ("facts", every table by its title, what was found but for the translations, "headroom",
-        "significance"), the tables, and a sentence.
+        "facts", every table by its title, what was found but for the translations, "headroom" and "significance".
     """
-    significance = directions_tested(found["translations"], references)
-    measured = headroom(usable_rows(found["rows"], found["stages"]))
-    tables = comparison_tables(found, significance, pivot, tiers)
     kept = {name: value for name, value in found.items() if name != "translations"}
     facts = budget_facts(found["stages"], found["trials"], baseline)
-    results = {"facts": facts, **tables, **kept, "headroom": measured, "significance": significance}
-    return results, tables, premise(measured)
+    measured = headroom(usable_rows(found["rows"], found["stages"]))
+    return {"facts": facts, **tables, **kept, "headroom": measured, "significance": significance}
 
 
 def comparison_tables(
@@ -109,8 +104,8 @@ def draw(rows: Rows, tables: Mapping[str, list[dict[str, Any]]], directory: Path
     if REFERENCE not in methods or len(methods) < 2:
         return []
     drawn = [plot_differences(rows, directory / "differences.svg")]
-    direct = [row for row in zero_shot if row["route"] == "direct"]
-    if REFERENCE in {row["method"] for row in direct}:
+    direct = comparable([row for row in zero_shot if row["route"] == "direct"])
+    if direct:
         drawn.append(plot_differences(direct, directory / "zero-shot.svg", "chrf++"))
     compared = [name for name in _DRAWN if name in methods]
     if "bilingual" in methods and compared:

@@ -213,6 +213,16 @@ def _named_by_route(rows: Rows, pivot: str | None) -> list[dict[str, Any]]:
     ]
 
 
+def comparable(rows: Rows) -> list[Mapping[str, Any]]:
+    """Return the rows of each method in the directions that all seeds of it and of joint fine-tuning have.
+
+    What was cut off, or is being scored still, has some directions only.
+    """
+    known = {row["direction"] for row in _complete(rows, [REFERENCE])}
+    methods = dict.fromkeys(row["method"] for row in rows)
+    return [row for method in methods for row in _complete(rows, [method]) if row["direction"] in known]
+
+
 def _complete(rows: Rows, methods: Sequence[str]) -> list[Mapping[str, Any]]:
     """Return the rows of methods in the directions that all of their seeds have; a method without rows is left out."""
     own_rows = [row for row in rows if row["method"] in methods]

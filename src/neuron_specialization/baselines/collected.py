@@ -1,6 +1,7 @@
 """Read the stages of a comparison."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,53 +10,67 @@ from .methods import EQUAL_SECONDS, MethodArguments, parse_method
 from .stages import FAILED, PART, SETTINGS
 
 
-def collect(directory: str | Path) -> dict[str, Any]:
+def collect(directory: str | Path, planned: Iterable[tuple[str, int]] = ()) -> dict[str, Any]:
     """Read the stages that a directory holds, finished or not.
+
+    Args:
+        directory: of the comparison.
+        planned: (method, seed) of stages that are listed even if they have not begun.
 
     Returns:
         "rows": one per method, seed and direction; "stages": one per method and seed, with its "status" ("done",
-        "failed", "not done", or "n of m parts"), its method without a knob's value ("kind"), the "knob" whose value it
-        names and the values of all "knobs", and what it took; "trials": one per learning rate or value of a knob that
-        was tried; "signatures": pair → signatures; "translations": method → seed → pair → texts.
+        "failed", "not done", "not begun" or "n of m parts"), its method without a knob's value ("kind"), the "knob"
+        whose value it names and the values of all "knobs", and what it took; "trials": one per learning rate or value
+        of a knob that was tried; "signatures": pair → signatures; "translations": method → seed → pair → texts.
     """
-    known = _read(Path(directory) / SETTINGS).get("settings", {})
+    directory = Path(directory)
+    known = _read(directory / SETTINGS).get("settings", {})
     defaults = MethodArguments(**{name: known[name] for name in vars(MethodArguments()) if name in known})
     found: dict[str, Any] = {"rows": [], "stages": [], "trials": [], "signatures": {}, "translations": {}}
-    for place in sorted(Path(directory).glob("*/seed-*")):
-        method, seed = place.parent.name, int(place.name.removeprefix("seed-"))
-        parts = [json.loads(path.read_text()) for path in sorted([*place.glob(PART), *place.glob(f"*/{PART}")])]
-        failed = place / FAILED
-        kind, knobs = parse_method(method, defaults)
-        knob = method.partition("=")[0].removeprefix(f"{kind}_") if "=" in method else None
-        stage = {
-            "method": method,
-            "seed": seed,
-            "status": "not done",
-            "kind": kind,
-            "knob": knob,
-            "knobs": vars(knobs),
-        }
-        stage["identification_seconds"] = identification_seconds(Path(directory), kind)
-        stage["tuned_as"] = "fine_tune" if kind == EQUAL_SECONDS else method
-        if failed.is_file():
-            stage |= {"status": "failed", "error": json.loads(failed.read_text())["error"]}
-        if parts:
-            spent = {key: sum(part["rows"][0][key] for part in parts) for key in ("updates", "seconds")}
-            stage |= {**spent, **parts[0]["about"], "environment": parts[0]["environment"]}
-            if stage["status"] != "failed":
-                stage["status"] = "done" if len(parts) == stage["parts"] else f"{len(parts)} of {stage['parts']} parts"
-        found["stages"].append(stage)
+    begun = [(place.parent.name, int(place.name.removeprefix("seed-"))) for place in directory.glob("*/seed-*")]
+    for method, seed in sorted({*begun, *planned}):
+        place = directory / method / f"seed-{seed}"
+        parts = [_read(path) for path in sorted([*place.glob(PART), *place.glob(f"*/{PART}")])]
+        found["stages"].append(_stage(directory, place, parts, method, seed, defaults))
         for part in parts:
             found["rows"] += part["rows"]
             found["signatures"] |= part["signatures"]
             found["translations"].setdefault(method, {}).setdefault(seed, {}).update(part["translations"])
-    for path in sorted(Path(directory).glob("*/trial-*/trial.json")):
-        trial = json.loads(path.read_text())
-        losses = trial["validation_loss"]
-        mean = {"validation_loss": sum(losses.values()) / len(losses), "directions": len(losses)}
-        tried = {key: trial.get(key) for key in ("learning_rate", "updates")} | {"knobs": trial.get("knobs", {})}
-        found["trials"].append({"method": path.parts[-3], **tried, **mean})
+    found["trials"] = [_trial(path) for path in sorted(directory.glob("*/trial-*/trial.json"))]
     return found
+
+
+def _stage(
+    directory: Path, place: Path, parts: list[dict[str, Any]], method: str, seed: int, defaults: MethodArguments
+) -> dict[str, Any]:
+    kind, knobs = parse_method(method, defaults)
+    stage: dict[str, Any] = {
+        "method": method,
+        "seed": seed,
+        "status": "not done" if place.is_dir() else "not begun",
+        "kind": kind,
+        "knob": method.partition("=")[0].removeprefix(f"{kind}_") if "=" in method else None,
+        "knobs": vars(knobs),
+        "identification_seconds": identification_seconds(directory, kind),
+        "tuned_as": "fine_tune" if kind == EQUAL_SECONDS else method,
+    }
+    failed = _read(place / FAILED)
+    if failed:
+        stage |= {"status": "failed", "error": failed["error"]}
+    if parts:
+        spent = {key: sum(part["rows"][0][key] for part in parts) for key in ("updates", "seconds")}
+        stage |= {**spent, **parts[0]["about"], "environment": parts[0]["environment"]}
+        if not failed:
+            stage["status"] = "done" if len(parts) == stage["parts"] else f"{len(parts)} of {stage['parts']} parts"
+    return stage
+
+
+def _trial(path: Path) -> dict[str, Any]:
+    trial = _read(path)
+    losses = trial["validation_loss"]
+    mean = {"validation_loss": sum(losses.values()) / len(losses), "directions": len(losses)}
+    tried = {key: trial.get(key) for key in ("learning_rate", "updates")} | {"knobs": trial.get("knobs", {})}
+    return {"method": path.parts[-3], **tried, **mean}
 
 
 def _read(path: Path) -> dict[str, Any]:

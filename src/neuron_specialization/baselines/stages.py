@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from peft import PeftModel
 
 from ..adapter.active import active_config
 from ..export.hub import describe, facts_of_stage
@@ -27,7 +28,7 @@ from ..translation.results import write_results
 from ..translation.runs import RUN_FILE, configuration, digest, load_trained
 from . import lass
 from .folders import identification_seconds, remove_checkpoints
-from .methods import EQUAL_SECONDS, MethodArguments
+from .methods import EQUAL_SECONDS, IDENTIFIED_BY, MethodArguments
 from .models import Models, Setting
 from .scored_part import scored_part
 from .settings import TRAINING, StageArguments, check_settings
@@ -130,11 +131,12 @@ class Comparison(Models):
             **self.convention(),
         )
         scored["rows"] = [{**row, **spent} for row in scored["rows"]]
+        models = len(self.groups(method))
         about = {
-            "parts": len(self.groups(method)),
+            "parts": models,
             "learning_rate": setting.learning_rate,
             "knobs": vars(setting.knobs),
-            **size_of(self.baseline, model),
+            **size_of(self.baseline, model, models, self.kind(method) in IDENTIFIED_BY),
             "validation_losses": while_training,
         }
         if is_lora(directory / "model"):  # PEFT leaves its card empty
@@ -158,7 +160,7 @@ class Comparison(Models):
         both = sorted(set.intersection(*map(set, done.values())))
         if not both:
             raise ValueError(
-                f"{EQUAL_SECONDS} is as long as 'ours', at the speed of 'fine_tune': run both with the same seed first."
+                f"{EQUAL_SECONDS} is as long as 'ours' at the speed of 'fine_tune': run both with the same seed first."
             )
         spent = {
             method: [json.loads(parts[seed].read_text())["rows"][0] for seed in both] for method, parts in done.items()
@@ -168,12 +170,20 @@ class Comparison(Models):
         return max(1, round(spent["fine_tune"][0]["updates"] * seconds / dense))
 
 
-def size_of(baseline: Any, model: Any) -> dict[str, Any]:
-    """Return parameters beyond the baseline's (for a model per direction, of one of them), bytes of masks, and the
-    share of neurons that they keep."""
-    extra = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in baseline.parameters())
+def size_of(baseline: Any, model: Any, models: int = 1, masked: bool = True) -> dict[str, Any]:
+    """Return parameters beyond the baseline's, bytes of masks, and the share of neurons that they keep.
+
+    Args:
+        baseline: that the method starts from.
+        model: what it trained.
+        models: how many of them the method has; adapters of PEFT's share the baseline.
+        masked: whether masks choose neurons, rather than route to modules of a pair's own.
+    """
+    of_baseline, of_model = (sum(p.numel() for p in each.parameters()) for each in (baseline, model))
+    shared = of_baseline if isinstance(model, PeftModel) else 0
+    extra = models * (of_model - shared) + shared - of_baseline
     of_weights = lass.mask_bytes(model)
-    if of_weights:
+    if of_weights or not masked:
         return {"extra_parameters": extra, "mask_bytes": of_weights, "kept": None}
     config = active_config(model)
     encoder, decoder = (len(config.encoder_rows), len(config.decoder_rows)) if config is not None else (0, 0)
