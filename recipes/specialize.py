@@ -15,9 +15,7 @@ from transformers import set_seed
 
 import neuron_specialization as ns
 from neuron_specialization.adapter.adding_pairs import trainable_shares
-from neuron_specialization.adapter.routing import is_routed
 from neuron_specialization.export.hub import facts_from_results, identification_beside
-from neuron_specialization.neurons.card import describe_adapter
 from neuron_specialization.neurons.card_sections import CardFacts
 from neuron_specialization.neurons.files import check_not_input
 from neuron_specialization.translation.arguments import DataArguments, ModelArguments
@@ -87,6 +85,8 @@ def main() -> None:
         shares = trainable_shares(model.peft_config["default"].masks, args.protect, data.language_pairs)
         if training.process_index == 0:
             print(table([{"pair": pair, "share of its rows left to train": share} for pair, share in shares.items()]))
+    # with --adapter, the masks and what was counted for them are those of the added pairs alone
+    identified = None if where.adapter else identification_beside(args.masks)
     metrics = fit(
         model,
         tokenizer,
@@ -96,12 +96,8 @@ def main() -> None:
         language_tokens=tokens,
         source_tag=data.source_tag,
         max_length=data.max_length,
+        card=facts_from_results(CardFacts(), identification=identified) if identified else None,
     )
-    # with --adapter, the masks and what was counted for them are those of the added pairs alone
-    identified = None if where.adapter else identification_beside(args.masks)
-    if identified and is_routed(model) and training.process_index == 0 and not metrics["finished_before"]:
-        facts = facts_from_results(CardFacts(), training=f"{training.output_dir}/run.json", identification=identified)
-        describe_adapter(metrics["saved"], facts)
     if shares:
         metrics["share_of_rows_trained"] = shares
     report_training(training.output_dir, metrics, checked, args, where, data, training)

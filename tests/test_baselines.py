@@ -449,6 +449,13 @@ def test_lass_is_identified_once_for_all_values_of_alpha(toy_model, toy_tokenize
     runs = {pair: folder / pair / "run.json" for pair in pairs}
     results = {pair: json.loads(path.read_text())["result"] for pair, path in runs.items()}
     assert all(result["updates"] == comparison.stage.single_updates for result in results.values())
+    rates = {json.loads(path.read_text())["depends_on"]["learning_rate"] for path in runs.values()}
+    assert rates == {comparison.setting("fine_tune_single").learning_rate}
+    knobs = dataclasses.replace(comparison.method, alpha=0.3)
+    start = weights(comparison.untrained("lass", 0, knobs).get_base_model())
+    for name, weight in weights(comparison.baseline).items():
+        name = name if name in start else name.replace("fc1.", "fc1.base_layer.")
+        assert start[name].equal(weight), "it goes on from the baseline, not from what was fine-tuned on a direction"
     seconds = sum(result["train_runtime"] for result in results.values())
     assert stage["identification_seconds"] == pytest.approx(seconds), "the fine-tuning of each direction is counted"
     masks = load_file(folder / f"masks-{stage['knobs']['alpha']:g}.safetensors")

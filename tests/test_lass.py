@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import neuron_specialization as ns
-from neuron_specialization.baselines.lass import lass, magnitude_masks, mask_bytes, set_dropout
+from neuron_specialization.baselines.lass import for_fine_tuning, lass, magnitude_masks, mask_bytes, set_dropout
 from neuron_specialization.neurons.adapter_file import unpack_rows
 from neuron_specialization.translation.runs import load_trained
 from neuron_specialization.translation.token_loss import token_losses
@@ -136,6 +136,16 @@ def test_a_pair_runs_with_the_weights_it_keeps(toy_model, toy_tokenizer, toy_dat
         torch.testing.assert_close(zero_shot, reference(**batch).logits)
     with pytest.raises(ValueError, match="one language pair, the same for all"):
         masked(**batch, language_pairs=PAIRS[:2])
+
+
+def test_directions_are_fine_tuned_with_the_dropout_of_the_paper(toy_model):
+    copied = for_fine_tuning(toy_model)
+    found = [
+        {m.dropout for m in each.modules() if isinstance(getattr(m, "dropout", None), float)}
+        for each in (copied, toy_model)
+    ]
+    assert found[0] == {0.3} != found[1]
+    assert weights(copied).keys() == weights(toy_model).keys() and copied is not toy_model
 
 
 def test_validation_data_of_any_size_runs_one_direction_at_a_time(toy_model, toy_tokenizer, toy_data, tmp_path):

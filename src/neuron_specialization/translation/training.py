@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ def fit(
     callbacks: Sequence[TrainerCallback] = (),
     noise: Noise | None = None,
     alignment: float = 0.0,
+    card: CardFacts | None = None,
 ) -> dict[str, Any]:
     """Train `model` on every direction of `train`, resuming from the newest complete checkpoint if there is one.
 
@@ -71,6 +73,7 @@ def fit(
         callbacks: further ones for the Trainer. What they change must follow from what the run depends on.
         noise: train to restore each target from a noised copy of it, its source not used; by default to translate.
         alignment: weight of the token-alignment loss on encoder states (see `alignment_loss`); 0 is without.
+        card: what else the adapter's card tells, such as what its neurons were identified on.
 
     Returns:
         The Trainer's metrics ("train_runtime" summed over the pieces of a resumed run), with "updates" and the
@@ -120,7 +123,7 @@ def fit(
     trainer = SpecializationTrainer(model, args, tokenizer, *parts, pairs, noise, alignment, target_tags)
     for callback in callbacks:
         trainer.add_callback(callback)
-    return {**_train(trainer, run, directory, overwrite), "finished_before": False}
+    return {**_train(trainer, run, directory, overwrite, card or CardFacts()), "finished_before": False}
 
 
 def _keep_the_best(args: SpecializationTrainingArguments) -> None:
@@ -130,7 +133,9 @@ def _keep_the_best(args: SpecializationTrainingArguments) -> None:
     args.load_best_model_at_end, args.metric_for_best_model, args.greater_is_better = True, "eval_loss", False
 
 
-def _train(trainer: SpecializationTrainer, run: Run, directory: Path, overwrite: bool) -> dict[str, Any]:
+def _train(
+    trainer: SpecializationTrainer, run: Run, directory: Path, overwrite: bool, card: CardFacts
+) -> dict[str, Any]:
     """Train, from the run's newest checkpoint if it has one, save the model and return the result of the run."""
     if trainer.eval_dataset is not None:
         trainer.add_callback(_MeasureAtStart(trainer, run))
@@ -155,7 +160,7 @@ def _train(trainer: SpecializationTrainer, run: Run, directory: Path, overwrite:
     run.write()
     model: Any = trainer.model
     if is_routed(model) and trainer.is_world_process_zero():
-        describe_adapter(directory, CardFacts(training=training_facts(run.directory / RUN_FILE)))
+        describe_adapter(directory, replace(card, training=training_facts(run.directory / RUN_FILE)))
     return run.result
 
 
