@@ -20,6 +20,7 @@ from neuron_specialization.baselines.ffn_copies import ffn_copies
 from neuron_specialization.baselines.methods import (
     EQUAL_SECONDS,
     IDENTIFIED_BY,
+    LASS,
     METHODS,
     PER_DIRECTION,
     MethodArguments,
@@ -467,6 +468,12 @@ def test_lass_is_identified_once_for_all_values_of_alpha(toy_model, toy_tokenize
     comparison.weight_masks(0.5)
     assert runs["Pv-Aa"].stat().st_mtime_ns == trained, "another alpha needs no other fine-tuning"
     assert not list(comparison.directory.rglob("checkpoint-*"))
+    shared = comparison.shared_weight_masks(0.3)
+    assert all(packed[0].equal(packed[1]) for packed in shared.values()), "the control tells pairs apart by nothing"
+    assert any(not packed[0].equal(packed[1]) for packed in masks.values())
+    built = comparison.untrained("lass_shared", 0, knobs)
+    buffers = {n: b for n, b in built.named_buffers() if n.endswith("lass_mask")}
+    assert len(buffers) == len(shared) and all(map(torch.equal, buffers.values(), shared.values()))
     scored = token_losses(comparison.final_model("lass", 0), comparison.tokenizer, comparison.data["test"])
     assert scored == pytest.approx({row["direction"]: row["loss"] for row in found["rows"]}, rel=1e-5)
 
@@ -485,11 +492,11 @@ def test_every_method_builds_a_model_that_runs(counts, toy_model, toy_tokenizer,
     before = {name: weight.clone() for name, weight in toy_model.state_dict().items()}
     attribution = ns.record_corpus(toy_model, toy_tokenizer, toy_data["validation"], measure="attribution")
     for method in METHODS:
-        if method != "lass":  # its masks are of weights: tests/test_lass.py
+        if method not in LASS:  # its masks are of weights: tests/test_lass.py
             found = attribution if method == "taylor" else counts
             model = build_model(method, toy_model, found, args, "Pv", 0)
             assert token_losses(model, toy_tokenizer, rows)["Pv-Aa"] > 0, method
-            if method in (*IDENTIFIED_BY,) and method not in ("lass", "gradual"):
+            if method in (*IDENTIFIED_BY,) and method != "gradual":
                 config = model.peft_config["default"]
                 parts = {"delta": "delta", "update_only": "delta", "low_rank": "low_rank", "masks_only": "none"}
                 assert config.trainable == parts.get(method, "full"), method

@@ -27,9 +27,10 @@ OURS = (
     *("ours", "ours_enc", "ours_dec", "factorized", "delta", "low_rank", "update_only", "masks_only", "gradual"),
     *("random", "random_overlap", "wrong_pair", "group", "union"),
 )
+LASS = ("lass", "lass_shared")
 METHODS = (
     *("baseline", "fine_tune", EQUAL_SECONDS, "bilingual", "fine_tune_single", *FFN_COPIES, *OURS),
-    *("lora", "lora_per_pair", "adapter_lp", "adapter_fam", "lass"),
+    *("lora", "lora_per_pair", "adapter_lp", "adapter_fam", *LASS),
     *("general_specific", "specificity_1", "specificity_2", "taylor"),
 )
 WEIGHTS = "weights"
@@ -214,7 +215,7 @@ def build_model(
     """Return the model that a method trains, or scores as it is: a copy of the baseline and what the method adds.
 
     Args:
-        method: one of METHODS but "lass", whose masks are not of neurons (see `baselines.lass`).
+        method: one of METHODS but those of LASS, whose masks are not of neurons (see `baselines.lass`).
         baseline: the multilingual model that all methods start from; "bilingual" takes its architecture only.
         counts: see `masks_of`.
         args: settings of the methods.

@@ -29,6 +29,7 @@ from .gradual import GradualMasks
 from .methods import (
     EQUAL_SECONDS,
     IDENTIFIED_BY,
+    LASS,
     OURS,
     PER_DIRECTION,
     UNTRAINED,
@@ -147,6 +148,11 @@ class Models:
                 lass.save_masks(self._fine_tuned_weights(directory, alpha), path)
         return load_file(path)
 
+    def shared_weight_masks(self, alpha: float) -> dict[str, torch.Tensor]:
+        """Return one mask of LaSS for all pairs, made from the baseline as it is: pruning without specialization."""
+        masks = lass.magnitude_masks(self.baseline, alpha)
+        return {name: packed.repeat(len(self.language_pairs), 1, 1) for name, packed in masks.items()}
+
     def _fine_tuned_weights(self, directory: Path, alpha: float) -> list[dict[str, torch.Tensor]]:
         """Return the weight masks of each pair, made from the model that is fine-tuned on it."""
         rate: Any = self.setting("fine_tune_single").learning_rate
@@ -254,8 +260,9 @@ class Models:
         What it is made from comes first: making it draws from the random state that new weights are drawn from.
         """
         kind = self.kind(method)
-        if kind == "lass":
-            masks = self.weight_masks(knobs.alpha)
+        if kind in LASS:
+            shared = kind == "lass_shared"
+            masks = self.shared_weight_masks(knobs.alpha) if shared else self.weight_masks(knobs.alpha)
             set_seed(seed)
             model = lass.lass(copy.deepcopy(self.baseline), masks, self.language_pairs, self.source_tag)
         else:
