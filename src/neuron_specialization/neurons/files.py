@@ -97,11 +97,12 @@ def finish_writing(target: Path, overwrite: bool = False) -> None:
 def replacing(path: str | PathLike[str]) -> Iterator[Path]:
     """Write one file whole: yield the path of a file beside it, which takes its place when the body is done.
 
-    The directory is created if missing. If the body raises, nothing changes.
+    The directory is created if missing. If the body raises, nothing changes. Of several processes that write one file
+    at a time, the last to be done has its way.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.partial")
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     try:
         yield partial
         os.replace(partial, target)
