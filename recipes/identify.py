@@ -60,6 +60,8 @@ def main() -> None:
     args, where, data = parse(IdentifyArguments, ModelArguments, DataArguments, unused=UNUSED)
     if args.untrained and where.adapter is not None:
         raise ValueError("--untrained draws random weights, for which an --adapter has no meaning.")
+    if args.stability and args.parts < 2:
+        raise ValueError(f"--stability compares parts of the sample: --parts is 2 or more, got {args.parts}.")
     k = parse_k(args.k)
     if k is None and (where.adapter or args.encoder_k or args.decoder_k):
         raise ValueError("--k auto looks for one k for both stacks of a model without adapter; leave the others out.")
