@@ -8,7 +8,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from xxhash import xxh3_64_hexdigest
 
-from ..adapter.routing import is_routed
+from ..adapter.routing import pair_argument
 from ..neurons.base_model import number_of_positions
 from ..neurons.positions import IGNORED
 from .batching import TranslationCollator
@@ -66,7 +66,7 @@ def corpus_batches(
         examples = [dict(zip(encoded, row, strict=True)) for row in zip(*encoded.values(), strict=True)]
         examples.sort(key=lambda example: len(example["input_ids"]) + len(example["labels"]))
         whole = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
-        route = {"language_pairs": [pair]} if is_routed(model) else {}
+        route = pair_argument(model, pair)
 
         def collate_all(share: list[dict[str, Any]]) -> dict[str, Any]:
             batch: dict[str, Any] = {**collate(share), **route}
