@@ -95,7 +95,7 @@ def compare_gradients(
             rows += [{**what, **row} for row in gradients.gradient_rows(found, list(corpus), model)]
             cosines[scope][kind] = {name: each.round(4).tolist() for name, each in found.items()}
     plot_gradients(rows, gradients.RELATIONS, Path(args.output_dir) / "gradients.svg")
-    show(rows)
+    print(table(rows, without=["block"]))
     return {"gradients": rows, "cosines": cosines, "language_pairs": list(corpus)}
 
 
@@ -113,12 +113,8 @@ def compare_words(
         each[kind] = tagged_activity.tag_rows(tagged_activity.record_tagged(model, batches, names), masks)
         rows += [{"tags": kind, **row} for row in tagged_activity.mean_rows(each[kind])]
         plot_tags(each[kind], names, Path(args.output_dir) / f"tags-{kind.replace(' ', '-')}.svg")
-    show(rows)
+    print(table(rows, without=["block"]))
     return {"words": rows, "words by pair": each, "sentences": len(sentences[next(iter(tokens))])}
-
-
-def show(rows: list[dict[str, Any]]) -> None:
-    print(table([{key: value for key, value in row.items() if key != "block"} for row in rows]))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import importlib.metadata
 import json
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,15 @@ _TRAINING_COLUMNS = (
 )  # fmt: skip
 
 
-def table(rows: Sequence[Mapping[str, Any]], decimals: int = 2) -> str:
-    """Return rows (column → value) as a Markdown table, losses and p-values with four decimals, others with fewer."""
+def table(rows: Sequence[Mapping[str, Any]], decimals: int = 2, without: Collection[str] = ()) -> str:
+    """Return rows (column → value) as a Markdown table, losses and p-values with four decimals, others with fewer.
+
+    Args:
+        rows: need not have the same columns.
+        decimals: of numbers other than losses and p-values.
+        without: columns to leave out.
+    """
+    rows = [{column: value for column, value in row.items() if column not in without} for row in rows]
     columns = dict.fromkeys(column for row in rows for column in row)
     in_full = {column for column in columns if "loss" in column or column in ("p", "p_adjusted")}
     formats = {column: f".{4 if column in in_full else decimals}f" for column in columns}
