@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from xxhash import xxh3_64_hexdigest
@@ -11,7 +10,7 @@ from xxhash import xxh3_64_hexdigest
 from ..adapter.routing import pair_argument
 from ..neurons.base_model import number_of_positions
 from ..neurons.positions import IGNORED
-from .batching import TranslationCollator
+from .batching import TranslationCollator, pad_rows
 from .data_files import read_rows
 from .encoding import vocabulary_of
 from .processes import this_process
@@ -71,8 +70,7 @@ def corpus_batches(
         def collate_all(share: list[dict[str, Any]]) -> dict[str, Any]:
             batch: dict[str, Any] = {**collate(share), **route}
             if tags:
-                padded = [torch.tensor(example["token_tags"]) for example in share]
-                batch["token_tags"] = torch.nn.utils.rnn.pad_sequence(padded, True, IGNORED)
+                batch["token_tags"] = pad_rows([example["token_tags"] for example in share], IGNORED)
             return batch
 
         own: Any = whole[state.process_index :: state.num_processes]

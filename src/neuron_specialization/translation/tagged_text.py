@@ -9,7 +9,7 @@ import torch
 
 from ..neurons.language_pairs import split_pair
 from ..neurons.positions import IGNORED
-from .batching import TranslationCollator
+from .batching import TranslationCollator, pad_rows
 from .data_files import read_rows
 from .tokenization import language_tags
 
@@ -123,8 +123,8 @@ def tagged_batches(
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = collate([{"input_ids": source[i][0], "labels": target[i][0]} for i in chosen])
-            batch["source_tags"] = _pad([source[i][1] for i in chosen])
-            batch["target_tags"] = _pad([target[i][1] for i in chosen])
+            batch["source_tags"] = pad_rows([source[i][1] for i in chosen], IGNORED)
+            batch["target_tags"] = pad_rows([target[i][1] for i in chosen], IGNORED)
             batches[pair].append(batch)
     return batches
 
@@ -141,7 +141,3 @@ def _encode(
         tags = [IGNORED if word is None else places.get(sentence.tags[word], IGNORED) for word in owners]
         found.append((encoded["input_ids"][i], tags))
     return found
-
-
-def _pad(rows: list[list[int]]) -> torch.Tensor:
-    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, IGNORED)
