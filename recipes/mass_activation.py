@@ -30,8 +30,9 @@ from neuron_specialization.translation.attention import cross_attention, example
 from neuron_specialization.translation.command_line import parse, run
 from neuron_specialization.translation.identification import record_corpus
 from neuron_specialization.translation.processes import check_single_process
-from neuron_specialization.translation.recording import tagged_text, vocabulary_digest
+from neuron_specialization.translation.recording import vocabulary_digest
 from neuron_specialization.translation.results import table, write_results
+from neuron_specialization.translation.tagged_text import load_tagged_text
 
 
 @dataclass
@@ -52,7 +53,7 @@ def main() -> None:
     check_single_process()
     disable_progress_bars()
     transfer, output = transfer_data.load_finished(args.transfer_dir, *arguments)
-    tagged = tagged_text(args.tagged_file, transfer.orders[0][0]) if args.tagged_file else None
+    tagged = load_tagged_text(args.tagged_file, transfer.orders[0][0]) if args.tagged_file else None
     models = losses_of(transfer.directory)
     check_settings(output, "recordings.json", {**transfer.settings(), **models}, models)
     tokens = trackable_tokens(transfer.model, transfer.batches(transfer.model), len(transfer.tokenizer), args.site)

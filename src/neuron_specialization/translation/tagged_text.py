@@ -1,4 +1,10 @@
-"""Parallel sentences whose words are tagged, as batches that carry a tag for every token."""
+"""Text whose words are tagged, and the tag of every token of it.
+
+There are two ways. Parallel sentences (`load_tagged`, `tagged_batches`) are given to the tokenizer as words: it tells
+itself of which word a token is, but punctuation stands apart as it does in no text that the model was trained on.
+Running text (`load_tagged_text`, `token_tags`) is tokenized as it is written, as everything else that is recorded; the
+words are looked for in it, and what is not found there, such as the two words of a contraction, tags nothing.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 
 from ..neurons.language_pairs import split_pair
 from ..neurons.positions import IGNORED
@@ -141,3 +148,68 @@ def _encode(
         tags = [IGNORED if word is None else places.get(sentence.tags[word], IGNORED) for word in owners]
         found.append((encoded["input_ids"][i], tags))
     return found
+
+
+def load_tagged_text(path: str, pair: str) -> tuple[dict[str, Dataset], list[str]]:
+    """Read text with parts of speech to record the encoder on, as a corpus for `corpus_batches`, and its tags.
+
+    Args:
+        path: a file with columns "text", "tokens" and "upos" (lists), as `data_files.read_rows` takes it.
+        pair: under whose name to record it. The text stands for its own translation, which the encoder does not see.
+
+    Raises:
+        ValueError: if there is no such file, or a column is missing.
+    """
+    rows = read_rows(path)
+    missing = sorted({"text", "tokens", "upos"} - set([] if rows is None else rows.column_names))
+    if rows is None or missing:
+        raise ValueError(f"{path} is no file with parts of speech: it lacks {', '.join(missing)}.")
+    rows = rows.select_columns(["text", "tokens", "upos"])
+    text = rows.rename_columns({"text": "source", "tokens": "words", "upos": "word_tags"})
+    tags = sorted({tag for row in text["word_tags"] for tag in row} - {"_"})
+    return {pair: text.add_column("target", list(text["source"]))}, tags
+
+
+def token_tags(
+    tokenizer: Any, ids: list[int], text: str, words: list[str], word_tags: list[str], tags: Sequence[str]
+) -> list[int]:
+    """Return the tag of each token, by the word that the last character of the token is in.
+
+    Args:
+        tokenizer: a fast tokenizer.
+        ids: the text's tokens, between language tags and the end of sentence.
+        text: the text.
+        words: its words, in their order.
+        word_tags: as many.
+        tags: names of the tags.
+
+    Returns:
+        For each of the ids a position in `tags`, -100 where it has none of them.
+    """
+    spans = _spans(text, words)
+    place = {tag: i for i, tag in enumerate(tags)}
+    options = {"add_special_tokens": False, "return_offsets_mapping": True, "return_attention_mask": False}
+    plain = tokenizer(text, **options)
+    of = [
+        next((place.get(tag, IGNORED) for span, tag in zip(spans, word_tags, strict=True) if end - 1 in span), IGNORED)
+        for _, end in plain["offset_mapping"]
+    ]
+    # language tags and the end of sentence stand around the text
+    body = plain["input_ids"]
+    first = next((start for start in range(len(ids)) if ids[start : start + 1] == body[:1]), 0)
+    found = [IGNORED] * first + of
+    return (found + [IGNORED] * len(ids))[: len(ids)]
+
+
+def _spans(text: str, words: list[str]) -> list[range]:
+    """Return where each word stands in the text; an empty range for one that does not."""
+    spans, start = [], 0
+    for word in words:
+        found = text.find(word, start)
+        # far ahead it is another word of the same form
+        if found < 0 or found - start > 12:
+            spans.append(range(0))
+            continue
+        spans.append(range(found, found + len(word)))
+        start = found + len(word)
+    return spans
