@@ -59,7 +59,7 @@ def _noisy(sentence: str, noise: NoiseArguments, draw: np.random.Generator) -> s
     return "".join(result) or sentence
 
 
-def drop_words(sentences: Sequence[str], rate: float, seed: int = 0) -> list[str]:
+def drop_words(sentences: Sequence[str], rate: float) -> list[str]:
     """Return sentences without a share of their words, drawn at random; at least one word stays.
 
     Raises:
@@ -69,7 +69,7 @@ def drop_words(sentences: Sequence[str], rate: float, seed: int = 0) -> list[str
         raise ValueError(f"The rate of dropped words is a share in [0, 1), got {rate!r}.")
     kept = []
     for i, words in enumerate(map(str.split, sentences)):
-        draws = np.random.default_rng([seed, i]).random(len(words))
+        draws = np.random.default_rng([0, i]).random(len(words))
         least = min(rate, draws.max(initial=0))
         kept.append(" ".join(word for word, drawn in zip(words, draws, strict=True) if drawn >= least))
     return kept

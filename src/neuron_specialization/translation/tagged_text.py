@@ -36,19 +36,16 @@ def load_tagged(
     languages: Sequence[str],
     max_sentences: int | None = None,
     *,
-    words: str = "tokens",
     tags: str = "upos",
-    id: str = "sent_id",
 ) -> dict[str, dict[str, TaggedSentence]]:
     """Return language → name of the sentence → its words and tags, of sentences that every language has.
 
     Args:
-        path: a file per language, with "{lang}" for its code, as .parquet or .jsonl.
+        path: a file per language, with "{lang}" for its code, as .parquet or .jsonl. Its column "tokens" holds the
+            lists of words, and "sent_id" names sentences: two with one name are translations of each other.
         languages: codes.
         max_sentences: take at most so many, from the top of the first language's file.
-        words: column of the lists of words.
         tags: column of the lists of tags.
-        id: column that names sentences; two with one name are translations of each other.
 
     Raises:
         ValueError: if a file or column is missing, words and tags differ in number, or no sentence is in all
@@ -58,12 +55,13 @@ def load_tagged(
     for code in languages:
         place = path.replace("{lang}", code)
         rows = read_rows(place, True)
-        absent = [words, tags, id] if rows is None else [c for c in (words, tags, id) if c not in rows.column_names]
+        needed = ["tokens", tags, "sent_id"]
+        absent = needed if rows is None else [column for column in needed if column not in rows.column_names]
         if rows is None or absent:
             raise ValueError(
                 f"{place} is no table with the columns {', '.join(absent)}: lists of words, of tags, and names."
             )
-        columns = zip(rows[id], rows[words], rows[tags], strict=True)
+        columns = zip(rows["sent_id"], rows["tokens"], rows[tags], strict=True)
         found[code] = {str(name): TaggedSentence(list(w), list(t)) for name, w, t in columns}
         wrong = [name for name, each in found[code].items() if len(each.words) != len(each.tags)]
         if wrong:
@@ -71,7 +69,7 @@ def load_tagged(
     common = [name for name in found[languages[0]] if all(name in rows for rows in found.values())]
     common = common[:max_sentences]
     if not common:
-        raise ValueError(f"No sentence of {path} is in all of {', '.join(languages)}: their {id} never agree.")
+        raise ValueError(f"No sentence of {path} is in all of {', '.join(languages)}: their sent_id never agree.")
     return {code: {name: rows[name] for name in common} for code, rows in found.items()}
 
 
