@@ -91,6 +91,11 @@ class ActivationCounts:
             language_token_ids=ids or None,
         )
 
+    def rates(self, block: str) -> torch.Tensor:
+        """Return the share of positions at which each neuron of a block was active: float64 [pairs, d_ff]."""
+        tokens = self.tokens[self.stacks[block]].clamp_min(1)
+        return self.counts[block].double() / tokens.unsqueeze(1)
+
     def merge(self, *others: "ActivationCounts") -> "ActivationCounts":
         """Add the counts of several recordings, for example of the shards of one corpus."""
         return sum(others, self)
