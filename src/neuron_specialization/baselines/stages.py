@@ -24,7 +24,7 @@ from ..neurons.training_facts import training_facts
 from ..translation.encoding import text_digest
 from ..translation.evaluation import check_lengths, check_scorers
 from ..translation.results import write_results
-from ..translation.runs import RUN_FILE, digest, load_trained
+from ..translation.runs import RUN_FILE, load_trained, tensor_digest
 from . import lass
 from .methods import EQUAL_SECONDS, MethodArguments
 from .models import Models, Setting, identification_seconds, remove_checkpoints
@@ -107,7 +107,7 @@ class Comparison(Models):
     def _check_settings(self) -> None:
         """Record what every stage depends on; raise if the directory holds stages that depend on something else."""
         settings = {
-            "baseline": digest(self.baseline.state_dict().items()),
+            "baseline": tensor_digest(self.baseline.state_dict().items()),
             "language_pairs": self.language_pairs,
             "sentences": {split: [len(rows) for rows in of.values()] for split, of in self.data.items()},
             "text": {split: text_digest(of) for split, of in self.data.items()},

@@ -164,7 +164,7 @@ class LineWriter:
                 )
 
 
-def digest(lines: Sequence[str]) -> str:
+def line_digest(lines: Sequence[str]) -> str:
     """Return the SHA-256 of lines of text."""
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
