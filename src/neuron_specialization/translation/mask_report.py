@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ..neurons.stability import STABLE_IOU
 from .results import table
 
 MOST_COLUMNS = 12
@@ -26,7 +27,7 @@ def report_stability(result: dict[str, Any]) -> dict[str, Any]:
     print(table([{"pair": p, "halves": pairs[p], **{name: iou[p] for name, iou in growing.items()}} for p in pairs]))
     if result["unstable"]:
         print(
-            f"WARNING: half of the sample gives masks with an IoU below 0.9 for {', '.join(result['unstable'])}; "
+            f"WARNING: half of the sample gives masks with an IoU below {STABLE_IOU} for {', '.join(result['unstable'])}; "
             "use more sentences."
         )
     return result
