@@ -84,6 +84,12 @@ def by_length(sentences: Mapping[str, TaggedSentence]) -> dict[str, TaggedSenten
     }
 
 
+def check_fast(tokenizer: Any) -> None:
+    """Raise ValueError if a tokenizer does not tell which word a token is of."""
+    if not tokenizer.is_fast:
+        raise ValueError(f"A {type(tokenizer).__name__} does not tell which word a token is of; use a fast tokenizer.")
+
+
 def tagged_batches(
     model: Any,
     tokenizer: Any,
@@ -112,8 +118,7 @@ def tagged_batches(
     Raises:
         ValueError: if the tokenizer does not tell which word a token is of, or adds no language tags.
     """
-    if not tokenizer.is_fast:
-        raise ValueError(f"A {type(tokenizer).__name__} does not tell which word a token is of; use a fast tokenizer.")
+    check_fast(tokenizer)
     collate, places = TranslationCollator(tokenizer, model), {tag: i for i, tag in enumerate(tags)}
     batches: dict[str, list[dict[str, torch.Tensor]]] = {}
     for pair in language_pairs:
