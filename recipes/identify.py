@@ -42,7 +42,10 @@ class IdentifyArguments:
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Replace files of the same names that this package did not write."}
     )
-    k: str = field(default="0.95", metadata={"help": "Share of activations that the kept neurons make up, or auto."})
+    k: str = field(
+        default="0.95",
+        metadata={"help": "Share of activations that the kept neurons make up, or auto (0.5 then is 'at most 0.5')."},
+    )
     encoder_k: float | None = field(default=None, metadata={"help": "Another share for the encoder."})
     decoder_k: float | None = field(default=None, metadata={"help": "Another share for the decoder."})
     count_padding: bool = field(default=False, metadata={"help": "Count padding too, as the released code does."})
