@@ -54,6 +54,9 @@ def begin_writing(target: Path) -> Path:
 
     The folder holds nothing but the cards in `target`, if there are any (of an adapter with a name, one is in the
     folder of that name): who writes cards keeps what its user edited.
+
+    Raises:
+        ValueError: if `target` is a file.
     """
     if target.is_file():
         raise ValueError(f"{target} is a file; expected the path of a directory to write.")

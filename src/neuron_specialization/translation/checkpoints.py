@@ -67,7 +67,11 @@ def load_checkpoint(location: str, dtype: str = "auto") -> tuple[Any, Any]:
 
 
 def load_adapted(location: str, adapter: str | None) -> tuple[Any, Any]:
-    """Load a checkpoint, and an adapter onto it where one is named."""
+    """Load a checkpoint, and an adapter onto it where one is named.
+
+    Raises:
+        ValueError: if there is no such checkpoint or adapter, or the two do not fit (see `load_checkpoint`).
+    """
     model, tokenizer = load_checkpoint(location)
     if adapter is not None:
         if not Path(adapter).is_dir() and Path(adapter).exists():
