@@ -84,6 +84,18 @@ def write_results(directory: str | Path, results: Mapping[str, Any], name: str =
     return path
 
 
+def has_scores(directory: str | Path, scored: Mapping[str, Any]) -> bool:
+    """Whether the results in a directory hold scores of what is scored now; old ones do not say what they are of.
+
+    Args:
+        directory: where `write_results` wrote.
+        scored: the test data and how it is scored, as "of" of the "scores" tells it.
+    """
+    path = Path(directory) / "results.json"
+    found = json.loads(path.read_text()).get("scores", {}) if path.is_file() else None
+    return found is not None and found.get("of", scored) == scored
+
+
 def report_training(
     directory: str | Path, metrics: Mapping[str, Any], data: Sequence[Mapping[str, Any]], *arguments: Any
 ) -> None:
