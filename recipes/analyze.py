@@ -94,7 +94,7 @@ def compare_overlap(args: AnalyzeArguments, data: DataArguments, masks: dict[str
         about |= {"distances": about["distances"].round(4).tolist(), "controlled": controlled}
         stacks[stack] = {"languages": first.languages, **about, "iou": iou}
     plot_depth(rows, Path(args.output_dir) / "overlap-depth.svg")
-    print(table([{key: value for key, value in row.items() if key != "block"} for row in rows]))
+    print(table(rows, without=["block"]))
     selectors = {"selectors": {name: each.selector for name, each in masks.items()}}
     return {"overlap": rows, **stacks, **selectors, "arguments": [vars(args), vars(data)]}
 

@@ -23,9 +23,7 @@ aligns the encoder's states of translations, token by token (the formula is in t
 at its own best validation loss, after the updates that results.json calls `best_step`.
 """
 
-import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from peft import get_peft_model
@@ -40,7 +38,7 @@ from neuron_specialization.translation.command_line import parse, run
 from neuron_specialization.translation.denoising import ObjectiveArguments
 from neuron_specialization.translation.encoding import text_digest
 from neuron_specialization.translation.evaluation import check_lengths, check_scorers, evaluate, score_rows
-from neuron_specialization.translation.results import report_training, table
+from neuron_specialization.translation.results import has_scores, report_training, table
 from neuron_specialization.translation.tokenization import resolve_tokens
 from neuron_specialization.translation.trainer import SpecializationTrainingArguments
 from neuron_specialization.translation.training import fit
@@ -76,18 +74,14 @@ def main() -> None:
     check_lengths(model, tokenizer, test, **tags)
     noise = objective.noise(tokenizer)
     if args.masks != "none":
-        config = ns.NeuronSpecializationConfig(
-            masks=args.masks,
-            trainable="full",
-            language_token_ids=ns.language_token_ids(tokenizer, tokens),
-            source_tag=data.source_tag,
-            task_type="SEQ_2_SEQ_LM",
-        )
+        ids = ns.language_token_ids(tokenizer, tokens)
+        settings = {"trainable": "full", "language_token_ids": ids, "source_tag": data.source_tag}
+        config = ns.NeuronSpecializationConfig(masks=args.masks, **settings, task_type="SEQ_2_SEQ_LM")
         model = get_peft_model(model, config)
     options: dict[str, Any] = {"max_length": data.max_length, "noise": noise, "alignment": args.alignment}
     scored = {"test": text_digest(test), "pivot": data.pivot, "num_beams": args.num_beams}
     metrics = fit(model, tokenizer, train, validation, training, **tags, **options)
-    if not (metrics["finished_before"] and has_scores(Path(training.output_dir) / "results.json", scored)):
+    if not (metrics["finished_before"] and has_scores(training.output_dir, scored)):
         metrics["finished_before"] = False  # what stands there has no scores yet, or others
         batch_size = training.per_device_eval_batch_size
         scores = evaluate(
@@ -98,12 +92,6 @@ def main() -> None:
         if training.process_index == 0:
             print(table(score_rows(scores)))
     report_training(training.output_dir, metrics, checked, args, objective, where, data, training)
-
-
-def has_scores(results: Path, scored: dict[str, Any]) -> bool:
-    """Whether results hold the scores of this test data, as it is scored now; old ones do not say what they are of."""
-    found = json.loads(results.read_text()).get("scores", {}) if results.is_file() else None
-    return found is not None and found.get("of", scored) == scored
 
 
 def check(args: Any, objective: Any, data: Any, training: Any) -> None:

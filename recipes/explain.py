@@ -27,7 +27,7 @@ from neuron_specialization.translation.checkpoints import load_checkpoint
 from neuron_specialization.translation.command_line import parse, run
 from neuron_specialization.translation.processes import check_single_process, this_process
 from neuron_specialization.translation.results import table, write_results
-from neuron_specialization.translation.tagged_text import LENGTHS, by_length, load_tagged, tagged_batches
+from neuron_specialization.translation.tagged_text import LENGTHS, by_length, check_fast, load_tagged, tagged_batches
 from neuron_specialization.translation.token_loss import scored_batches
 from neuron_specialization.translation.tokenization import resolve_tokens
 
@@ -55,70 +55,64 @@ def main() -> None:
     if args.tags and args.tagged_file is None:
         raise ValueError("--tags needs tagged sentences, such as --tagged_file 'ud_pud/{lang}.parquet'.")
     model, tokenizer = load_checkpoint(where.model_name_or_path)
+    tokens = resolve_tokens(tokenizer, data.language_pairs, data.tokens)
+    if args.tags:  # before anything is recorded
+        check_fast(tokenizer)
+        sentences = load_tagged(args.tagged_file, list(tokens), data.max_sentences)
     model.to(this_process().device)
     corpus = data.load("validation", max_sentences=data.max_sentences)
-    tokens = resolve_tokens(tokenizer, corpus, data.tokens)
     convention = {"language_tokens": tokens, "source_tag": data.source_tag}
     if where.adapter is None:
         options = {"batch_size": args.batch_size, "max_length": data.max_length, **convention}
         masks = ns.CumulativeThreshold(args.k).select(ns.record_corpus(model, tokenizer, corpus, **options))
     else:
         masks = ns.NeuronMasks.from_pretrained(where.adapter)
-    config = ns.NeuronSpecializationConfig(
-        masks=masks, trainable="none", source_tag=data.source_tag, task_type="SEQ_2_SEQ_LM"
-    )
-    masked = get_peft_model(copy.deepcopy(model), config)
-    results: dict[str, Any] = {"selector": masks.selector, "arguments": [vars(args), vars(where), vars(data)]}
+    results = {"selector": masks.selector, "arguments": [vars(args), vars(where), vars(data)]}
     if args.gradients:
+        config = {"trainable": "none", "source_tag": data.source_tag, "task_type": "SEQ_2_SEQ_LM"}
+        masked = get_peft_model(copy.deepcopy(model), ns.NeuronSpecializationConfig(masks=masks, **config))
         results |= compare_gradients(args, {"dense": model, "masked": masked}, tokenizer, corpus, convention)
     if args.tags:
-        results |= compare_words(args, data, model, tokenizer, tokens, masks)
+        results |= compare_words(args, data, model, tokenizer, tokens, masks, sentences)
     print(f"wrote {write_results(args.output_dir, results)}")
 
 
 def compare_gradients(
     args: Any, models: dict[str, Any], tokenizer: Any, corpus: dict[str, Any], convention: dict[str, Any]
 ) -> dict[str, Any]:
-    rows: list[dict[str, Any]] = []
-    cosines: dict[str, dict] = {scope: {} for scope in gradients.SCOPES}
+    rows, cosines = [], {scope: {} for scope in gradients.SCOPES}
     # the same sentences for every pair
     halves = [{pair: text.select(range(half, len(text), 2)) for pair, text in corpus.items()} for half in (0, 1)]
+
+    def gradients_of(model: Any, half: dict[str, Any], scope: str) -> gradients.Gradients:
+        options = (*convention.values(), args.batch_size)
+        batches = {pair: scored_batches(model, tokenizer, pair, text, *options) for pair, text in half.items()}
+        return gradients.pair_gradients(model, batches, scope)
+
     for scope in gradients.SCOPES:
         for kind, model in models.items():
-            both = []
-            for half in halves:
-                options = (*convention.values(), args.batch_size)
-                batches = {p: scored_batches(model, tokenizer, p, text, *options) for p, text in half.items()}
-                both.append(gradients.pair_gradients(model, batches, scope))
-            found = gradients.gradient_cosines(*both)
-            what = {"scope": scope, "model": kind}
-            rows += [{**what, **row} for row in gradients.gradient_rows(found, list(corpus), model)]
+            found = gradients.gradient_cosines(*(gradients_of(model, half, scope) for half in halves))
+            blocks = gradients.gradient_rows(found, list(corpus), model)
+            rows += [{"scope": scope, "model": kind, **block} for block in blocks]
             cosines[scope][kind] = {name: each.round(4).tolist() for name, each in found.items()}
     plot_gradients(rows, gradients.RELATIONS, Path(args.output_dir) / "gradients.svg")
-    show(rows)
+    print(table(rows, without=["block"]))
     return {"gradients": rows, "cosines": cosines, "language_pairs": list(corpus)}
 
 
 def compare_words(
-    args: Any, data: Any, model: Any, tokenizer: Any, tokens: dict[str, str], masks: ns.NeuronMasks
+    args: Any, data: Any, model: Any, tokenizer: Any, tokens: dict[str, str], masks: ns.NeuronMasks, sentences: Any
 ) -> dict[str, Any]:
-    sentences = load_tagged(args.tagged_file, list(tokens), data.max_sentences)
     parts = sorted({tag for of in sentences.values() for each in of.values() for tag in each.tags} - {"X", "_"})
     lengths = {code: by_length(of) for code, of in sentences.items()}
-    rows: list[dict[str, Any]] = []
-    each: dict[str, Any] = {}
+    rows, by_pair, limits = [], {}, (data.max_length, args.batch_size)
     for kind, tagged, names in (("part of speech", sentences, parts), ("length", lengths, list(LENGTHS))):
-        options = (names, tokens, data.max_length, args.batch_size)
-        batches = tagged_batches(model, tokenizer, tagged, data.language_pairs, *options)
-        each[kind] = tagged_activity.tag_rows(tagged_activity.record_tagged(model, batches, names), masks)
-        rows += [{"tags": kind, **row} for row in tagged_activity.mean_rows(each[kind])]
-        plot_tags(each[kind], names, Path(args.output_dir) / f"tags-{kind.replace(' ', '-')}.svg")
-    show(rows)
-    return {"words": rows, "words by pair": each, "sentences": len(sentences[next(iter(tokens))])}
-
-
-def show(rows: list[dict[str, Any]]) -> None:
-    print(table([{key: value for key, value in row.items() if key != "block"} for row in rows]))
+        batches = tagged_batches(model, tokenizer, tagged, data.language_pairs, names, tokens, *limits)
+        by_pair[kind] = tagged_activity.tag_rows(tagged_activity.record_tagged(model, batches, names), masks)
+        rows += [{"tags": kind, **row} for row in tagged_activity.mean_rows(by_pair[kind])]
+        plot_tags(by_pair[kind], names, Path(args.output_dir) / f"tags-{kind.replace(' ', '-')}.svg")
+    print(table(rows, without=["block"]))
+    return {"words": rows, "words by pair": by_pair, "sentences": len(sentences[next(iter(tokens))])}
 
 
 if __name__ == "__main__":

@@ -41,9 +41,7 @@ class ExportArguments:
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Replace files of the same names that this package did not write."}
     )
-    trim_vocabulary: str | None = field(
-        default=None, metadata={"help": "Keep only the tokens of this parallel text of the pair."}
-    )
+    trim_vocabulary: str | None = field(default=None, metadata={"help": "Keep the tokens of this parallel text only."})
     quantization: str | None = field(default=None, metadata={"help": "Also write a CTranslate2 model: int8, ..."})
     num_beams: int = field(default=5, metadata={"help": "Beams of the verification."})
     sample: int = field(default=100, metadata={"help": "Test sentences to verify on."})
@@ -112,10 +110,9 @@ def export_ctranslate2(small, tokenizer, adapted: Verification, args: ExportArgu
     directory = Path(args.output_dir, "ctranslate2")
     ctranslate2.save_ctranslate2(small, tokenizer, directory, args.quantization, args.overwrite_output_dir)
     longest = getattr(small.config, "max_position_embeddings", 256) - 1
-    options = {"num_beams": args.num_beams}
-    options["max_length"] = min(longest, small.generation_config.max_length or longest)
+    limits = {"num_beams": args.num_beams, "max_length": min(longest, small.generation_config.max_length or longest)}
     inputs = ctranslate2.load_ctranslate2(directory), tokenizer, adapted.input_ids(tokenizer)
-    found = ctranslate2.translate_ctranslate2(*inputs, adapted.target_token, **options)
+    found = ctranslate2.translate_ctranslate2(*inputs, adapted.target_token, **limits)
     return adapted.row(f"CTranslate2 {args.quantization}", small.parameters(), directory, tokenizer, found)
 
 

@@ -5,19 +5,18 @@ accelerate launch --quiet recipes/identify.py --config recipes/configs/identify/
     --output_dir build/masks --stability true
 """
 
-import importlib
 import time
 from dataclasses import dataclass, field, replace
 
 import neuron_specialization as ns
 from neuron_specialization.analysis.figures import can_draw
+from neuron_specialization.analysis.mask_plots import plot_pairs
 from neuron_specialization.analysis.report import write_report
 from neuron_specialization.export.hub import facts_from_results
 from neuron_specialization.neurons.adapter_file import CONFIG_NAME, WEIGHTS_NAME, check_holds_no_model
 from neuron_specialization.neurons.card import describe_adapter
 from neuron_specialization.neurons.card_sections import CardFacts
 from neuron_specialization.neurons.extras import install
-from neuron_specialization.neurons.ffn import STACKS
 from neuron_specialization.neurons.files import atomic_directory, check_not_input, check_replaceable
 from neuron_specialization.neurons.selector_description import RANDOM_WEIGHTS_SEED
 from neuron_specialization.neurons.stability import stability
@@ -25,7 +24,7 @@ from neuron_specialization.translation.arguments import DataArguments, ModelArgu
 from neuron_specialization.translation.checkpoints import load_adapted, untrained_model
 from neuron_specialization.translation.command_line import parse, run
 from neuron_specialization.translation.identification import record_corpus_parts
-from neuron_specialization.translation.mask_report import report_overlap, report_stability
+from neuron_specialization.translation.mask_report import report_kept, report_overlap, report_stability
 from neuron_specialization.translation.processes import this_process
 from neuron_specialization.translation.results import table, write_results
 from neuron_specialization.translation.smallest_k import find_smallest_k, parse_k
@@ -42,7 +41,10 @@ class IdentifyArguments:
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Replace files of the same names that this package did not write."}
     )
-    k: str = field(default="0.95", metadata={"help": "Share of activations that the kept neurons make up, or auto."})
+    k: str = field(
+        default="0.95",
+        metadata={"help": "Share of activations that the kept neurons make up, or auto (0.5 then is 'at most 0.5')."},
+    )
     encoder_k: float | None = field(default=None, metadata={"help": "Another share for the encoder."})
     decoder_k: float | None = field(default=None, metadata={"help": "Another share for the decoder."})
     count_padding: bool = field(default=False, metadata={"help": "Count padding too, as the released code does."})
@@ -60,6 +62,8 @@ def main() -> None:
     args, where, data = parse(IdentifyArguments, ModelArguments, DataArguments, unused=UNUSED)
     if args.untrained and where.adapter is not None:
         raise ValueError("--untrained draws random weights, for which an --adapter has no meaning.")
+    if args.stability and args.parts < 2:
+        raise ValueError(f"--stability compares parts of the sample: --parts is 2 or more, got {args.parts}.")
     k = parse_k(args.k)
     if k is None and (where.adapter or args.encoder_k or args.decoder_k):
         raise ValueError("--k auto looks for one k for both stacks of a model without adapter; leave the others out.")
@@ -72,17 +76,10 @@ def main() -> None:
     if args.untrained:
         model = untrained_model(where.model_name_or_path, args.seed)
     options = {"language_tokens": data.tokens, "batch_size": args.batch_size, "max_length": data.max_length}
+    recorded = {**options, "source_tag": data.source_tag, "count_padding": args.count_padding, "seed": args.seed}
+    number = args.parts if args.stability else 1
     started = time.perf_counter()
-    parts = record_corpus_parts(
-        model.to(this_process().device),
-        tokenizer,
-        corpus,
-        **options,
-        source_tag=data.source_tag,
-        count_padding=args.count_padding,
-        parts=args.parts if args.stability else 1,
-        seed=args.seed,
-    )
+    parts = record_corpus_parts(model.to(this_process().device), tokenizer, corpus, **recorded, parts=number)
     seconds = time.perf_counter() - started
     counts = parts[0].merge(*parts[1:])
     if not this_process().is_main_process:
@@ -94,14 +91,9 @@ def main() -> None:
         print(f"validation loss under masks, without training: k = {found.k}\n{table(found.rows())}")
     if args.untrained:
         masks = replace(masks, selector={**masks.selector, RANDOM_WEIGHTS_SEED: args.seed})
-    kept = {pair: {name: 1 - share for name, share in masks.sparsity(pair).items()} for pair in masks.language_pairs}
-    print("share of neurons kept")
-    print(table([{"block": name, **{pair: kept[pair][name] for pair in kept}} for name in masks.rows]))
-    overlap = {stack: masks.mean_overlap(stack) for stack in STACKS if stack in masks.stacks.values()}
-    report_overlap(overlap)
     results = {
-        "kept": kept,
-        "overlap": overlap,
+        "kept": report_kept(masks),
+        "overlap": report_overlap(masks),
         "tokens": {stack: t.tolist() for stack, t in counts.tokens.items()},
         "seconds": seconds,
         "selector": masks.selector,
@@ -116,9 +108,7 @@ def main() -> None:
         path = write_results(folder, results)
         describe_adapter(folder, facts_from_results(CardFacts(), identification=path))
         if can_draw():
-            importlib.import_module("neuron_specialization.analysis.mask_plots").plot_pairs(
-                overlap, folder / "overlap.svg"
-            )
+            plot_pairs(results["overlap"], folder / "overlap.svg")
         else:
             print(f"no heatmap of the overlap: {install('report')}")
     if args.report is not None:

@@ -9,12 +9,11 @@ Takes the options of the transfer, and whatever stages of it are done. Everythin
 tagged file has the columns text, tokens and upos. Needs the extra `report`.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, disable_progress_bars
+from datasets import disable_progress_bars
 
 from neuron_specialization.analysis import mass_prediction
 from neuron_specialization.analysis.mass_activation import MassActivation
@@ -30,8 +29,9 @@ from neuron_specialization.translation.attention import cross_attention, example
 from neuron_specialization.translation.command_line import parse, run
 from neuron_specialization.translation.identification import record_corpus
 from neuron_specialization.translation.processes import check_single_process
-from neuron_specialization.translation.recording import tagged_text, vocabulary_digest
+from neuron_specialization.translation.recording import vocabulary_digest
 from neuron_specialization.translation.results import table, write_results
+from neuron_specialization.translation.tagged_text import load_tagged_text
 
 
 @dataclass
@@ -40,9 +40,7 @@ class MassArguments:
 
     transfer_dir: str = field(metadata={"help": "Output directory of transfer_sequentially.py."})
     site: str = field(default="pre_activation", metadata={"help": "pre_activation, neurons or residual."})
-    tagged_file: str | None = field(
-        default=None, metadata={"help": "Source text with the columns text, tokens and upos; recorded at neurons."}
-    )
+    tagged_file: str | None = field(default=None, metadata={"help": "Text with parts of speech; recorded at neurons."})
 
 
 def main() -> None:
@@ -52,18 +50,16 @@ def main() -> None:
     check_single_process()
     disable_progress_bars()
     transfer, output = transfer_data.load_finished(args.transfer_dir, *arguments)
-    tagged = tagged_text(args.tagged_file, transfer.orders[0][0]) if args.tagged_file else None
+    tagged = load_tagged_text(args.tagged_file, transfer.orders[0][0]) if args.tagged_file else None
     models = losses_of(transfer.directory)
     check_settings(output, "recordings.json", {**transfer.settings(), **models})
     tokens = trackable_tokens(transfer.model, transfer.batches(transfer.model), len(transfer.tokenizer), args.site)
     print(f"credit by token: {len(tokens)} of {len(transfer.tokenizer)} tokens are tracked", flush=True)
 
     def recorded(stage: Stage) -> MassActivation:
-        """Record a stage's model on the validation data, once."""
         path = output / "mass" / stage.path / f"{args.site}.safetensors"
         if not path.is_file():
             model, digest = transfer.load(stage), vocabulary_digest(transfer.tokenizer)
-            path.parent.mkdir(parents=True, exist_ok=True)
             record_mass(model, transfer.batches(model), args.site, token_ids=tokens, vocabulary=digest).save(path)
         return MassActivation.load(path)
 
@@ -89,16 +85,12 @@ def against_attribution(transfer: SequentialTransfer, stage: Stage) -> list[dict
     model, validation = transfer.load(stage), transfer.data["validation"]
     options = {**transfer.convention(), "max_length": transfer.max_length, "measure": "attribution"}
     gradients = record_corpus(model, transfer.tokenizer, validation, **options)
-    mass = record_mass(model, transfer.batches(model))
-    return [{**stage.about(), **line} for line in mass_prediction.mass_against_attribution(mass, gradients)]
+    rows = mass_prediction.mass_against_attribution(record_mass(model, transfer.batches(model)), gradients)
+    return [{**stage.about(), **row} for row in rows]
 
 
 def draw(
-    transfer: SequentialTransfer,
-    done: set[Stage],
-    recorded: Callable[[Stage], MassActivation],
-    figures: Path,
-    tagged: tuple[dict[str, Dataset], list[str]] | None,
+    transfer: SequentialTransfer, done: set[Stage], recorded: Any, figures: Path, tagged: tuple | None
 ) -> dict[str, list[dict[str, Any]]]:
     """Draw the first order, seed 0, if it is done; return its tables, of changes and of parts of speech."""
     order = transfer.orders[0]

@@ -75,7 +75,7 @@ def main() -> None:
         if not pruning.is_done(pruned):
             print(f"== {pruned.path}", flush=True)
             pruning.run(pruned, *((None, NO_MASS) if pruned.criterion == NOTHING else chosen(pruned)))
-    for pruned in exported:
+    for pruned in exported if not prune.tables_only else []:
         smaller = compact(pruning.export(pruned, chosen(pruned)[0]), transfer.language_pairs[0])
         save_compact(smaller, output / "exported" / pruned.path, transfer.tokenizer)
         print(f"wrote {output / 'exported' / pruned.path}")

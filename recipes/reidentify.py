@@ -67,7 +67,7 @@ def main() -> None:
         identify(name, again, validation)
     averaged = mean_agreement(rows)
     print("IoU with the masks of the checkpoint on the validation text")
-    print(table([{key: value for key, value in row.items() if key != "block"} for row in averaged]))
+    print(table(averaged, without=["block"]))
     results = {"rows": averaged, "arguments": [vars(args), vars(where), vars(data)]}
     print(f"wrote {write_results(args.output_dir, results)}")
     plot_agreement(averaged, Path(args.output_dir) / "agreement.svg")

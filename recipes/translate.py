@@ -12,7 +12,13 @@ from neuron_specialization.translation.checkpoints import load_adapted
 from neuron_specialization.translation.command_line import parse, run
 from neuron_specialization.translation.long_sentences import LongSentences
 from neuron_specialization.translation.processes import this_process
-from neuron_specialization.translation.text_files import LineWriter, digest, read_lines, translate_lines, weights_of
+from neuron_specialization.translation.text_files import (
+    LineWriter,
+    line_digest,
+    read_lines,
+    translate_lines,
+    weights_of,
+)
 from neuron_specialization.translation.translate import check_long_sentences, note_composed
 
 
@@ -43,7 +49,7 @@ def main() -> None:
     settings = {**vars(args), **vars(where)}
     del settings["output"], settings["batch_size"]
     weights = {"weights": weights_of(where.model_name_or_path), "adapter_weights": weights_of(where.adapter)}
-    with LineWriter(args.output, {**settings, **weights, "input": digest(lines)}) as output:
+    with LineWriter(args.output, {**settings, **weights, "input": line_digest(lines)}) as output:
         model, tokenizer = load_adapted(where.model_name_or_path, where.adapter)
         model.to(this_process().device)
         note_composed(model, [args.pair])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from neuron_specialization.translation.arguments import DataArguments, ModelArguments
+from neuron_specialization.translation.arguments import DataArguments, ModelArguments, as_mapping
 from neuron_specialization.translation.command_line import parse, run
 from neuron_specialization.translation.results import write_results
 from neuron_specialization.translation.trainer import SpecializationTrainingArguments
@@ -78,6 +78,12 @@ def test_the_trainer_reads_its_dictionaries_from_a_file(config, tmp_path):
 def test_options_that_a_recipe_does_not_use_are_refused(argv, message):
     with pytest.raises(ValueError, match=message):
         parse(Arguments, DataArguments, unused=UNUSED, argv=argv)
+
+
+def test_a_name_has_one_value():
+    assert as_mapping(["de=deu_Latn", "en=a=b"]) == {"de": "deu_Latn", "en": "a=b"}
+    with pytest.raises(ValueError, match="de is named twice in de=a en=c de=b"):
+        as_mapping(["de=a", "en=c", "de=b"])
 
 
 def test_options_of_the_trainer_that_would_do_nothing_are_refused():

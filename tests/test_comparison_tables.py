@@ -189,6 +189,11 @@ def test_losses_have_four_decimals_also_beside_words():
     assert "1.2346" in markdown([{"all Avg": 1.23456}], decimals=4)
 
 
+def test_columns_are_left_out_of_a_table_but_not_of_its_rows():
+    rows = [{"layer": 0, "block": "fc1"}, {"layer": 1}]
+    assert markdown(rows, without=["block"]) == markdown([{"layer": 0}, {"layer": 1}]) and rows[0]["block"] == "fc1"
+
+
 def test_comparisons_of_several_sizes_are_put_together(tmp_path, monkeypatch, capsys):
     recipe = str(Path(__file__).parent.parent / "recipes" / "compare_sizes.py")
     rows = rows_of("fine_tune", [[2, 2, 2, 2]]) + rows_of("ours", [[1.9] * 4])

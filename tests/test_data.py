@@ -173,7 +173,7 @@ def faults_of(rows, held_out) -> tuple[list[int], list[int]]:
 
 @pytest.mark.parametrize("selected", [False, True])
 def test_the_data_check_counts_what_python_sets_count(monkeypatch, selected):
-    monkeypatch.setattr("neuron_specialization.translation.arrow.arrow_batches.__defaults__", (300,))
+    monkeypatch.setattr("neuron_specialization.translation.arrow.BATCH", 300)
     draw = np.random.default_rng(0)
     words = ["ein", "Übung", "語", "𝒳y", " ", "\u3000", "\u2028", "\t", "\x1f", ""]
 

@@ -255,6 +255,14 @@ def test_explain_compares_gradients_and_words(on_toy, tagged_file, toy, tmp_path
     assert figures == {"gradients.svg", "tags-part-of-speech.svg", "tags-length.svg"}
 
 
+def test_tagged_text_is_read_before_anything_is_recorded(on_toy, tagged_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(ns, "record_corpus", lambda *_, **__: pytest.fail("recorded"))
+    given = ("explain", "--tags", "--tagged_file")
+    assert "There is no file" in on_toy(*given, str(tmp_path / "missing-{lang}.jsonl"), fails=True)
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.is_fast", False)
+    assert "use a fast tokenizer" in on_toy(*given, tagged_file, fails=True)
+
+
 def test_masks_are_identified_again_on_other_text_and_after_training(
     on_toy, toy_model, toy_tokenizer, toy_data, toy_checkpoint, toy_files, tmp_path
 ):

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -240,7 +242,7 @@ def test_an_adapter_whose_saving_was_interrupted_is_completed_by_who_loads_it(tm
     real = os.replace
 
     def fail(source, target):
-        if first or str(target).endswith(".safetensors"):
+        if target.parent == tmp_path and (first or target.suffix == ".safetensors"):  # moved into place
             raise OSError("Input/output error")
         real(source, target)
 
@@ -272,3 +274,18 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         partial.write_text("half of wh")
         raise KeyboardInterrupt
     assert path.read_text() == "before" and [file.name for file in path.parent.iterdir()] == ["file.json"]
+
+
+def test_two_processes_that_write_one_file_do_not_break_each_other(tmp_path):
+    path = tmp_path / "file.json"
+    other = (
+        "import sys\n"
+        "from neuron_specialization.neurons.files import replacing\n"
+        "with replacing(sys.argv[1]) as partial:\n"
+        "    partial.write_text('of the other')"
+    )
+    with files.replacing(path) as partial:
+        partial.write_text("of this one")
+        subprocess.run([sys.executable, "-c", other, str(path)], check=True)
+        assert path.read_text() == "of the other"
+    assert path.read_text() == "of this one" and os.listdir(tmp_path) == ["file.json"]

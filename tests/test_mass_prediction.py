@@ -18,7 +18,8 @@ from neuron_specialization.analysis.mass_prediction import (
 from neuron_specialization.analysis.mass_recording import record_mass
 from neuron_specialization.analysis.mass_report import change_table
 from neuron_specialization.translation.attention import cross_attention, example_sentence
-from neuron_specialization.translation.recording import corpus_batches, tagged_text, vocabulary_digest
+from neuron_specialization.translation.recording import corpus_batches, vocabulary_digest
+from neuron_specialization.translation.tagged_text import load_tagged_text
 from neuron_specialization.translation.tokenization import train_tokenizer
 
 from .conftest import make_batch, make_m2m100
@@ -118,7 +119,7 @@ def test_tags_of_words_reach_their_tokens(toy_model, toy_tokenizer, tmp_path):
     tags = [["NOUN", "VERB", "PUNCT"], ["DET", "NOUN"]]
     rows = {"text": ["baku tita!", "du x"], "tokens": words, "upos": tags}
     Dataset.from_dict(rows).to_parquet(tmp_path / "tagged.parquet")
-    text, names = tagged_text(str(tmp_path / "tagged.parquet"), "Pv-Aa")
+    text, names = load_tagged_text(str(tmp_path / "tagged.parquet"), "Pv-Aa")
     assert names == ["DET", "NOUN", "PUNCT", "VERB"]
     (batch,) = corpus_batches(toy_model, toy_tokenizer, text, tags=names)["Pv-Aa"]
     for ids, found in zip(batch["input_ids"], batch["token_tags"], strict=True):
@@ -135,7 +136,7 @@ def test_tags_of_words_reach_their_tokens(toy_model, toy_tokenizer, tmp_path):
     assert torch.isfinite(mass.tag_credit[layer]).all() and mass.tag_credit[layer].sum() > 0
     Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "plain.parquet")
     with pytest.raises(ValueError, match="lacks tokens, upos"):
-        tagged_text(str(tmp_path / "plain.parquet"), "Pv-Aa")
+        load_tagged_text(str(tmp_path / "plain.parquet"), "Pv-Aa")
 
 
 def test_the_example_is_a_short_sentence_or_the_nearest_to_one():

@@ -18,7 +18,7 @@ from neuron_specialization.analysis.distances import (
     scripts,
     subword_distances,
 )
-from neuron_specialization.analysis.overlap import holm, mantel, neuron_overlap, overlap_rows
+from neuron_specialization.analysis.overlap import Overlap, holm, mantel, neuron_overlap, overlap_rows
 from neuron_specialization.neurons.language_pairs import Routes
 from neuron_specialization.neurons.masks import NeuronMasks
 from neuron_specialization.translation.toy import PIVOT, ToyLanguages
@@ -94,6 +94,20 @@ def test_what_a_third_distance_explains_is_taken_out():
     plain, partial = mantel(overlap, distances), mantel(overlap, distances, [script])
     assert plain["rho"] < -0.6 and plain["p"] < 0.05
     assert abs(partial["rho"]) < 0.4 and partial["p"] > 0.05
+
+
+def test_nothing_is_told_where_a_third_distance_explains_everything():
+    draw = np.random.default_rng(0)
+    overlap, distances, other = (m + m.T for m in draw.random((3, 8, 8)))
+    for same in (distances, 3 * distances, distances**3):
+        assert mantel(overlap, distances, [same]) == {"rho": None, "p": None}
+        assert mantel(overlap, distances, [other, same]) == {"rho": None, "p": None}
+    assert mantel(1 - distances, other, [distances]) == {"rho": None, "p": None}
+    assert mantel(np.ones((8, 8)), distances) == {"rho": None, "p": None}
+    few = mantel(overlap[:6, :6], distances[:6, :6], [distances[:6, :6]])
+    assert few == {"rho": None, "p": None} and mantel(overlap, distances, [other])["p"] is not None
+    (row,) = overlap_rows(Overlap("encoder", [*"abcdefgh"], ["fc1"], overlap[None]), distances, None, {"x": distances})
+    assert row["partial rho"] is row["partial p"] is None and row["p"] is not None
 
 
 def test_holm_corrects_from_the_smallest_up():

@@ -15,7 +15,8 @@ from neuron_specialization.baselines.bottleneck import bottleneck_adapters
 from neuron_specialization.baselines.ffn_copies import ffn_copies
 from neuron_specialization.baselines.lass import lass, magnitude_masks
 from neuron_specialization.export.hub import facts_from_results
-from neuron_specialization.neurons.card import describe_adapter, is_edited, render_card
+from neuron_specialization.export.lora_card import describe_lora
+from neuron_specialization.neurons.card import describe_adapter, is_edited, keep_card_of_hub, render_card
 from neuron_specialization.neurons.card_sections import CardFacts
 from neuron_specialization.translation.checkpoints import new_model
 
@@ -257,6 +258,53 @@ def test_a_card_alone_tells_what_recipes_measured_and_names_no_directory(tmp_pat
     assert "edited by you, and kept as it is: cards/mine/README.md" in said
     for where in ([], ["--repo", "me/mine", "--card_only", "cards"]):
         assert "Say where to publish" in run_here("publish.py", "--adapter", "adapter", *where, fails=True)
+
+
+def of_masks(tmp_path):
+    make_masks(make_m2m100(), pairs=("en-de",)).save_pretrained(tmp_path / "adapter")
+    return lambda license: describe_adapter(tmp_path / "adapter", CardFacts(license=license))
+
+
+def of_lora(tmp_path):
+    lora = LoraConfig(r=3, target_modules=["fc1"], task_type="SEQ_2_SEQ_LM")
+    get_peft_model(make_m2m100(), lora).save_pretrained(tmp_path / "adapter")
+    return lambda license: describe_lora(tmp_path / "adapter", CardFacts(license=license, scores=SCORES))
+
+
+def of_hub(tmp_path):
+    write = of_masks(tmp_path)
+
+    class Hub:
+        def hf_hub_download(self, *_):
+            (tmp_path / "on_hub.md").write_text("Mine.\n" * 99)
+            return tmp_path / "on_hub.md"
+
+    return lambda license: write(license) if license == "mit" else keep_card_of_hub(Hub(), "me", tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("way", [of_masks, of_lora, of_hub], ids=lambda way: way.__name__)
+def test_a_card_that_is_cut_off_in_writing_leaves_the_old_one(tmp_path, monkeypatch, way):
+    write, adapter = way(tmp_path), tmp_path / "adapter"
+    write("mit")
+    before = {path.name: path.read_bytes() for path in adapter.iterdir()}
+
+    def cut_off(name):
+        whole = getattr(Path, name)
+
+        def write_half(path, content, **options):
+            if path.parent != adapter:
+                return whole(path, content, **options)
+            whole(path, content[: len(content) // 2], **options)
+            raise OSError("No space left on device")
+
+        return write_half
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        for name in ("write_text", "write_bytes"):
+            patch.setattr(Path, name, cut_off(name))
+        write("apache-2.0")
+    assert {path.name: path.read_bytes() for path in adapter.iterdir()} == before
+    assert not is_edited(adapter / "README.md")
 
 
 @pytest.mark.parametrize("path", CARDS, ids=lambda path: path.parent.name)

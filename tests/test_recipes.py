@@ -298,6 +298,7 @@ def test_memory_is_computed_for_nllb_and_measured_here(workspace, run_here, monk
 
 TRANSLATE = ["translate.py", "--model_name_or_path", "{checkpoint}", "--pair", "Pv-Aa"]
 SCORE = ["score.py", "--model_name_or_path", "{workspace}", "--output_dir", "{workspace}/ja", "--test_file", "{test}"]
+IDENTIFY = ["identify.py", "--model_name_or_path", "x", "--validation_file", "x", "--output_dir", "{workspace}/no"]
 SPECIALIZE = ["specialize.py", "--model_name_or_path", "x", "--masks", "x", "--output_dir", "{workspace}/no"]
 
 
@@ -314,6 +315,7 @@ SPECIALIZE = ["specialize.py", "--model_name_or_path", "x", "--masks", "x", "--o
         (2, TRANSLATE, "Sentence 2 of Pv-Aa"),  # in one process of the two
         (1, [*TRANSLATE, "--batch_size", "1", "--output", "{workspace}/new/out"], "Sentence 2 of Pv-Aa"),  # at once
         (1, [*SPECIALIZE, "--trainable", "none"], "--trainable none trains nothing"),
+        (1, [*IDENTIFY, "--stability", "true", "--parts", "1"], "--parts is 2 or more, got 1"),
         (1, [*SCORE[:4], "{workspace}/report.html"], "report.html is a file; expected the path of a directory"),
         (1, [*TRANSLATE, "--num_beam", "2"], "the nearest is --num_beams"),
         (1, [*TRANSLATE, "--output", "/proc/cannot/be/made"], "/proc/cannot"),

@@ -20,6 +20,7 @@ from neuron_specialization.analysis.representations import (
 from neuron_specialization.analysis.seeds import compare, summarize
 from neuron_specialization.analysis.spectrum import singular_values
 from neuron_specialization.analysis.spectrum_change import matrix_types, spectra, spectrum_changes
+from neuron_specialization.translation import arrow, data
 from neuron_specialization.translation.checkpoints import load_checkpoint
 from neuron_specialization.translation.data import load_multiparallel
 from neuron_specialization.translation.encoders import encode_sentences
@@ -56,6 +57,21 @@ def test_rows_that_are_no_translations_are_left_out_and_counted(tmp_path):
     Dataset.from_list(rows[:21]).to_parquet(tmp_path / "few.parquet")
     with pytest.raises(ValueError, match="18 rows with text of their own.*of 21; expected at least 20"):
         load_multiparallel(tmp_path / "few.parquet", ["en", "de"])
+
+
+def test_no_more_is_read_than_there_are_sentences_to_find(tmp_path, monkeypatch):
+    Dataset.from_list([{"en": f"one {i}", "de": f"eins {i}"} for i in range(100)]).to_parquet(tmp_path / "all.parquet")
+    read = []
+
+    def counted(rows, columns):
+        for batch in arrow.arrow_batches(rows, columns):
+            read.append(len(batch))
+            yield batch
+
+    monkeypatch.setattr(arrow, "BATCH", 15)
+    monkeypatch.setattr(data, "arrow_batches", counted)
+    found, counts = load_multiparallel(tmp_path / "all.parquet", ["de", "en"], max_sentences=20)
+    assert found["en"] == [f"one {i}" for i in range(20)] and counts["rows"] == 20 and read == [15, 15]
 
 
 def test_only_a_sentences_own_tokens_count(toy_checkpoint, sentences, tmp_path):

@@ -68,6 +68,10 @@ def test_transfer_pruning_and_mass_follow_each_other(run_here, options, tmp_path
     assert list((tmp_path / "pruned").glob("*.svg"))
     exported = [load_checkpoint(str(of.parent))[0] for of in (tmp_path / "pruned" / "exported").rglob("config.json")]
     assert sorted(model.config.encoder_ffn_dim for model in exported) == [16, 24]
+    shutil.rmtree(tmp_path / "pruned" / "exported")
+    run_here("prune.py", *options, *where, *pruned, "--tables_only", "true")
+    assert json.loads((tmp_path / "pruned" / "results.json").read_text())["tables"]["bleu"] == table
+    assert not (tmp_path / "pruned" / "exported").exists(), "the tables alone"
 
     more = ["--criteria", "most_activated", "--rates", "0.25", "--when", "before", "retrained"]
     more += ["--scopes", "layer", "global", "--steps", "1", "--retraining_updates", "1"]

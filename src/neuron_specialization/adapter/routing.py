@@ -222,6 +222,11 @@ def is_routed(model: nn.Module) -> bool:
     return router is not None and bool(router.resolvers)
 
 
+def pair_argument(model: nn.Module, pair: str) -> dict[str, list[str]]:
+    """Return the argument that makes a call of `model` run one pair: none without an adapter of this method."""
+    return {"language_pairs": [pair]} if is_routed(model) else {}
+
+
 def set_language_pair(model: nn.Module, pair: str | None) -> None:
     """Select the pair that `model` runs in calls that pass none; None clears the selection.
 

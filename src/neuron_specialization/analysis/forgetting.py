@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 Rows = Sequence[Mapping[str, Any]]
-ORDER_SEPARATOR = "/"
 
 
 def score_matrix(rows: Rows, order: str, score: str = "bleu", method: str = "sequential", seed: int = 0) -> np.ndarray:
@@ -30,13 +29,13 @@ def score_matrix(rows: Rows, order: str, score: str = "bleu", method: str = "seq
         method: "sequential" or "masks".
         seed: of the run.
     """
-    pairs = order.split(ORDER_SEPARATOR)
+    pairs = order.split("/")
     found = {
         (row["order"], row["direction"]): row[score]
         for row in rows
         if row["seed"] == seed and row["method"] == (method if row["order"] else "pretraining")
     }
-    prefixes = [ORDER_SEPARATOR.join(pairs[:step]) for step in range(len(pairs) + 1)]
+    prefixes = ["/".join(pairs[:step]) for step in range(len(pairs) + 1)]
     return np.array([[found.get((prefix, pair), np.nan) for pair in pairs] for prefix in prefixes], dtype=float)
 
 
@@ -84,12 +83,12 @@ def transfer_table(rows: Rows, orders: Iterable[str], score: str = "bleu") -> li
                 matrix = score_matrix(of_seed, order, score, method, seed)
                 if np.isnan(matrix).any():
                     continue
-                pairs = order.split(ORDER_SEPARATOR)
+                pairs = order.split("/")
                 whole = alone["bilingual"].keys() >= set(pairs)
                 found = transfer_of(matrix, [alone["bilingual"][pair] for pair in pairs] if whole else None)
                 table.append({"method": method, "order": order, "seed": seed, **found["mean"]})
         for method, scores in alone.items():
-            if orders and scores.keys() >= set(orders[0].split(ORDER_SEPARATOR)):
+            if orders and scores.keys() >= set(orders[0].split("/")):
                 mean = float(np.mean(list(scores.values())))
                 table.append({"method": method, "order": "", "seed": seed, "final": mean})
     return table

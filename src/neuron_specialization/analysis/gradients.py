@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..neurons.base_model import unwrap
+from ..neurons.base_model import device_of, moved, unwrap
 from ..neurons.ffn import FfnBlock, find_ffn_blocks
 from ..neurons.language_pairs import split_pair
 
@@ -52,15 +52,15 @@ def pair_gradients(
     if scope not in SCOPES:
         raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {scope!r}.")
     weights = {block.name: _weights(block, scope) for block in find_ffn_blocks(unwrap(model))}
-    device = next(model.parameters()).device
+    device = device_of(model)
     rows: dict[str, list[torch.Tensor]] = {name: [] for name in weights}
     with _differentiated(model, [weight for each in weights.values() for weight in each]):
         for pair, group in batches.items():
             tokens = 0
             for batch in group:
-                moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-                labels = moved["labels"]  # from which some models make the decoder's input
-                logits = model(**moved)["logits"].float()
+                here = moved(batch, device)
+                labels = here["labels"]  # from which some models make the decoder's input
+                logits = model(**here)["logits"].float()
                 F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").backward()
                 tokens += int(labels.ne(-100).sum())
             if not tokens:

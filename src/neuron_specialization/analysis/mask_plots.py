@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..neurons.ffn import STACKS
 from .figures import COLORS, MARKERS, panels, save
-from .overlap import Overlap
+
+if TYPE_CHECKING:
+    from .overlap import Overlap  # which imports scipy; recipes/identify.py runs without it
 
 Rows = Sequence[Mapping[str, Any]]
 _SHOWN_PAIRS = 60
@@ -34,7 +36,7 @@ def plot_pairs(overlap: Mapping[str, Mapping[str, Mapping[str, float]]], path: s
     return save(figure, path)
 
 
-def plot_overlap(overlap: Overlap, families: Sequence[str], path: str | Path) -> Path:
+def plot_overlap(overlap: "Overlap", families: Sequence[str], path: str | Path) -> Path:
     """Draw one heatmap of IoU per layer, languages ordered by family, with lines between families."""
     order = sorted(range(len(families)), key=lambda i: (list(families).index(families[i]), i))
     names = [overlap.languages[i] for i in order]

@@ -10,6 +10,7 @@ from .mass_activation import MassActivation
 
 FEATURES = ("positive", "negative", "balance", "alive", "length")  # see `mass_features`
 Rows = Sequence[Mapping[str, Any]]
+_PERMUTATIONS = 9999
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
@@ -22,9 +23,7 @@ def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
     return float(spearmanr(a, b).statistic) if len(a) >= 3 and np.ptp(a) and np.ptp(b) else float("nan")
 
 
-def permutation_p(
-    a: Sequence[float], b: Sequence[float], groups: Sequence[Any], permutations: int = 9999, seed: int = 0
-) -> float:
+def permutation_p(a: Sequence[float], b: Sequence[float], groups: Sequence[Any]) -> float:
     """Return the two-sided p of `rank_correlation` when the values of `b` change places inside their groups only."""
     from scipy.stats import rankdata
 
@@ -32,12 +31,12 @@ def permutation_p(
     if np.isnan(found):
         return found
     first, second = (rankdata(side) - (len(a) + 1) / 2 for side in (a, b))
-    draw, drawn = np.random.default_rng(seed), np.tile(second, (permutations, 1))
+    draw, drawn = np.random.default_rng(0), np.tile(second, (_PERMUTATIONS, 1))
     for group in dict.fromkeys(groups):
         places = [i for i, of in enumerate(groups) if of == group]
         drawn[:, places] = draw.permuted(drawn[:, places], axis=1)
     by_chance = drawn @ first / (np.linalg.norm(first) * np.linalg.norm(second))
-    return float((1 + (np.abs(by_chance) >= abs(found) - 1e-9).sum()) / (1 + permutations))
+    return float((1 + (np.abs(by_chance) >= abs(found) - 1e-9).sum()) / (1 + _PERMUTATIONS))
 
 
 def mass_against_attribution(mass: MassActivation, attribution: ActivationCounts) -> list[dict[str, Any]]:
@@ -107,18 +106,17 @@ def add_features(rows: Rows, about: Mapping[str, Any], mass: MassActivation) -> 
     return [{**row, **mass_features(mass, row["direction"])} for row in chosen]
 
 
-def early_and_later(rows: Rows, orders: Sequence[str], score: str = "bleu") -> list[dict[str, Any]]:
+def early_and_later(rows: Rows, orders: Sequence[str]) -> list[dict[str, Any]]:
     """Return what sequential models were like early and how well the last of them translated.
 
     Args:
         rows: one per model and direction, as in `forgetting.score_matrix`, with features (see `mass_features`).
         orders: the orders of transfer.
-        score: name of the score.
 
     Returns:
         One row for each order, seed and direction, so that each outcome stands once: the features, averaged over the
         models before the last step (the pre-trained one, which all orders of a seed share, included), and "later",
-        the score after the last step.
+        the BLEU after the last step.
     """
     found = []
     for steps in _runs(rows, orders):
@@ -127,23 +125,22 @@ def early_and_later(rows: Rows, orders: Sequence[str], score: str = "bleu") -> l
             known = [name for name in FEATURES if all(name in row for row in early)]
             features = {name: float(np.mean([row[name] for row in early])) for name in known}
             about = {name: last[name] for name in ("order", "seed", "direction")}
-            found.append({**about, **features, "later": last[score]})
+            found.append({**about, **features, "later": last["bleu"]})
     return found
 
 
-def growth_and_change(rows: Rows, orders: Sequence[str], score: str = "bleu") -> list[dict[str, Any]]:
-    """Set the growth of positive over negative mass in each step against the change of the score.
+def growth_and_change(rows: Rows, orders: Sequence[str]) -> list[dict[str, Any]]:
+    """Set the growth of positive over negative mass in each step against the change of BLEU.
 
     The paper has translation improve where positive mass grows more than negative.
 
     Args:
         rows: see `early_and_later`.
         orders: the orders of transfer.
-        score: name of the score.
 
     Returns:
         One row for each step that was trained and direction: "growth", the increase of positive mass minus that of
-        negative mass per unit and position; "change" of the score; "trained", whether the step trained the direction.
+        negative mass per unit and position; "change" of BLEU; "trained", whether the step trained the direction.
     """
     found: dict[tuple, dict[str, Any]] = {}
     for steps in _runs(rows, orders):
@@ -154,7 +151,7 @@ def growth_and_change(rows: Rows, orders: Sequence[str], score: str = "bleu") ->
                 found[row["order"], row["seed"], pair] = {
                     **{name: row[name] for name in ("order", "seed", "direction")},
                     "growth": growth,
-                    "change": row[score] - old[score],
+                    "change": row["bleu"] - old["bleu"],
                     "trained": row["order"].split("/")[-1] == pair,
                 }
     return list(found.values())

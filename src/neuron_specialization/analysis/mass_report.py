@@ -11,6 +11,8 @@ from .mass_activation import MassActivation
 from .mass_comparison import MassChange, compare_mass
 from .mass_plots import plot_alive, plot_change, plot_mass, plot_top_tokens, short_name
 
+_UNITS = 3  # of the last layer, those with most credit after the last step, whose top tokens are drawn
+
 
 def change_table(masses: Mapping[str, MassActivation], name: str) -> list[dict[str, Any]]:
     """Return one row for each step after the first and layer: what changed in its units since the step before.
@@ -40,11 +42,7 @@ def _summary(change: MassChange) -> dict[str, float]:
 
 
 def draw_steps(
-    masses: Mapping[str, MassActivation],
-    name: str,
-    token: Callable[[int], str],
-    directory: str | Path,
-    units: int = 3,
+    masses: Mapping[str, MassActivation], name: str, token: Callable[[int], str], directory: str | Path
 ) -> list[Path]:
     """Draw the units of the last step, which are alive after each step, and what the last step changed.
 
@@ -53,7 +51,6 @@ def draw_steps(
         name: set of text.
         token: id → text of a token.
         directory: where the figures go.
-        units: of the last layer, those with most credit after the last step, whose top tokens are drawn.
     """
     directory = Path(directory)
     *_, before, after = masses.values()
@@ -72,7 +69,7 @@ def draw_steps(
     }
     changes = {layer: compare_mass(before, after, name, layer) for layer in layers}
     last = layers[-1]
-    most = after.credit[last][after.names.index(name)].topk(units).indices.tolist()
+    most = after.credit[last][after.names.index(name)].topk(_UNITS).indices.tolist()
     tokens = {f"neuron {unit}": (named(before, unit), named(after, unit)) for unit in most}
     return [
         plot_mass(after, name, directory / "mass.svg"),

@@ -16,6 +16,7 @@ from ..neurons.language_pairs import split_pair
 from ..neurons.masks import NeuronMasks
 
 FEWEST_LANGUAGES = 7  # six have 720 orders, too few for a p-value that survives a correction over layers
+_ROUNDING = 1e-8  # of the length of ranks: what is left of them below this is error of the arithmetic
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,8 @@ def mantel(
 
     Returns:
         "rho": Spearman's correlation over pairs of languages, negative where close languages overlap more; "p":
-        two-sided, None below 7 languages.
+        two-sided, None below 7 languages. Both are None where nothing is left to correlate: one side has a single
+        value, or the controlled distances explain all of its ranks.
 
     Raises:
         ValueError: if the matrices differ in size, or there are fewer than 3 languages.
@@ -117,7 +119,8 @@ def mantel(
     ranks += ranks.T
 
     def residual(values: np.ndarray) -> np.ndarray:
-        return values - basis @ (solve @ values)
+        left = values - basis @ (solve @ values)
+        return left if np.linalg.norm(left) > _ROUNDING * np.linalg.norm(values) else np.zeros_like(left)
 
     target = residual(rankdata(distances[pairs]))
 
@@ -125,8 +128,10 @@ def mantel(
         order = order.astype(int)
         values = residual(ranks[np.ix_(order, order)][pairs])
         scale = np.linalg.norm(values) * np.linalg.norm(target)
-        return float(values @ target / scale) if scale > 1e-12 else 0.0
+        return float(values @ target / scale) if scale else 0.0
 
+    if not (target.any() and residual(ranks[pairs]).any()):
+        return {"rho": None, "p": None}
     if n < FEWEST_LANGUAGES:
         return {"rho": correlation(np.arange(n)), "p": None}
     result = permutation_test(
@@ -156,7 +161,7 @@ def overlap_rows(
 ) -> list[dict[str, Any]]:
     """Return one row per block: mean IoU, within and across families, and the Mantel tests, corrected over layers.
 
-    None stands for a mean of no pair, and for p where there are too few languages.
+    None stands for a mean of no pair, and for what `mantel` cannot tell.
 
     Args:
         overlap: of one stack.

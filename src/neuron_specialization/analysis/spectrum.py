@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..neurons.base_model import unwrap
+from ..neurons.base_model import device_of, unwrap
 
 _PROBE = 3  # tokens of the sequence that shows which matrix reads which norm
 _SMALLEST_GAIN = 1e-9  # of the largest
@@ -137,7 +137,7 @@ def _gains(base: Any) -> dict[nn.Module, torch.Tensor]:
     norms = [m for m in base.modules() if "Norm" in type(m).__name__ and getattr(m, "weight", None) is not None]
     handles = [norm.register_forward_hook(remember) for norm in norms]
     handles += [m.register_forward_pre_hook(look_up) for m in base.modules() if isinstance(m, nn.Linear)]
-    tokens = torch.full((1, _PROBE), 1, device=next(base.parameters()).device)
+    tokens = torch.full((1, _PROBE), 1, device=device_of(base))
     training = base.training
     try:
         with torch.no_grad():

@@ -28,7 +28,7 @@ from ..translation.noise import NoiseArguments, noisy_characters, substitute_wor
 from ..translation.processes import this_process
 from ..translation.recording import corpus_batches, vocabulary_digest
 from ..translation.results import write_results
-from ..translation.runs import configuration, digest, load_trained
+from ..translation.runs import configuration, load_trained, tensor_digest
 from ..translation.trainer import SpecializationTrainingArguments, check_max_steps, check_one_gpu
 from ..translation.training import fit
 from .folders import remove_checkpoints
@@ -277,7 +277,7 @@ class SequentialTransfer:
         """Return what every stage depends on: name → value that JSON can hold."""
         free = ("orders", "compare", "seeds")  # more of these may be run later
         return {
-            "model": digest(self.model.state_dict().items()) if self.pretrained else configuration(self.model),
+            "model": tensor_digest(self.model.state_dict().items()) if self.pretrained else configuration(self.model),
             "language_pairs": self.language_pairs,
             "sentences": {split: [len(rows) for rows in of.values()] for split, of in self.data.items()},
             "copied sentences": [len(rows) for rows in self.copying["train"].values()],

@@ -25,7 +25,7 @@ from ..neurons.training_facts import training_facts
 from ..translation.encoding import text_digest
 from ..translation.evaluation import check_lengths, check_scorers
 from ..translation.results import write_results
-from ..translation.runs import RUN_FILE, configuration, digest, load_trained
+from ..translation.runs import RUN_FILE, configuration, load_trained, tensor_digest
 from . import lass
 from .folders import identification_seconds, remove_checkpoints
 from .methods import EQUAL_SECONDS, IDENTIFIED_BY, MethodArguments
@@ -104,7 +104,7 @@ class Comparison(Models):
     def _check_settings(self) -> None:
         """Record what every stage depends on; raise if the directory holds stages that depend on something else."""
         settings = {
-            "baseline": digest(self.baseline.state_dict().items()),
+            "baseline": tensor_digest(self.baseline.state_dict().items()),
             "configuration": configuration(self.baseline),
             "language_pairs": self.language_pairs,
             "sentences": {split: [len(rows) for rows in of.values()] for split, of in self.data.items()},

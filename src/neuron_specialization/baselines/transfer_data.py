@@ -15,7 +15,7 @@ from ..translation.trainer import SpecializationTrainingArguments
 from .sequential import SETTINGS, SequentialTransfer
 from .transfer_plan import SequentialArguments, StartArguments
 
-Corpus = Mapping[str, Dataset]
+ParallelText = Mapping[str, Dataset]
 # what every recipe about sequential transfer takes, in the order of `load_transfer`
 TRANSFER_ARGUMENTS = (
     *(SequentialArguments, NoiseArguments, StartArguments, DataArguments),
@@ -33,7 +33,7 @@ def settings_of(*arguments: Any) -> dict[str, dict[str, Any]]:
 
 
 def check_against_all(
-    train: Corpus, held_out: list[Corpus], drop: bool = False
+    train: ParallelText, held_out: list[ParallelText], drop: bool = False
 ) -> tuple[dict[str, Dataset], dict[str, DataCheck]]:
     """Check each pair's training data against the held-out data of all pairs; see `check_parallel`.
 
@@ -43,7 +43,9 @@ def check_against_all(
     return check_parallel(train, everywhere, drop)
 
 
-def sentences_to_copy(train: Corpus, held_out: list[Corpus], word_dropout: float = 0.0) -> dict[str, Dataset]:
+def sentences_to_copy(
+    train: ParallelText, held_out: list[ParallelText], word_dropout: float = 0.0
+) -> dict[str, Dataset]:
     """Return monolingual pairs, such as "en-en": all source sentences, each once, with themselves as target.
 
     Args:
@@ -81,7 +83,7 @@ def load_transfer(
     Returns:
         The transfer, in the output directory of `training`, and the rows of the data check's table.
     """
-    held_out: list[Corpus] = [data.load("validation"), data.load("test")]
+    held_out: list[ParallelText] = [data.load("validation"), data.load("test")]
     train, checks = check_against_all(data.load("train"), held_out, data.drop_faulty)
     copying = {
         "train": sentences_to_copy(train, held_out, plan.word_dropout),

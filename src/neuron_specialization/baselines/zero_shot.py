@@ -19,7 +19,7 @@ from ..translation.arguments import DataArguments, as_mapping
 from ..translation.evaluation import SCORES, check_lengths, check_scorers, evaluate, score
 from ..translation.off_target import identified, language_identifier, off_target_rate
 from ..translation.results import write_results
-from ..translation.text_files import digest
+from ..translation.text_files import line_digest
 from ..translation.token_loss import token_losses
 from ..translation.translate import translate
 from .stages import PART, Comparison
@@ -86,11 +86,11 @@ class ZeroShot:
         if not list(directory.glob(f"**/{PART}")):
             return
         found = _read(directory)
-        stage = digest([part.read_text() for part in sorted(directory.glob(f"**/{PART}"))])
+        stage = line_digest([part.read_text() for part in sorted(directory.glob(f"**/{PART}"))])
         todo = []
         for route in (DIRECT, PIVOT) if method in self.args.pivoted else (DIRECT,):
             for pair, rows in self.data.items():
-                made_from = [stage, self.comparison.stage.num_beams, digest([*rows["source"], *rows["target"]])]
+                made_from = [stage, self.comparison.stage.num_beams, line_digest([*rows["source"], *rows["target"]])]
                 made_from += [self.args.identifier_codes] if self.args.identifier_codes else []
                 if found.get(route, {}).get(pair, {}).get("made_from") != made_from:
                     todo.append((route, pair, made_from))
@@ -128,7 +128,7 @@ class ZeroShot:
             "long_sentences": "truncate",  # a translation into the pivot can be longer than any sentence
             **comparison.convention(),
         }
-        key = digest([source, *rows["source"]])
+        key = line_digest([source, *rows["source"]])
         if key not in through:
             into = f"{source}-{comparison.pivot}"
             through[key] = translate(model, comparison.tokenizer, rows["source"], into, **options)

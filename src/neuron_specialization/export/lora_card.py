@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from ..neurons.adapter_file import CONFIG_NAME
 from ..neurons.card import is_edited, marked
 from ..neurons.card_sections import CardFacts, base_on_hub, evaluation, example, front_matter, versions
-from ..neurons.files import CARD_NAME
+from ..neurons.files import CARD_NAME, replacing
 from ..neurons.training_facts import reading_json
 
 TEMPLATE = Path(__file__).with_name("lora_card.md.jinja")
@@ -48,7 +48,8 @@ def describe_lora(
         return False
     with reading_json(Path(directory) / CONFIG_NAME, "the config of a LoRA adapter") as config:
         text = _render(config, facts, _base(config, Path(directory)))
-    path.write_text(text, encoding="utf-8")
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
     return True
 
 

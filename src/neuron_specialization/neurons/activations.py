@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .base_model import device_of, unwrap
+from .base_model import device_of, moved, unwrap
 from .ffn import STACKS, find_ffn_blocks, fingerprint, same_weights, sample_weights
 from .language_pairs import check_pairs, check_source_tag, shorten
 from .observation import is_distributed, observed, recording_bar, sum_over_processes
@@ -90,6 +90,11 @@ class ActivationCounts:
             tokens={stack: total(self.tokens[stack], other.tokens[stack]) for stack in self.tokens},
             language_token_ids=ids or None,
         )
+
+    def rates(self, block: str) -> torch.Tensor:
+        """Return the share of positions at which each neuron of a block was active: float64 [pairs, d_ff]."""
+        tokens = self.tokens[self.stacks[block]].clamp_min(1)
+        return self.counts[block].double() / tokens.unsqueeze(1)
 
     def merge(self, *others: "ActivationCounts") -> "ActivationCounts":
         """Add the counts of several recordings, for example of the shards of one corpus."""
@@ -211,7 +216,7 @@ def each_batch(
             bar.set_postfix_str(pair, refresh=False)
             seen = 0
             for batch in batches[pair]:
-                yield index, {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+                yield index, moved(batch, device)
                 bar.update()
                 seen += 1
             if not seen and not is_distributed():  # other processes may hold this pair's batches

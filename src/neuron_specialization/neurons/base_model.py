@@ -1,5 +1,6 @@
 """The transformers model inside its wrappers, and properties of its architecture."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -37,6 +38,11 @@ def device_of(module: nn.Module) -> torch.device:
     """
     weight = next(module.parameters(), None)
     return torch.device("cpu") if weight is None or weight.is_meta else weight.device
+
+
+def moved(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return a batch with its tensors on a device; whatever else it holds stays as it is."""
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
 
 
 def build_on_meta(model: nn.Module) -> Any:

@@ -64,7 +64,11 @@ def combined(a: "NeuronMasks", b: "NeuronMasks", how: str) -> "NeuronMasks":
 
 
 def joined(a: "NeuronMasks", b: "NeuronMasks") -> "NeuronMasks":
-    """Return `NeuronMasks` with the rows and pairs of both; see `NeuronMasks.concatenate`."""
+    """Return `NeuronMasks` with the rows and pairs of both; see `NeuronMasks.concatenate`.
+
+    Raises:
+        ValueError: if the models or their tags differ, or a row or pair of both is not the same in both.
+    """
     check_same_base(a, b)
     if a.routes.source_tag != b.routes.source_tag:
         raise ValueError(

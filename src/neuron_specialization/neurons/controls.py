@@ -109,7 +109,7 @@ class Pooled:
         groups = [self._group(pair) for pair in pairs]
         rows = {}
         for name, count in counts.counts.items():
-            rates = activation_rates(counts, name)
+            rates = counts.rates(name)
             rows[name] = torch.zeros_like(count, dtype=torch.bool)
             for group in set(groups):
                 members = [i for i, other in enumerate(groups) if other == group]
@@ -128,12 +128,6 @@ class Pooled:
         if self.pivot not in (source, target):
             raise ValueError(f"{pair} neither leaves nor enters the pivot {self.pivot!r}, so it is in no group.")
         return "out" if source == self.pivot else "into"
-
-
-def activation_rates(counts: ActivationCounts, block: str) -> torch.Tensor:
-    """Return the share of positions at which each neuron of a block was active: float64 [pairs, d_ff]."""
-    tokens = counts.tokens[counts.stacks[block]].clamp_min(1)
-    return counts.counts[block].double() / tokens.unsqueeze(1)
 
 
 def _describe(selector: Any, **settings: Any) -> dict[str, Any]:

@@ -54,6 +54,9 @@ def begin_writing(target: Path) -> Path:
 
     The folder holds nothing but the cards in `target`, if there are any (of an adapter with a name, one is in the
     folder of that name): who writes cards keeps what its user edited.
+
+    Raises:
+        ValueError: if `target` is a file.
     """
     if target.is_file():
         raise ValueError(f"{target} is a file; expected the path of a directory to write.")
@@ -97,11 +100,12 @@ def finish_writing(target: Path, overwrite: bool = False) -> None:
 def replacing(path: str | PathLike[str]) -> Iterator[Path]:
     """Write one file whole: yield the path of a file beside it, which takes its place when the body is done.
 
-    The directory is created if missing. If the body raises, nothing changes.
+    The directory is created if missing. If the body raises, nothing changes. Of several processes that write one file
+    at a time, the last to be done has its way.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.partial")
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     try:
         yield partial
         os.replace(partial, target)

@@ -28,7 +28,11 @@ def split_pair(pair: str) -> tuple[str, str]:
 
 
 def check_pairs(pairs: Iterable[str]) -> list[str]:
-    """Return `pairs` as a list after checking that each is well formed and none occurs twice."""
+    """Return `pairs` as a list after checking that each is well formed and none occurs twice.
+
+    Raises:
+        ValueError: naming one that is not well formed, or those that are repeated.
+    """
     names = list(pairs)
     for name in names:
         if name != DEFAULT_PAIR:

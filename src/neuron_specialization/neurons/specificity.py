@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 
 from .activations import ActivationCounts
-from .controls import activation_rates
 from .masks import NeuronMasks
 from .selection import check_share, exact_share, per_pair_masks, smallest_prefix
 
@@ -36,7 +35,7 @@ class GeneralSpecific:
         """Return one row per pair and stack."""
         rows = {}
         for name in counts.counts:
-            rates = activation_rates(counts, name)
+            rates = counts.rates(name)
             order = rates.sum(0).argsort(descending=True, stable=True)
             general = torch.zeros(rates.shape[1], dtype=torch.bool)
             general[order[: math.ceil(exact_share(self.rho) * rates.shape[1])]] = True
@@ -68,7 +67,7 @@ class Specificity:
         """Return one row per pair and stack."""
         rows = {}
         for name, count in counts.counts.items():
-            rates = activation_rates(counts, name)
+            rates = counts.rates(name)
             relative = rates / rates.mean(0).clamp_min(torch.finfo(torch.float64).tiny)
             # counts instead of rates: the rule does not depend on a pair's scale, and with gamma=0 sums stay exact
             rows[name] = smallest_prefix(count.double() * relative**self.gamma, self.k)

@@ -21,6 +21,9 @@ def stability(parts: Sequence[ActivationCounts], selector: Selector) -> dict[str
         "halves": pair → IoU of the two halves' masks, averaged over blocks; "growing": a list of {"share": of the
         sample, "iou": pair → IoU with the full mask}; "unstable": pairs one of whose halves has an IoU below 0.9 with
         the full mask.
+
+    Raises:
+        ValueError: if there are fewer than two parts.
     """
     if len(parts) < 2:
         raise ValueError(f"Stability compares parts of a sample; got {len(parts)}, need two or more.")

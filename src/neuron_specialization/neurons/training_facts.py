@@ -20,7 +20,15 @@ _VALIDATION = {
 
 @contextmanager
 def reading_json(path: str | PathLike[str], what: str) -> Iterator[Any]:
-    """Yield what a JSON file holds; whatever its reader then misses is an error that names the file."""
+    """Yield what a JSON file holds, for its reader to look into within the `with`.
+
+    Args:
+        path: the file.
+        what: what it is to be, for the message.
+
+    Raises:
+        ValueError: naming the file, if it cannot be read or the reader misses something in it.
+    """
     try:
         yield json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:

@@ -131,9 +131,18 @@ class DataArguments:
 
 
 def as_mapping(words: Sequence[str]) -> dict[str, str]:
-    """Return `["de=deu_Latn"]` as `{"de": "deu_Latn"}`."""
+    """Return `["de=deu_Latn"]` as `{"de": "deu_Latn"}`.
+
+    Raises:
+        ValueError: if a word is not of this form, or two give one name.
+    """
     pairs = [word.split("=", 1) for word in words]
     wrong = [word for word, pair in zip(words, pairs, strict=True) if len(pair) != 2]
     if wrong:
         raise ValueError(f"Expected name=value, such as de=deu_Latn, got {' '.join(wrong)}.")
-    return {code: value for code, value in pairs}
+    found: dict[str, str] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name} is named twice in {' '.join(words)}.")
+        found[name] = value
+    return found

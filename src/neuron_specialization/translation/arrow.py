@@ -11,20 +11,20 @@ BATCH = 65_536
 _MAX_SPREAD = 16  # a batch whose rows lie further apart is left to datasets: slow, but in bounded memory
 
 
-def arrow_batches(rows: Dataset, columns: list[str], size: int = BATCH) -> Iterator[pa.RecordBatch]:
-    """Yield columns in batches of `size` rows, the last one shorter; how the data is chunked makes no difference.
+def arrow_batches(rows: Dataset, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """Yield columns in batches of BATCH rows, the last one shorter; how the data is chunked makes no difference.
 
     datasets gathers the rows of a selection one by one, 20 times slower than Arrow.
     """
     rows = rows.select_columns(columns).with_format("arrow")
     selected = rows._indices
-    for start in range(0, len(rows), size):
-        stop = min(start + size, len(rows))
+    for start in range(0, len(rows), BATCH):
+        stop = min(start + BATCH, len(rows))
         batch = None
         if selected is not None:
             at = selected.column(0).slice(start, stop - start).to_numpy()
             first, past = int(at.min()), int(at.max()) + 1
-            if past - first <= _MAX_SPREAD * size:
+            if past - first <= _MAX_SPREAD * BATCH:
                 batch = rows.data.table.slice(first, past - first).take(pa.array(at - first))
         batch = rows[start:stop] if batch is None else batch
         yield batch.combine_chunks().to_batches()[0]

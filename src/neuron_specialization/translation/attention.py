@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from ..adapter.routing import is_routed
-from ..neurons.base_model import unwrap
+from ..adapter.routing import pair_argument
+from ..neurons.base_model import device_of, moved, unwrap
 from .batching import TranslationCollator
 from .tokenization import encode, resolve_tokens
 
@@ -48,16 +48,14 @@ def cross_attention(
     tokens = resolve_tokens(tokenizer, [pair], language_tokens)
     encoded = encode(tokenizer, pair, [source], [target], tokens, source_tag)
     batch = TranslationCollator(tokenizer, model)([{name: rows[0] for name, rows in encoded.items()}])
-    route = {"language_pairs": [pair]} if is_routed(model) else {}
+    batch = moved(batch, device_of(model))
     base = unwrap(model)
     before, training = base.config._attn_implementation, model.training
     base.set_attn_implementation("eager")  # the others do not return weights
     model.eval()
     try:
         with torch.no_grad():
-            device = next(base.parameters()).device
-            moved = {name: tensor.to(device) for name, tensor in batch.items()}
-            weights = model(**moved, **route, output_attentions=True).cross_attentions[-1]
+            weights = model(**batch, **pair_argument(model, pair), output_attentions=True).cross_attentions[-1]
     finally:
         base.set_attn_implementation(before)
         model.train(training)

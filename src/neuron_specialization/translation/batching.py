@@ -1,6 +1,6 @@
 """Batches of one direction each, drawn with temperature or one after another; and their tensors."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -104,6 +104,11 @@ def _count() -> Iterator[int]:
         epoch += 1
 
 
+def pad_rows(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
+    """Return rows of different lengths as one tensor, int64 [rows, longest], filled up with a value."""
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, value)
+
+
 class TranslationCollator:
     """Pad encoded examples into a batch that always holds `decoder_input_ids`, whatever the model or loss needs.
 
@@ -120,19 +125,15 @@ class TranslationCollator:
         self.pair_ids = pair_ids
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        input_ids = self._pad([example["input_ids"] for example in examples], self.pad_token_id)
-        labels = self._pad([example["labels"] for example in examples], IGNORED)
+        input_ids = pad_rows([example["input_ids"] for example in examples], self.pad_token_id)
+        labels = pad_rows([example["labels"] for example in examples], IGNORED)
         batch = {
             "input_ids": input_ids,
             # by length: in some tokenizers padding is also the end of sentences, or the unknown token
-            "attention_mask": self._pad([[1] * len(example["input_ids"]) for example in examples], 0),
+            "attention_mask": pad_rows([[1] * len(example["input_ids"]) for example in examples], 0),
             "labels": labels,
             "decoder_input_ids": self.shift_right(labels),
         }
         if self.pair_ids is not None:
             batch["language_pairs"] = self.pair_ids[[example["language_pair"] for example in examples]]
         return batch
-
-    @staticmethod
-    def _pad(rows: list[list[int]], value: int) -> torch.Tensor:
-        return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, value)

@@ -23,6 +23,7 @@ from ..neurons.adapter_file import CONFIG_NAME, fetch, read_config_file
 from ..neurons.files import complete_writing
 from ..neurons.language_pairs import split_pair
 from .arguments import ShapeArguments
+from .messages import in_one_line
 from .tokenization import train_tokenizer
 
 # what reading a missing, foreign or cut-off file raises: safetensors, pickled weights, weights of other shapes
@@ -60,13 +61,17 @@ def load_checkpoint(location: str, dtype: str = "auto") -> tuple[Any, Any]:
     except _DAMAGES as error:
         raise ValueError(
             f"Cannot load {location!r} as a seq2seq checkpoint: expected a directory or Hub id of an encoder-decoder "
-            f"model with its tokenizer ({_in_a_line(error)})."
+            f"model with its tokenizer ({in_one_line(error)})."
         ) from error
     return model, tokenizer
 
 
 def load_adapted(location: str, adapter: str | None) -> tuple[Any, Any]:
-    """Load a checkpoint, and an adapter onto it where one is named."""
+    """Load a checkpoint, and an adapter onto it where one is named.
+
+    Raises:
+        ValueError: if there is no such checkpoint or adapter, or the two do not fit (see `load_checkpoint`).
+    """
     model, tokenizer = load_checkpoint(location)
     if adapter is not None:
         if not Path(adapter).is_dir() and Path(adapter).exists():
@@ -75,7 +80,7 @@ def load_adapted(location: str, adapter: str | None) -> tuple[Any, Any]:
             read_config_file(fetch(adapter, CONFIG_NAME))  # PEFT does not say which file is damaged, or how
             model = PeftModel.from_pretrained(model, adapter)
         except _DAMAGES as error:
-            raise ValueError(f"Cannot load the adapter {adapter!r}: {_in_a_line(error)}") from error
+            raise ValueError(f"Cannot load the adapter {adapter!r}: {in_one_line(error)}") from error
     return model, tokenizer
 
 
@@ -199,8 +204,3 @@ def new_checkpoint(
     tokenizer = train_tokenizer(text, tags, shape.vocab_size, max_length, mask_token)
     sizes = (shape.layers, shape.d_model, shape.d_ff, shape.heads, shape.dropout)
     return new_model(tokenizer, *sizes, max_length, shape.activation, shape.tie_embeddings), tokenizer
-
-
-def _in_a_line(error: Exception) -> str:
-    """Return what an error says without the line breaks that libraries put in: recipes print one line."""
-    return " ".join(str(error).split())

@@ -19,6 +19,7 @@ from accelerate.utils import get_int_from_env
 from torch.distributed import distributed_c10d
 from transformers import HfArgumentParser, TrainingArguments
 
+from .messages import in_one_line
 from .results import check_results
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -157,7 +158,7 @@ class _Parser(HfArgumentParser):
         try:
             values = yaml.safe_load(path.read_text()) or {}
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not a YAML file: {' '.join(str(error).split())}.") from error
+            raise ValueError(f"{path} is not a YAML file: {in_one_line(error)}.") from error
         if not isinstance(values, dict):
             raise ValueError(f"Expected lines such as `language_pairs: [en-de]` in {path}, got {values!r}.")
         words: list[str] = []

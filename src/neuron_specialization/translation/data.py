@@ -5,6 +5,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 
 import numpy as np
 import pyarrow as pa
@@ -115,19 +116,19 @@ def load_multiparallel(
     found: list[tuple[str, ...]] = []
     seen: list[set[str]] = [set() for _ in names]
     counts = Counter(rows=0, incomplete=0, repeated=0)
-    for batch in arrow_batches(rows, names):
-        for texts in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-            if max_sentences is not None and len(found) == max_sentences:
-                break
-            counts["rows"] += 1
-            if not all(text and text.strip() for text in texts):
-                counts["incomplete"] += 1
-            elif any(text in before for text, before in zip(texts, seen, strict=True)):
-                counts["repeated"] += 1
-            else:
-                found.append(texts)
-                for text, before in zip(texts, seen, strict=True):
-                    before.add(text)
+    batches = ([column.to_pylist() for column in batch.columns] for batch in arrow_batches(rows, names))
+    for texts in chain.from_iterable(zip(*columns_of, strict=True) for columns_of in batches):
+        if len(found) == max_sentences:
+            break
+        counts["rows"] += 1
+        if not all(text and text.strip() for text in texts):
+            counts["incomplete"] += 1
+        elif any(text in before for text, before in zip(texts, seen, strict=True)):
+            counts["repeated"] += 1
+        else:
+            found.append(texts)
+            for text, before in zip(texts, seen, strict=True):
+                before.add(text)
     if len(found) < _FEWEST_PARALLEL:
         raise ValueError(
             f"{path} has {len(found)} rows with text of their own in every one of {', '.join(names)}, of "

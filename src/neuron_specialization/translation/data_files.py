@@ -16,6 +16,7 @@ import datasets
 from datasets import Dataset, Features, Value, get_dataset_config_names, load_dataset
 
 from ..neurons.language_pairs import shorten
+from .messages import in_one_line
 
 _READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
 FORMATS = ", ".join(_READERS)
@@ -94,7 +95,7 @@ def read_from_hub(path: str, split: str | None = None) -> Dataset:
             raise ValueError(f"Name a configuration of {name}, such as {name}:{known[0]}; it has {listed}.") from error
         raise ValueError(
             f"Cannot load {path!r}: expected a file ending in {FORMATS} or the name of a dataset on the Hub "
-            f"({type(error).__name__}: {' '.join(str(error).split())})."
+            f"({type(error).__name__}: {in_one_line(error)})."
         ) from error
 
 
@@ -213,4 +214,4 @@ def _readable(path: str) -> Iterator[None]:
         yield
     except Exception as error:
         cause = error.__cause__ or error  # datasets hides it behind "an error occurred"
-        raise ValueError(f"Cannot read {path}: {' '.join(str(cause).split())}") from error
+        raise ValueError(f"Cannot read {path}: {in_one_line(cause)}") from error

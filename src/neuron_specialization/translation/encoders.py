@@ -17,6 +17,8 @@ from .processes import this_process
 from .tokenization import language_tags
 from .understanding import Examples
 
+_CACHED_TOGETHER = 64  # texts whose states are computed in one batch
+
 
 def check_has_encoder(location: str) -> None:
     """Refuse a checkpoint without encoder, before anything of it but its configuration is loaded.
@@ -204,14 +206,12 @@ def unit_states(
     return total if pooling == "sum" else total / kept.sum(1, keepdim=True)
 
 
-def cache_states(
-    encoder: Any, rows: Sequence[Mapping[str, Any]], pooling: str, batch_size: int = 64
-) -> list[dict[str, Any]]:
+def cache_states(encoder: Any, rows: Sequence[Mapping[str, Any]], pooling: str) -> list[dict[str, Any]]:
     """Return rows with "states" [units, d_model] on the CPU instead of tokens, computed once for all heads."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
     cached: dict[int, dict[str, Any]] = {}
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    for start in range(0, len(order), _CACHED_TOGETHER):
+        chosen = order[start : start + _CACHED_TOGETHER]
         batch = {k: v.to(encoder.device) for k, v in collate([rows[i] for i in chosen]).items() if k != "labels"}
         with torch.no_grad():
             states = unit_states(encoder, **batch, pooling=pooling).float().cpu()

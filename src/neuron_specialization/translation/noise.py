@@ -9,8 +9,8 @@ import torch
 from datasets import Dataset
 from torch.nn import functional as F
 
-from ..adapter.routing import is_routed
-from ..neurons.base_model import unwrap
+from ..adapter.routing import pair_argument
+from ..neurons.base_model import device_of, moved, unwrap
 from .batching import TranslationCollator
 from .tokenization import encode, resolve_tokens
 
@@ -59,7 +59,7 @@ def _noisy(sentence: str, noise: NoiseArguments, draw: np.random.Generator) -> s
     return "".join(result) or sentence
 
 
-def drop_words(sentences: Sequence[str], rate: float, seed: int = 0) -> list[str]:
+def drop_words(sentences: Sequence[str], rate: float) -> list[str]:
     """Return sentences without a share of their words, drawn at random; at least one word stays.
 
     Raises:
@@ -69,7 +69,7 @@ def drop_words(sentences: Sequence[str], rate: float, seed: int = 0) -> list[str
         raise ValueError(f"The rate of dropped words is a share in [0, 1), got {rate!r}.")
     kept = []
     for i, words in enumerate(map(str.split, sentences)):
-        draws = np.random.default_rng([seed, i]).random(len(words))
+        draws = np.random.default_rng([0, i]).random(len(words))
         least = min(rate, draws.max(initial=0))
         kept.append(" ".join(word for word, drawn in zip(words, draws, strict=True) if drawn >= least))
     return kept
@@ -126,23 +126,25 @@ def substitute_words(
     text = {word.token: sentences[i].split()[word.place] for i, found in enumerate(words) for word in found}
     embedding = unwrap(model).get_encoder().get_input_embeddings()
     nearest = _nearest(embedding, sorted(text), neighbors)
-    collate, device = TranslationCollator(tokenizer, model), next(model.parameters()).device
-    route = {"language_pairs": [pair]} if is_routed(model) else {}
+    collate, device = TranslationCollator(tokenizer, model), device_of(model)
+    route = pair_argument(model, pair)
     training = model.training
     model.eval()
     result = []
-    for start in range(0, len(sentences), batch_size):
-        several = range(start, min(start + batch_size, len(sentences)))
-        batch = collate([{name: encoded[name][i] for name in ("input_ids", "labels")} for i in several])
-        gradients, vectors = _gradients(model, embedding, {k: v.to(device) for k, v in batch.items()}, route)
-        for row, i in enumerate(several):
-            count = max(1, round(rate * len(sentences[i].split())))
-            chosen = _best(words[i], gradients[row], vectors[row], embedding, nearest)[:count]
-            split = sentences[i].split()
-            for place, token in chosen:
-                split[place] = text[token]
-            result.append(" ".join(split))
-    model.train(training)
+    try:
+        for start in range(0, len(sentences), batch_size):
+            several = range(start, min(start + batch_size, len(sentences)))
+            batch = collate([{name: encoded[name][i] for name in ("input_ids", "labels")} for i in several])
+            gradients, vectors = _gradients(model, embedding, moved(batch, device), route)
+            for row, i in enumerate(several):
+                count = max(1, round(rate * len(sentences[i].split())))
+                chosen = _best(words[i], gradients[row], vectors[row], embedding, nearest)[:count]
+                split = sentences[i].split()
+                for place, token in chosen:
+                    split[place] = text[token]
+                result.append(" ".join(split))
+    finally:
+        model.train(training)
     return result
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from ..neurons.base_model import number_of_positions
+from .batching import pad_rows
 from .checkpoints import load_checkpoint, untrained_model
 from .encoders import encode_sentences, language_tag
 from .processes import this_process
@@ -152,10 +152,7 @@ def token_states(
 def _run(encoder: Any, rows: Sequence[Mapping[str, Any]]) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Return states per layer [batch, length, d], and which tokens are the sentences' own [batch, length]."""
     lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-    ids, content = (
-        pad_sequence([torch.tensor(row[name]) for row in rows], batch_first=True).to(encoder.device)
-        for name in ("input_ids", "content")
-    )
+    ids, content = (pad_rows([row[name] for row in rows], 0).to(encoder.device) for name in ("input_ids", "content"))
     mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long().to(encoder.device)
     with torch.no_grad():
         output = encoder(input_ids=ids, attention_mask=mask, output_hidden_states=True)

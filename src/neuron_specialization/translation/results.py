@@ -4,7 +4,7 @@ import importlib.metadata
 import json
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,15 @@ _TRAINING_COLUMNS = (
 )  # fmt: skip
 
 
-def table(rows: Sequence[Mapping[str, Any]], decimals: int = 2) -> str:
-    """Return rows (column → value) as a Markdown table, losses and p-values with four decimals, others with fewer."""
+def table(rows: Sequence[Mapping[str, Any]], decimals: int = 2, without: Collection[str] = ()) -> str:
+    """Return rows (column → value) as a Markdown table, losses and p-values with four decimals, others with fewer.
+
+    Args:
+        rows: need not have the same columns.
+        decimals: of numbers other than losses and p-values.
+        without: columns to leave out.
+    """
+    rows = [{column: value for column, value in row.items() if column not in without} for row in rows]
     columns = dict.fromkeys(column for row in rows for column in row)
     in_full = {column for column in columns if "loss" in column or column in ("p", "p_adjusted")}
     formats = {column: f".{4 if column in in_full else decimals}f" for column in columns}
@@ -75,6 +82,18 @@ def write_results(directory: str | Path, results: Mapping[str, Any], name: str =
     with replacing(path) as partial:
         partial.write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n")
     return path
+
+
+def has_scores(directory: str | Path, scored: Mapping[str, Any]) -> bool:
+    """Whether the results in a directory hold scores of what is scored now; old ones do not say what they are of.
+
+    Args:
+        directory: where `write_results` wrote.
+        scored: the test data and how it is scored, as "of" of the "scores" tells it.
+    """
+    path = Path(directory) / "results.json"
+    found = json.loads(path.read_text()).get("scores", {}) if path.is_file() else None
+    return found is not None and found.get("of", scored) == scored
 
 
 def report_training(

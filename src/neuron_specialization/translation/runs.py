@@ -144,8 +144,8 @@ def run_dependencies(
         found |= {f"adapter {name}: {k}": v for k, v in options.items() if k not in _FREE_ADAPTER_SETTINGS}
     tensors = unwrap(model).state_dict()
     masks = {name: tensor for name, tensor in tensors.items() if MASK in name}
-    found["masks"] = digest(masks.items())
-    found["model weights"] = digest((name, tensor) for name, tensor in tensors.items() if name not in masks)
+    found["masks"] = tensor_digest(masks.items())
+    found["model weights"] = tensor_digest((name, tensor) for name, tensor in tensors.items() if name not in masks)
     for name, rows in data.items():
         found[name] = f"{len(rows)} sentence pairs, digest {rows._fingerprint}"
     return found
@@ -160,7 +160,7 @@ def configuration(model: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if "version" not in name and name != "_name_or_path"}
 
 
-def digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+def tensor_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     """Return a digest of names, types, shapes and values, in 16 hexadecimal digits."""
     hashed = hashlib.sha256()
     for name, tensor in tensors:

@@ -67,7 +67,8 @@ def find_smallest_k(
     """Find the smallest k of GRID whose masks, without training, raise the loss by at most a share `tolerance`.
 
     The loss is the mean over directions of nats per target token (see `token_losses`). It is taken to fall as k grows,
-    so that the grid is bisected: the k found is within the tolerance, and the next smaller one, if any, is not.
+    so that the grid is bisected: the k found is within the tolerance, and the next smaller one, if any, is not. The
+    grid starts at 0.5: a k of 0.5 means "at most 0.5".
 
     Args:
         model: the model that the counts were recorded on, without adapters; it is left as it is.

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
+from ..neurons.files import replacing
 from .processes import on_main_process, this_process
 from .translate import translate
 
@@ -136,7 +137,8 @@ class LineWriter:
         if whole:
             self._check_same_work(made_of)
         self._file.truncate(whole)
-        self._about.write_text(json.dumps(made_of, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        with replacing(self._about) as partial:
+            partial.write_text(json.dumps(made_of, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         if done := text.count(b"\n"):
             print(f"{self._partial} holds {done} lines already; continuing after them", file=sys.stderr)
         return done
@@ -164,7 +166,7 @@ class LineWriter:
                 )
 
 
-def digest(lines: Sequence[str]) -> str:
+def line_digest(lines: Sequence[str]) -> str:
     """Return the SHA-256 of lines of text."""
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from ..adapter.routing import is_routed
-from ..neurons.base_model import device_of
+from ..adapter.routing import pair_argument
+from ..neurons.base_model import device_of, moved
 from ..neurons.language_pairs import split_pair
 from ..neurons.positions import IGNORED
 from .batching import TranslationCollator
@@ -50,12 +50,12 @@ def token_losses(
         for pair, rows in data.items():
             nats, count = 0.0, 0
             for batch in scored_batches(model, tokenizer, pair, rows, tokens, source_tag, batch_size, max_length):
-                moved = {name: t.to(device) if isinstance(t, torch.Tensor) else t for name, t in batch.items()}
+                here = moved(batch, device)
                 if first:
-                    head, first = find_linear_head(model, moved), False
-                labels = moved.pop("labels")
+                    head, first = find_linear_head(model, here), False
+                labels = here.pop("labels")
                 with torch.no_grad(), head.computes_loss(labels, 0.0) if head else nullcontext():
-                    logits = model(**moved).logits
+                    logits = model(**here).logits
                     found = logits if head else logits_cross_entropy(logits.flatten(0, 1), labels.flatten(), 0.0)
                 nats += found.item()
                 count += int(labels.ne(IGNORED).sum())
@@ -97,7 +97,7 @@ def scored_batches(
         for source, target in zip(encoded["input_ids"], encoded["labels"], strict=True)
     ]
     examples.sort(key=lambda e: len(e["input_ids"]) + len(e["labels"]))
-    route = {"language_pairs": [pair]} if is_routed(model) else {}
+    route = pair_argument(model, pair)
     tag = tokenizer.convert_tokens_to_ids(tokens[split_pair(pair)[1]])
     for start in range(0, len(examples), batch_size):
         batch = collate(examples[start : start + batch_size])

@@ -82,7 +82,11 @@ def _tokenize(
 
 @contextmanager
 def language_tags(tokenizer: Any, source: str, target: str) -> Iterator[None]:
-    """Set the language tokens that a tokenizer adds to sources and targets, then restore the previous ones."""
+    """Set the language tokens that a tokenizer adds to sources and targets, then restore the previous ones.
+
+    Raises:
+        ValueError: if the tokenizer adds none.
+    """
     if not hasattr(tokenizer, "src_lang"):
         raise ValueError(
             f"A {type(tokenizer).__name__} adds no language tags (it has no src_lang). If the model expects the "
