@@ -28,7 +28,7 @@ def headroom(rows: Rows) -> dict[str, Any]:
             chrf = paired_differences(rows, name, REFERENCE, "chrf++")[0].mean()
             both = [row for row in rows if row["direction"] in directions]  # an unfinished ceiling has some only
             share = -differences.mean() / spread(both, REFERENCE, "loss")[0]
-            line = {"ceiling": name, "directions": f"{len(directions)}/{len(trained)}"}
+            line: dict[str, Any] = {"ceiling": name, "directions": f"{len(directions)}/{len(trained)}"}
             line |= {"loss gained, %": 100 * share, "chrF++ gained": chrf}
             line["headroom"] = bool(share >= ENOUGH_LOSS or chrf >= ENOUGH_CHRF)
             ceilings.append(line if len(directions) == len(trained) else {**line, "headroom": "unfinished"})
