@@ -43,7 +43,7 @@ def report_stability(result: dict[str, Any]) -> dict[str, Any]:
     print(table([{"pair": p, "halves": pairs[p], **{name: iou[p] for name, iou in growing.items()}} for p in pairs]))
     if result["unstable"]:
         print(
-            f"WARNING: half of the sample gives masks with an IoU below {STABLE_IOU} for {', '.join(result['unstable'])}; "
-            "use more sentences."
+            f"WARNING: half of the sample gives masks with an IoU below {STABLE_IOU} for "
+            f"{', '.join(result['unstable'])}; use more sentences."
         )
     return result
