@@ -5,6 +5,7 @@ import random
 import pytest
 from datasets import Dataset
 
+from neuron_specialization.translation import noise as noise_module
 from neuron_specialization.translation.noise import NoiseArguments, drop_words, noisy_characters, substitute_words
 from neuron_specialization.translation.token_loss import token_losses
 from neuron_specialization.translation.training import fit
@@ -74,3 +75,14 @@ def test_substituted_words_raise_the_loss_more_than_any_others(toy_model, toy_to
         return token_losses(toy_model, toy_tokenizer, data)[pair]
 
     assert loss(attacked) > loss(at_random) > loss(list(rows["source"]))
+
+
+def test_noise_that_fails_leaves_the_model_in_its_mode(toy_model, toy_tokenizer, toy_data, monkeypatch):
+    def fail(*_):
+        assert not toy_model.training
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(noise_module, "_gradients", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        substitute_words(toy_model.train(), toy_tokenizer, toy_data["test"]["Pv-Aa"], "Pv-Aa", 0.2)
+    assert toy_model.training
