@@ -290,6 +290,7 @@ def test_a_stage_names_the_value_of_a_knob(comparison, counts):
     for stages, message in (
         (["our"], "no method 'our'"),
         (["wrong_pair"], "permutation"),
+        (["lass_wrong_pair"], "permutation"),
         (["adapter_fam"], "families"),
         (["group"], "pivot"),
         (["ours_q=1"], "such as ours_k"),
@@ -474,6 +475,8 @@ def test_lass_is_identified_once_for_all_values_of_alpha(toy_model, toy_tokenize
     built = comparison.untrained("lass_shared", 0, knobs)
     buffers = {n: b for n, b in built.named_buffers() if n.endswith("lass_mask")}
     assert len(buffers) == len(shared) and all(map(torch.equal, buffers.values(), shared.values()))
+    exchanged = comparison._exchanged(masks, {"Pv": "Aa", "Aa": "Pv"})
+    assert all(packed.equal(masks[name].flip(0)) for name, packed in exchanged.items())
     scored = token_losses(comparison.final_model("lass", 0), comparison.tokenizer, comparison.data["test"])
     assert scored == pytest.approx({row["direction"]: row["loss"] for row in found["rows"]}, rel=1e-5)
 

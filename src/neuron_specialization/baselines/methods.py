@@ -27,7 +27,7 @@ OURS = (
     *("ours", "ours_enc", "ours_dec", "factorized", "delta", "low_rank", "update_only", "masks_only", "gradual"),
     *("random", "random_overlap", "wrong_pair", "group", "union"),
 )
-LASS = ("lass", "lass_shared")
+LASS = ("lass", "lass_shared", "lass_wrong_pair")
 METHODS = (
     *("baseline", "fine_tune", EQUAL_SECONDS, "bilingual", "fine_tune_single", *FFN_COPIES, *OURS),
     *("lora", "lora_per_pair", "adapter_lp", "adapter_fam", *LASS),
@@ -37,7 +37,7 @@ WEIGHTS = "weights"
 # what masks are made from: a measure of the baseline's neurons, or the weights of fine-tuned models
 IDENTIFIED_BY = {
     **dict.fromkeys((*OURS, "general_specific", "specificity_1", "specificity_2"), ACTIVITY),
-    **{"taylor": ATTRIBUTION, "lass": WEIGHTS},
+    **{"taylor": ATTRIBUTION, "lass": WEIGHTS, "lass_wrong_pair": WEIGHTS},
 }
 _TRAINABLE = {"masks_only": "none", "delta": "delta", "low_rank": "low_rank", "update_only": "delta"}
 
@@ -111,7 +111,7 @@ def check_methods(stages: Iterable[str], args: MethodArguments, pivot: str | Non
         method, _ = parse_method(stage, args)
         if method not in METHODS:
             raise ValueError(f"There is no method {method!r}. Known methods: {', '.join(METHODS)}.")
-        if method == "wrong_pair":
+        if method in ("wrong_pair", "lass_wrong_pair"):
             check_exchange(as_mapping(args.exchange))
         if method == "adapter_fam" and not args.families:
             raise ValueError("The method 'adapter_fam' needs the languages' families: families=[en=Germanic, ...].")

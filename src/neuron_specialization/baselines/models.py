@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback, set_seed
 
 from ..neurons.activations import ACTIVITY, ActivationCounts
+from ..neurons.controls import exchanged
+from ..translation.arguments import as_mapping
 from ..translation.identification import record_corpus
 from ..translation.processes import this_process
 from ..translation.results import write_results
@@ -153,6 +155,11 @@ class Models:
         masks = lass.magnitude_masks(self.baseline, alpha)
         return {name: packed.repeat(len(self.language_pairs), 1, 1) for name, packed in masks.items()}
 
+    def _exchanged(self, masks: dict[str, torch.Tensor], exchange: dict[str, str]) -> dict[str, torch.Tensor]:
+        """Return the weight masks with each pair's in the place of another's, as `WrongPair` exchanges neurons."""
+        order = [self.language_pairs.index(exchanged(pair, exchange)) for pair in self.language_pairs]
+        return {name: packed[order] for name, packed in masks.items()}
+
     def _fine_tuned_weights(self, directory: Path, alpha: float) -> list[dict[str, torch.Tensor]]:
         """Return the weight masks of each pair, made from the model that is fine-tuned on it."""
         rate: Any = self.setting("fine_tune_single").learning_rate
@@ -261,8 +268,9 @@ class Models:
         """
         kind = self.kind(method)
         if kind in LASS:
-            shared = kind == "lass_shared"
-            masks = self.shared_weight_masks(knobs.alpha) if shared else self.weight_masks(knobs.alpha)
+            masks = self.shared_weight_masks(knobs.alpha) if kind == "lass_shared" else self.weight_masks(knobs.alpha)
+            if kind == "lass_wrong_pair":
+                masks = self._exchanged(masks, as_mapping(knobs.exchange))
             set_seed(seed)
             model = lass.lass(copy.deepcopy(self.baseline), masks, self.language_pairs, self.source_tag)
         else:

@@ -39,6 +39,11 @@ class RandomOverlap:
         return replace(self.like, rows=rows, selector=_describe(self, seed=self.seed))
 
 
+def exchanged(pair: str, exchange: Mapping[str, str]) -> str:
+    """Return the pair whose masks a pair gets."""
+    return "-".join(exchange.get(code, code) for code in split_pair(pair))
+
+
 def check_exchange(exchange: Mapping[str, str]) -> None:
     """Check which languages' masks `WrongPair` exchanges.
 
@@ -76,7 +81,7 @@ class WrongPair:
         old = self.like.routes
         listed = {}
         for pair in self.like.language_pairs:
-            other = "-".join(self.exchange.get(code, code) for code in split_pair(pair))
+            other = exchanged(pair, self.exchange)
             if other not in self.like.language_pairs:
                 raise ValueError(f"{pair} would get the masks of {other}, which is not among the pairs. {old.known()}")
             listed[pair] = old.route(other)
