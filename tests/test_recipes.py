@@ -204,6 +204,10 @@ def test_specialize_then_evaluate_then_translate(identified, workspace, toy_file
             fails=True,
         )
         assert error.startswith("Error: ") and "counted.json tells of other masks" in error and "for Pv-Aa." in error
+        ns.NeuronMasks.from_pretrained(identified[0]).factorize().save_pretrained(output / "factorized")
+        told = ["--identification", f"{identified[0]}/results.json", "--card_only", f"{output}/factorized-card"]
+        run_here("publish.py", "--adapter", f"{output}/factorized", *told)
+        assert "| counted on |" in (output / "factorized-card" / "README.md").read_text(), "rows that pairs share"
         card = (output / "card" / "README.md").read_text()
         assert "test.jsonl`, 2 beams:" in card
         for line in ("| updates | 4 |", "| per_device_train_batch_size | 8 |", "| seed | 0 |", "sentence pairs |"):

@@ -173,7 +173,8 @@ def _counted(path: str | PathLike[str], adapter: str | PathLike[str] | None) -> 
         told = {"counted on": _data_name(settings["validation_file"]), **sentences, **tokens, **padding}
         kept, selector = results.get("kept", {}), results.get("selector")
     masks = None if adapter is None else NeuronMasks.from_pretrained(adapter)
-    if masks is not None and masks.selector == selector:  # else they were made from several, or renumbered
+    by_pair = masks is not None and set(masks.language_pairs) <= set(masks.routes.encoder_rows)  # not by language
+    if masks is not None and by_pair and masks.selector == selector:  # else made from several, or renumbered
         shares = {pair: masks.sparsity(pair) for pair in kept if pair in masks.language_pairs}
         same = {p: all(abs(kept[p].get(n, 2) + s - 1) < 1e-6 for n, s in of.items()) for p, of in shares.items()}
         if not all(same.values()):
