@@ -81,3 +81,16 @@ def test_the_readmes_public_names_exist():
 def test_the_guide_tells_of_every_method_of_a_comparison():
     guide = (ROOT / "recipes" / "README.md").read_text()
     assert not [method for method in METHODS if f"`{method}`" not in guide]
+
+
+def test_imports_run_the_way_that_the_table_of_folders_says():
+    """The circle that a shortcut between two folders closes is found late otherwise."""
+    guide = (ROOT / ".github" / "CONTRIBUTING.md").read_text()
+    rows = re.findall(r"^\| `(?:src/neuron_specialization|\.\.\.)/(\w+)` \| .* \| (.*) \|$", guide, re.M)
+    allowed = {folder: set(re.findall(r"`(\w+)`", names)) for folder, names in rows}
+    package = ROOT / "src" / "neuron_specialization"
+    assert len(allowed) == 6
+    for folder, others in allowed.items():
+        for path in (package / folder).rglob("*.py"):
+            found = set(re.findall(r"from \.\.+(" + "|".join(allowed) + r")\b", path.read_text()))
+            assert found <= others | {folder}, path

@@ -15,9 +15,9 @@ from neuron_specialization.baselines.bottleneck import bottleneck_adapters
 from neuron_specialization.baselines.ffn_copies import ffn_copies
 from neuron_specialization.baselines.lass import lass, magnitude_masks
 from neuron_specialization.export.hub import facts_from_results
-from neuron_specialization.export.lora_card import describe_lora
 from neuron_specialization.neurons.card import describe_adapter, is_edited, keep_card_of_hub, render_card
 from neuron_specialization.neurons.card_sections import CardFacts
+from neuron_specialization.neurons.lora_card import describe_lora
 from neuron_specialization.translation.checkpoints import new_model
 
 from .conftest import make_m2m100, make_masks

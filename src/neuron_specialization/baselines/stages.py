@@ -16,11 +16,10 @@ import numpy as np
 from peft import PeftModel
 
 from ..adapter.active import active_config
-from ..export.hub import describe, facts_of_stage
-from ..export.lora_card import is_lora
 from ..neurons.adapter_file import MASK
-from ..neurons.card_sections import CardFacts
+from ..neurons.card_sections import CardFacts, facts_of_stage
 from ..neurons.language_pairs import split_pair
+from ..neurons.lora_card import describe_lora, is_lora
 from ..neurons.training_facts import training_facts
 from ..translation.encoding import text_digest
 from ..translation.evaluation import check_lengths, check_scorers
@@ -141,7 +140,7 @@ class Comparison(Models):
         }
         if is_lora(directory / "model"):  # PEFT leaves its card empty
             facts = CardFacts(training=training_facts(directory / RUN_FILE), **facts_of_stage(scored))
-            describe(directory / "model", facts)
+            describe_lora(directory / "model", facts)
         remove_checkpoints(directory)
         write_results(directory, {**scored, "about": about}, PART)  # last: it says that the part is done
 

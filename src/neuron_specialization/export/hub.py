@@ -13,15 +13,14 @@ from huggingface_hub import HfApi
 
 from ..neurons.adapter_file import CONFIG_NAME, WEIGHTS_NAME, digest_of_weights, make_repository
 from ..neurons.card import describe_adapter, keep_card_of_hub
-from ..neurons.card_sections import CardFacts
+from ..neurons.card_sections import SCORE_FACTS, CardFacts, facts_of_stage
 from ..neurons.files import CARD_NAME
 from ..neurons.kept_picture import PICTURE_NAME
+from ..neurons.lora_card import describe_lora, is_lora
 from ..neurons.masks import NeuronMasks
 from ..neurons.training_facts import reading_json, training_facts
-from .lora_card import describe_lora, is_lora
 
 _STAGES = ("compare_methods", "transfer_sequentially", "prune")
-_SCORE = ("bleu", "chrf++", "bleu_signature", "chrf++_signature", "sentences")
 
 
 def publish(
@@ -138,7 +137,7 @@ def _scored(path: str | PathLike[str], adapter: str | PathLike[str] | None) -> d
         if results["recipe"] in _STAGES:
             return facts_of_stage(results)
         directions = results.get("scores", results)["directions"]  # of continue_pretraining, beside its training
-        scores = {direction: {key: of[key] for key in _SCORE} for direction, of in directions.items()}
+        scores = {direction: {key: of[key] for key in SCORE_FACTS} for direction, of in directions.items()}
         settings = _settings(results)
         about = {"test_data": _data_name(settings["test_file"]), "num_beams": settings.get("num_beams")}
     if adapter is not None and results["recipe"] == "score":
@@ -148,17 +147,6 @@ def _scored(path: str | PathLike[str], adapter: str | PathLike[str] | None) -> d
                 f"{path} has the scores of {settings.get('adapter') or 'a model without adapter'}, not of {adapter}."
             )
     return {"scores": scores, **about}
-
-
-def facts_of_stage(part: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what `part.json` of a stage tells for `CardFacts`: it names no test data, but holds the translations."""
-    scores = {}
-    for row in part["rows"]:
-        direction = row["direction"]
-        told = {**row, **part["signatures"][direction], "sentences": len(part["translations"][direction])}
-        scores[direction] = {key: told[key] for key in _SCORE}
-    tokens = part.get("language_tokens") or {}
-    return {"scores": scores, "num_beams": part.get("num_beams"), "language_tokens": tokens}
 
 
 def _counted(path: str | PathLike[str], adapter: str | PathLike[str] | None) -> dict[str, Any]:

@@ -18,6 +18,9 @@ _LANGUAGE = re.compile(r"[a-z]{2,3}")
 _VERSIONED = ("neuron-specialization", "transformers", "torch")
 _METRICS = {"bleu": "BLEU", "chrf++": "chrF++"}
 
+# what `CardFacts.scores` tells of a direction
+SCORE_FACTS = ("bleu", "chrf++", "bleu_signature", "chrf++_signature", "sentences")
+
 
 @dataclass
 class CardFacts:
@@ -46,6 +49,17 @@ class CardFacts:
     scores: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     test_data: str | None = None
     num_beams: int | None = None
+
+
+def facts_of_stage(part: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `part.json` of a stage tells for `CardFacts`: it names no test data, but holds the translations."""
+    scores = {}
+    for row in part["rows"]:
+        direction = row["direction"]
+        told = {**row, **part["signatures"][direction], "sentences": len(part["translations"][direction])}
+        scores[direction] = {key: told[key] for key in SCORE_FACTS}
+    tokens = part.get("language_tokens") or {}
+    return {"scores": scores, "num_beams": part.get("num_beams"), "language_tokens": tokens}
 
 
 def base_on_hub(config: Mapping[str, Any]) -> str | None:

@@ -6,11 +6,11 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from ..neurons.adapter_file import CONFIG_NAME
-from ..neurons.card import is_edited, marked
-from ..neurons.card_sections import CardFacts, base_on_hub, evaluation, example, front_matter, versions
-from ..neurons.files import CARD_NAME, replacing
-from ..neurons.training_facts import reading_json
+from .adapter_file import CONFIG_NAME
+from .card import is_edited, marked
+from .card_sections import CardFacts, base_on_hub, evaluation, example, front_matter, versions
+from .files import CARD_NAME, replacing
+from .training_facts import reading_json
 
 TEMPLATE = Path(__file__).with_name("lora_card.md.jinja")
 _SETTINGS = ("r", "lora_alpha", "lora_dropout", "target_modules")
