@@ -16,6 +16,7 @@ make a third of the updates, and prefer lower learning rates than a whole stage 
 all, and the best one is the stage.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,14 +104,19 @@ def report(comparison: Comparison, baseline: str, tiers: dict[str, list[str]], s
     significance = directions_tested(found["translations"], references)
     tables = comparison_tables(found, significance, comparison.pivot, tiers)
     results = comparison_results(found, tables, significance, training_of(baseline))
-    shown = [
-        f"{title}\n\n{table(lines, 4 if 'loss' in title.split('(')[0] else 2)}" for title, lines in tables.items()
-    ]
-    text = "\n\n".join(["\n".join(results["facts"]), premise(results["headroom"]), *shown]) + "\n"
+    text = as_text(results["facts"], results["headroom"], tables)
     print("\n" + text)
     (comparison.directory / "tables.md").write_text(text)
     print(f"wrote {write_results(comparison.directory, {**results, 'settings': settings})}")
     draw(usable_rows(found["rows"], found["stages"]), tables, comparison.directory, found["zero_shot"]["rows"])
+
+
+def as_text(facts: Sequence[str], headroom: Mapping[str, Any], tables: Mapping[str, Any]) -> str:
+    """Return what is printed: what was fair, the premise, and every table under its title."""
+    shown = [
+        f"{title}\n\n{table(lines, 4 if 'loss' in title.split('(')[0] else 2)}" for title, lines in tables.items()
+    ]
+    return "\n\n".join(["\n".join(facts), premise(headroom), *shown]) + "\n"
 
 
 if __name__ == "__main__":

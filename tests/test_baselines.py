@@ -17,6 +17,7 @@ import neuron_specialization as ns
 from neuron_specialization.baselines.bottleneck import bottleneck_adapters
 from neuron_specialization.baselines.collected import collect
 from neuron_specialization.baselines.ffn_copies import ffn_copies
+from neuron_specialization.baselines.folders import identification_folder
 from neuron_specialization.baselines.methods import (
     EQUAL_SECONDS,
     IDENTIFIED_BY,
@@ -311,18 +312,19 @@ def test_a_stage_names_the_value_of_a_knob(comparison, counts):
     assert len(losses) == 2 and len(set(losses.values())) == 2, "a stage of its own, under masks of its own"
 
 
-def test_fine_tuning_for_as_many_seconds_as_ours(comparison):
-    assert not comparison.run(EQUAL_SECONDS, 0)
+@pytest.mark.parametrize("method, timed", EQUAL_SECONDS.items())
+def test_fine_tuning_for_as_many_seconds_as_another_method(comparison, method, timed):
+    assert not comparison.run(method, 0)
     assert "run both with the same seed first" in collect(comparison.directory)["stages"][0]["error"]
-    seconds = {"ours": (32.0, 26.0, 1.0), "fine_tune": (8.0, 12.0)}
-    for method, spent in seconds.items():
+    seconds = {timed: (32.0, 26.0, 1.0), "fine_tune": (8.0, 12.0)}
+    for name, spent in seconds.items():
         for seed, each in enumerate(spent):
             rows = [{"updates": 3, "seconds": each}]
-            write_results(comparison.directory / method / f"seed-{seed}", {"rows": rows}, PART)
+            write_results(comparison.directory / name / f"seed-{seed}", {"rows": rows}, PART)
     comparison.counts()
-    write_results(comparison.directory / "identification", {"seconds": 1.0})
-    assert comparison.run(EQUAL_SECONDS, 0)
-    row = json.loads((comparison.directory / EQUAL_SECONDS / "seed-0" / PART).read_text())["rows"][0]
+    write_results(identification_folder(comparison.directory, IDENTIFIED_BY[timed]), {"seconds": 1.0})
+    assert comparison.run(method, 0)
+    row = json.loads((comparison.directory / method / "seed-0" / PART).read_text())["rows"][0]
     assert row["updates"] == 3 * (29 + 1) / 10, "means over the seeds that both have"
 
 

@@ -76,14 +76,11 @@ def interference(rows: Rows, method: str) -> list[dict[str, Any]]:
 
     Returns:
         One row per direction: "interference", the loss of joint fine-tuning minus that of the bilingual model
-        (positive where sharing hurts), and "difference", the loss of the method minus that of joint fine-tuning; both
-        in nats per token, averaged over the seeds that the bilingual models have, where the method has them.
+        (positive where sharing hurts), and "difference", the loss of the method minus that of joint fine-tuning; each
+        in nats per token, averaged over the seeds that its two models have.
     """
-    gap, seeds, directions = paired_differences(rows, "bilingual", REFERENCE, "loss")
-    same = [row for row in rows if row["seed"] in seeds]
-    gain, _, others = paired_differences(
-        same if any(row["method"] == method for row in same) else rows, method, REFERENCE, "loss"
-    )
+    gap, _, directions = paired_differences(rows, "bilingual", REFERENCE, "loss")
+    gain, _, others = paired_differences(rows, method, REFERENCE, "loss")
     gains = dict(zip(others, gain.mean(0).tolist(), strict=True))
     measured = dict(zip(directions, (-gap.mean(0)).tolist(), strict=True))
     return [

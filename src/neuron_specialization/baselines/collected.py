@@ -52,7 +52,7 @@ def _stage(
         "knob": method.partition("=")[0].removeprefix(f"{kind}_") if "=" in method else None,
         "knobs": vars(knobs),
         "identification_seconds": identification_seconds(directory, kind),
-        "tuned_as": "fine_tune" if kind == EQUAL_SECONDS else method,
+        "tuned_as": "fine_tune" if kind in EQUAL_SECONDS else method,
     }
     failed = _read(place / FAILED)
     if failed:

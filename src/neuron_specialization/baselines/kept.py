@@ -8,7 +8,7 @@ from ..neurons.adapter_file import CONFIG_NAME, read_config_file
 from ..translation.checkpoints import load_adapted, load_checkpoint
 from .methods import EQUAL_SECONDS
 
-WHOLE_MODELS = ("fine_tune", EQUAL_SECONDS)  # other methods that keep models change the architecture
+WHOLE_MODELS = ("fine_tune", *EQUAL_SECONDS)  # other methods that keep models change the architecture
 
 
 def kept_places(comparison: str | Path, methods: Sequence[str]) -> list[tuple[str, Path]]:

@@ -20,7 +20,8 @@ from .gradual import gradual
 
 UNTRAINED = ("baseline", "masks_only")
 PER_DIRECTION = ("bilingual", "fine_tune_single", "lora_per_pair")  # a model of its own for each direction
-EQUAL_SECONDS = "fine_tune_equal_seconds"
+# joint fine-tuning for as many seconds as another method takes, with what it takes to find that one's masks
+EQUAL_SECONDS = {"fine_tune_equal_seconds": "ours", "fine_tune_equal_seconds_lass": "lass"}
 FFN_COPIES = ("ffn_copies", "ffn_copies_per_target")
 # masks of ours, or made from them: these methods share its knobs
 OURS = (
@@ -29,7 +30,7 @@ OURS = (
 )
 LASS = ("lass", "lass_shared", "lass_wrong_pair")
 METHODS = (
-    *("baseline", "fine_tune", EQUAL_SECONDS, "bilingual", "fine_tune_single", *FFN_COPIES, *OURS),
+    *("baseline", "fine_tune", *EQUAL_SECONDS, "bilingual", "fine_tune_single", *FFN_COPIES, *OURS),
     *("lora", "lora_per_pair", "adapter_lp", "adapter_fam", *LASS),
     *("general_specific", "specificity_1", "specificity_2", "taylor"),
 )
@@ -227,7 +228,7 @@ def build_model(
         fresh.generation_config = copy.deepcopy(baseline.generation_config)
         return fresh
     model = copy.deepcopy(baseline)
-    if method in ("baseline", "fine_tune", EQUAL_SECONDS, "fine_tune_single"):
+    if method in ("baseline", "fine_tune", "fine_tune_single", *EQUAL_SECONDS):
         return model
     if method in FFN_COPIES:
         per_target = method == "ffn_copies_per_target"

@@ -108,10 +108,10 @@ class Models:
         Learning rates are tried first, then the values of each knob that the comparison lists for the method, one knob
         after the other, all with seed 0. Methods with masks made from those of "ours" share its knobs. A knob's value
         in the stage's name is not tuned. Where there is one value, none is tried. Trials never see test data, and
-        their results are kept beside the stages. "fine_tune_equal_seconds" is trained as "fine_tune" is.
+        their results are kept beside the stages. The methods of EQUAL_SECONDS are trained as "fine_tune" is.
         """
         kind = self.kind(method)
-        if kind == EQUAL_SECONDS:
+        if kind in EQUAL_SECONDS:
             return self.setting("fine_tune")
         shares = kind in OURS and kind != "ours" and "ours" in self.grids
         knobs = parse_method(method, self.setting("ours").knobs if shares else self.method)[1]

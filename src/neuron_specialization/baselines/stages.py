@@ -120,7 +120,7 @@ class Comparison(Models):
             return
         if seed == 0:
             self.adopt_trial(method, setting, pairs, directory)
-        updates = self._updates_in_equal_seconds() if method == EQUAL_SECONDS else self.updates(method)
+        updates = self._updates_in_equal_seconds(method) if method in EQUAL_SECONDS else self.updates(method)
         model, spent = self.trained(method, seed, setting, pairs, updates, directory)
         while_training = spent.pop("validation_losses", [])
         scored = scored_part(
@@ -144,29 +144,30 @@ class Comparison(Models):
         remove_checkpoints(directory)
         write_results(directory, {**scored, "about": about}, PART)  # last: it says that the part is done
 
-    def _updates_in_equal_seconds(self) -> int:
-        """Return how many updates fine-tuning makes in the seconds that "ours" took, identification included.
+    def _updates_in_equal_seconds(self, method: str) -> int:
+        """Return how many updates fine-tuning makes in the seconds of the method that EQUAL_SECONDS names.
+
+        What it took to find that method's masks is included.
 
         Means over the seeds that both have: single runs on a shared machine differ by more than the methods do.
 
         Raises:
             ValueError: if the stages that were timed are not done.
         """
+        timed = EQUAL_SECONDS[method]
         done = {
-            method: {part.parent.name: part for part in self.directory.glob(f"{method}/seed-*/{PART}")}
-            for method in ("ours", "fine_tune")
+            name: {part.parent.name: part for part in self.directory.glob(f"{name}/seed-*/{PART}")}
+            for name in (timed, "fine_tune")
         }
         both = sorted(set.intersection(*map(set, done.values())))
         if not both:
             raise ValueError(
-                f"{EQUAL_SECONDS} is as long as 'ours' at the speed of 'fine_tune': run both with the same seed first."
+                f"{method} is as long as {timed!r} at the speed of 'fine_tune': run both with the same seed first."
             )
-        spent = {
-            method: [json.loads(parts[seed].read_text())["rows"][0] for seed in both] for method, parts in done.items()
-        }
-        ours, dense = (sum(row["seconds"] for row in spent[method]) / len(both) for method in ("ours", "fine_tune"))
-        seconds = ours + identification_seconds(self.directory, "ours")
-        return max(1, round(spent["fine_tune"][0]["updates"] * seconds / dense))
+        first = {name: [json.loads(of[seed].read_text())["rows"][0] for seed in both] for name, of in done.items()}
+        means = {name: sum(row["seconds"] for row in rows) / len(both) for name, rows in first.items()}
+        seconds = means[timed] + identification_seconds(self.directory, timed)
+        return max(1, round(first["fine_tune"][0]["updates"] * seconds / means["fine_tune"]))
 
 
 def size_of(baseline: Any, model: Any, models: int = 1, masked: bool = True) -> dict[str, Any]:

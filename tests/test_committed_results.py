@@ -1,0 +1,69 @@
+"""The results of comparisons that are committed: every table follows from the rows beside it.
+
+`python -m tests.test_committed_results` makes the tables again, after a change to how they are made.
+"""
+
+import json
+import math
+import runpy
+from typing import Any
+
+import pytest
+
+from neuron_specialization.analysis.budget import budget_facts
+from neuron_specialization.analysis.comparison import headroom
+from neuron_specialization.analysis.comparison_report import comparison_tables
+from neuron_specialization.analysis.comparison_tables import sizes_table, usable_rows
+
+from .conftest import RECIPES
+
+RESULTS = {str(path.parent.relative_to(RECIPES)): path for path in sorted(RECIPES.glob("results/**/results.json"))}
+READ = {name: json.loads(path.read_text()) for name, path in RESULTS.items()}
+COMPARISONS = [name for name, results in READ.items() if results.get("recipe") == "compare_methods"]
+as_text = runpy.run_path(str(RECIPES / "compare_methods.py"))["as_text"]
+
+
+def made_again(results: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """Return what follows from the rows of a comparison: tables and facts by their names, and the printed text."""
+    settings, stages = results["settings"], results["stages"]
+    tables = comparison_tables(results, results["significance"], settings["data"]["pivot"], settings["tiers"])
+    facts = [results["facts"][0], *budget_facts(stages, results["trials"], None)[1:]]  # the first is of the baseline
+    measured = headroom(usable_rows(results["rows"], stages))
+    return {"facts": facts, **tables, "headroom": measured}, as_text(facts, measured, tables)
+
+
+def close(made: Any, kept: Any) -> bool:
+    """Whether two results are equal but for the last digits of numbers."""
+    if isinstance(made, dict):
+        return made.keys() == kept.keys() and all(close(value, kept[key]) for key, value in made.items())
+    if isinstance(made, list):
+        return len(made) == len(kept) and all(map(close, made, kept))
+    if isinstance(made, float):
+        return kept is not None and (made == pytest.approx(kept, rel=1e-6) or (math.isnan(made) and math.isnan(kept)))
+    return made == kept
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_tables_follow_from_the_rows(name):
+    again, text = made_again(READ[name])
+    differing = [title for title, made in again.items() if not close(made, READ[name].get(title))]
+    assert not differing, f"{differing} of {name}: run python -m tests.test_committed_results"
+    assert (RESULTS[name].parent / "tables.md").read_text() == text
+
+
+def test_the_picture_over_sizes_is_of_the_rows_of_each_size():
+    ladder = READ["results/tatoeba-ladder"]
+    rows: dict[str, list] = {}
+    for row in ladder["rows"]:
+        rows.setdefault(row["size"], []).append({key: value for key, value in row.items() if key != "size"})
+    for size, of in rows.items():
+        compared = READ[f"results/tatoeba-ladder/{size}"]
+        assert of == usable_rows(compared["rows"], compared["stages"])
+    assert close(sizes_table(rows, ["ours", "random_overlap"]), ladder["summary"])
+
+
+if __name__ == "__main__":
+    for each in COMPARISONS:
+        made, printed = made_again(READ[each])
+        RESULTS[each].write_text(json.dumps({**READ[each], **made}, indent=2, ensure_ascii=False) + "\n")
+        (RESULTS[each].parent / "tables.md").write_text(printed)
