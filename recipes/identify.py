@@ -7,6 +7,7 @@ accelerate launch --quiet recipes/identify.py --config recipes/configs/identify/
 
 import time
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import neuron_specialization as ns
 from neuron_specialization.analysis.figures import can_draw
@@ -47,6 +48,10 @@ class IdentifyArguments:
     )
     encoder_k: float | None = field(default=None, metadata={"help": "Another share for the encoder."})
     decoder_k: float | None = field(default=None, metadata={"help": "Another share for the decoder."})
+    measure: Literal["activity", "attribution"] = field(
+        default="activity",
+        metadata={"help": "Count where a neuron is active, or sum |activation x gradient of the loss|."},
+    )
     count_padding: bool = field(default=False, metadata={"help": "Count padding too, as the released code does."})
     untrained: bool = field(
         default=False, metadata={"help": "Draw the model's weights at random: the control for analyses of masks."}
@@ -76,10 +81,11 @@ def main() -> None:
     if args.untrained:
         model = untrained_model(where.model_name_or_path, args.seed)
     options = {"language_tokens": data.tokens, "batch_size": args.batch_size, "max_length": data.max_length}
-    recorded = {**options, "source_tag": data.source_tag, "count_padding": args.count_padding, "seed": args.seed}
+    recorded = {**options, "source_tag": data.source_tag, "count_padding": args.count_padding, "measure": args.measure}
     number = args.parts if args.stability else 1
     started = time.perf_counter()
-    parts = record_corpus_parts(model.to(this_process().device), tokenizer, corpus, **recorded, parts=number)
+    model.to(this_process().device)
+    parts = record_corpus_parts(model, tokenizer, corpus, **recorded, parts=number, seed=args.seed)
     seconds = time.perf_counter() - started
     counts = parts[0].merge(*parts[1:])
     if not this_process().is_main_process:

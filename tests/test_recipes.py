@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import neuron_specialization as ns
 from neuron_specialization.analysis.shapes import NLLB_SHAPES
-from neuron_specialization.translation.checkpoints import new_m2m100
+from neuron_specialization.translation.checkpoints import load_checkpoint, new_m2m100
 
 ROOT = Path(__file__).parent.parent
 ACCELERATE = str(Path(sys.executable).parent / "accelerate")
@@ -110,6 +110,21 @@ def test_masks_of_random_weights_are_not_taken_for_those_of_the_checkpoint(
     card = (workspace / "random" / "README.md").read_text()
     assert "**It loads onto no checkpoint**: activations were counted in a model with random weights" in card
     assert "train under them first" not in card and "from_pretrained" not in card
+
+
+def test_identify_by_attribution(workspace, toy_files, toy_checkpoint, run_here):
+    options = ("--model_name_or_path", str(toy_checkpoint), "--validation_file", str(toy_files / "validation.jsonl"))
+    options += ("--language_pairs", *PAIRS, "--k", "0.7", "--measure", "attribution")
+    run_here("identify.py", *options, "--output_dir", str(workspace / "attribution"))
+    model, tokenizer = load_checkpoint(str(toy_checkpoint), "float32")
+    corpus = ns.load_parallel(str(toy_files / "validation.jsonl"), PAIRS)
+    expected = ns.CumulativeThreshold(0.7).select(ns.record_corpus(model, tokenizer, corpus, measure="attribution"))
+    masks = ns.NeuronMasks.from_pretrained(workspace / "attribution")
+    assert masks.selector == expected.selector and masks.selector["measure"] == "attribution"
+    assert all(rows.equal(expected.rows[name]) for name, rows in masks.rows.items())
+    assert "Error: measure is" in run_here(
+        *("identify.py", *options, "--count_padding", "true", "--output_dir", str(workspace / "none")), fails=True
+    )
 
 
 def test_identify_gives_the_same_under_two_processes(identified, workspace, toy_files, toy_checkpoint):
