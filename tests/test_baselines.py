@@ -430,6 +430,20 @@ def test_a_knob_is_the_best_of_trials_at_the_best_learning_rate(comparison):
     assert len(collect(comparison.directory)["trials"]) == 4
 
 
+def test_bilingual_models_get_the_dropout_that_validates_best(comparison):
+    comparison.grids = knob_grids(["bilingual_dropout=[0, 0.9]"])
+    comparison.stage.scratch_learning_rates = [1e-2]
+    comparison.stage.bilingual_updates = 20
+    chosen = comparison.setting("bilingual")
+    tried = {trial["knobs"]["dropout"]: trial["validation_loss"] for trial in collect(comparison.directory)["trials"]}
+    assert chosen.knobs.dropout == min(tried, key=tried.get) == 0, "no model learns with a tenth of its neurons"
+    model = comparison.untrained("bilingual", 0, dataclasses.replace(chosen.knobs, dropout=0.9)).train()
+    tokens = torch.tensor([[5, 6, 7, 2]])
+    once, again = (model.get_encoder()(tokens).last_hidden_state for _ in range(2))
+    assert not once.allclose(again), "dropout is drawn anew"
+    assert comparison.baseline.config.dropout == 0
+
+
 def test_the_words_of_a_grid_are_checked():
     assert knob_grids(["ours_k=[0.9, 0.95]", "low_rank_r=[4, 8]"]) == {
         "ours": {"k": [0.9, 0.95]},

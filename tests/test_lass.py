@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import neuron_specialization as ns
-from neuron_specialization.baselines.lass import for_fine_tuning, lass, magnitude_masks, mask_bytes, set_dropout
+from neuron_specialization.baselines.dropout import set_dropout
+from neuron_specialization.baselines.lass import for_fine_tuning, lass, magnitude_masks, mask_bytes
 from neuron_specialization.neurons.adapter_file import unpack_rows
 from neuron_specialization.translation.runs import load_trained
 from neuron_specialization.translation.token_loss import token_losses

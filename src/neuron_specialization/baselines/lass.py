@@ -27,6 +27,7 @@ from ..neurons.files import replacing
 from ..neurons.language_pairs import Routes
 from ..neurons.masks import NeuronMasks
 from ..neurons.selection import exact_share
+from .dropout import set_dropout
 
 DROPOUT = 0.3  # of the fine-tuning per direction, as published
 MASK = "lass_mask"
@@ -140,15 +141,6 @@ def lass(
 def mask_bytes(model: Any) -> int:
     """Return the bytes of the weight masks of all pairs; 0 for a model of another method."""
     return sum(buffer.numel() for name, buffer in model.named_buffers() if name.endswith(f".{MASK}"))
-
-
-def set_dropout(model: nn.Module, probability: float) -> None:
-    """Set the probability of every dropout, where modules keep it as `dropout` or are dropout layers themselves."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = probability
-        elif isinstance(getattr(module, "dropout", None), float):
-            module.dropout = probability  # type: ignore[assignment]
 
 
 def _matrices(model: Any) -> Iterator[tuple[str, str, Any]]:

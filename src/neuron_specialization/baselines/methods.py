@@ -15,6 +15,7 @@ from ..neurons.selection import CumulativeThreshold, RandomMatched
 from ..neurons.specificity import GeneralSpecific, Specificity
 from ..translation.arguments import as_mapping
 from .bottleneck import bottleneck_adapters
+from .dropout import set_dropout
 from .ffn_copies import ffn_copies
 from .gradual import gradual
 
@@ -55,6 +56,9 @@ class MethodArguments:
     adapter_width: int = field(
         default=64, metadata={"help": "Neurons of a bottleneck adapter in adapter_lp and _fam."}
     )
+    dropout: float | None = field(
+        default=None, metadata={"help": "Dropout of bilingual; if not given, that of the baseline."}
+    )
     families: list[str] = field(default_factory=list, metadata={"help": "code=family, for adapter_fam."})
     exchange: list[str] = field(
         default_factory=list, metadata={"help": "code=code: whose masks a language gets in wrong_pair."}
@@ -62,6 +66,7 @@ class MethodArguments:
 
 
 _KNOBS = {each.name: type(each.default) for each in fields(MethodArguments) if isinstance(each.default, int | float)}
+_KNOBS["dropout"] = float
 _KNOWN_KNOBS = f"Knobs: {', '.join(_KNOBS)}."
 
 
@@ -226,6 +231,8 @@ def build_model(
     if method == "bilingual":
         fresh = type(baseline)(copy.deepcopy(baseline.config))
         fresh.generation_config = copy.deepcopy(baseline.generation_config)
+        if args.dropout is not None:
+            set_dropout(fresh, args.dropout)
         return fresh
     model = copy.deepcopy(baseline)
     if method in ("baseline", "fine_tune", "fine_tune_single", *EQUAL_SECONDS):
