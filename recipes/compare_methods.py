@@ -112,7 +112,10 @@ def report(comparison: Comparison, baseline: str, tiers: dict[str, list[str]], s
 
 
 def as_text(facts: Sequence[str], headroom: Mapping[str, Any], tables: Mapping[str, Any]) -> str:
-    """Return what is printed: what was fair, the premise, and every table under its title."""
+    """Return what is printed: what was fair, the premise, and every table under its title.
+
+    Differences of losses need four decimals, in whatever column they stand.
+    """
     shown = [
         f"{title}\n\n{table(lines, 4 if 'loss' in title.split('(')[0] else 2)}" for title, lines in tables.items()
     ]

@@ -69,6 +69,8 @@ def main() -> None:
         raise ValueError("--untrained draws random weights, for which an --adapter has no meaning.")
     if args.stability and args.parts < 2:
         raise ValueError(f"--stability compares parts of the sample: --parts is 2 or more, got {args.parts}.")
+    if args.count_padding and args.measure == "attribution":
+        raise ValueError("--measure attribution has nothing to count of padding: leave --count_padding out.")
     k = parse_k(args.k)
     if k is None and (where.adapter or args.encoder_k or args.decoder_k):
         raise ValueError("--k auto looks for one k for both stacks of a model without adapter; leave the others out.")

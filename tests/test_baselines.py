@@ -285,9 +285,12 @@ def test_a_stage_names_the_value_of_a_knob(comparison, counts):
     assert parse_method("ours", args) == ("ours", args)
     assert parse_method("ours_enc_k=.7", args) == ("ours_enc", dataclasses.replace(args, k=0.7))
     assert parse_method("adapter_lp_adapter_width=8", args)[1].adapter_width == 8
-    for wrong in ("k=0.5", "ours_q=0.5", "ours_k=half", "lora_r=2.5"):
+    for wrong in ("k=0.5", "ours_q=0.5", "ours_k=half", "lora_r=2.5", "fine_tune_equal_seconds_lass_alpha=0.3"):
         with pytest.raises(ValueError, match="such as ours_k=0.9"):
             parse_method(wrong, args)
+    for wrong in ("-0.1", "1", "nan"):
+        with pytest.raises(ValueError, match=r"a probability in \[0, 1\)"):
+            parse_method(f"bilingual_dropout={wrong}", args)
     for stages, message in (
         (["our"], "no method 'our'"),
         (["wrong_pair"], "permutation"),
@@ -449,7 +452,15 @@ def test_the_words_of_a_grid_are_checked():
         "ours": {"k": [0.9, 0.95]},
         "low_rank": {"r": [4, 8]},
     }
-    for wrong in ("ours_q=[1]", "k=[1]", "ours_k=[high]", "low_rank_r=[2.5]", "ours_k=[]", "masks_only_k=[0.5, 0.6]"):
+    for wrong in (
+        "ours_q=[1]",
+        "k=[1]",
+        "fine_tune_dropout=[0, 0.3]",
+        "ours_k=[high]",
+        "low_rank_r=[2.5]",
+        "ours_k=[]",
+        "masks_only_k=[0.5, 0.6]",
+    ):
         with pytest.raises(ValueError, match="such as ours_k|is not trained"):
             knob_grids([wrong])
 

@@ -94,6 +94,12 @@ def test_a_sweep_is_in_the_order_of_its_values(tmp_path):
     assert main["ours"]["chrF++ better/worse"] == "1/1" and "chrF++ better/worse" not in main["fine_tune"]
     assert table[0]["kept, %"] == 35 and {line["method"] for line in table} == {"ours"}
     assert sweep_table(rows, stages[:2]) == [], "one value is no sweep"
+    dropped = stage("bilingual_dropout=0.3", kind="bilingual", knob="dropout", knobs={"dropout": 0.3})
+    as_in_baseline = stage("bilingual", kind="bilingual", knob=None, knobs={"dropout": None})
+    before = stage("bilingual", seed=1, kind="bilingual", knob=None, knobs={})
+    scored = [{**row, "method": "bilingual_dropout=0.3"} for row in rows if row["method"] == "ours"]
+    lines = sweep_table(rows + scored, [*stages[:1], dropped, as_in_baseline, before])
+    assert [line["value"] for line in lines] == ["0.3"], "of the others no value is known"
     found = {"rows": rows, "stages": stages, "trials": [], "zero_shot": {"rows": [], "not_applicable": {}}}
     tables = comparison_tables(found, {}, "en")
     assert "By group, loss" in str(list(tables)) and not any("Zero" in title for title in tables)

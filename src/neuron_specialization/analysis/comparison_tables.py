@@ -79,7 +79,8 @@ def sweep_table(rows: Rows, stages: Rows) -> list[dict[str, Any]]:
     swept = {(stage["kind"], stage["knob"]) for stage in stages if stage.get("knob")}
     table = []
     for kind, knob in sorted(swept):
-        named = {s["method"]: s for s in stages if s.get("kind") == kind and s.get("knob") in (knob, None)}
+        of_kind = [s for s in stages if s.get("kind") == kind and s.get("knob") in (knob, None)]
+        named = {s["method"]: s for s in of_kind if s["knobs"].get(knob) is not None}  # None: as in the baseline
         for method, stage in sorted(named.items(), key=lambda item: item[1]["knobs"][knob]):
             if any(row["method"] == method for row in rows):
                 line = {"method": kind, "knob": knob, "value": f"{stage['knobs'][knob]:g}", **kept_share(stage)}

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from peft import LoraConfig, get_peft_model
@@ -57,7 +57,7 @@ class MethodArguments:
         default=64, metadata={"help": "Neurons of a bottleneck adapter in adapter_lp and _fam."}
     )
     dropout: float | None = field(
-        default=None, metadata={"help": "Dropout of bilingual; if not given, that of the baseline."}
+        default=None, metadata={"help": "Dropout of bilingual, in attention too; if not given, as in the baseline."}
     )
     families: list[str] = field(default_factory=list, metadata={"help": "code=family, for adapter_fam."})
     exchange: list[str] = field(
@@ -65,9 +65,17 @@ class MethodArguments:
     )
 
 
-_KNOBS = {each.name: type(each.default) for each in fields(MethodArguments) if isinstance(each.default, int | float)}
-_KNOBS["dropout"] = float
-_KNOWN_KNOBS = f"Knobs: {', '.join(_KNOBS)}."
+# settings that a stage's name or a grid may give: what numbers they are, and the methods that have them
+_KNOBS: dict[str, tuple[type, tuple[str, ...]]] = {
+    "k": (float, (*OURS, "specificity_1", "specificity_2", "taylor")),
+    "rho": (float, ("general_specific",)),
+    "kappa": (float, ("general_specific",)),
+    "alpha": (float, LASS),
+    "r": (int, ("low_rank", "lora", "lora_per_pair")),
+    "adapter_width": (int, ("adapter_lp", "adapter_fam")),
+    "dropout": (float, ("bilingual",)),
+}
+_KNOWN_KNOBS = f"Knobs: {'; '.join(f'{knob} of ' + ', '.join(methods) for knob, (_, methods) in _KNOBS.items())}."
 
 
 def seeds_of(words: Sequence[str]) -> dict[str, int]:
@@ -160,16 +168,19 @@ def _method_and_knob(stem: str) -> tuple[str, str]:
     """Split "ours_k" into "ours" and "k"."""
     for method in METHODS:
         knob = stem.removeprefix(f"{method}_")
-        if knob in _KNOBS and knob != stem:
+        if knob != stem and method in _KNOBS.get(knob, (float, ()))[1]:
             return method, knob
     raise ValueError(f"Expected a method and one of its knobs, such as ours_k=0.9, got {stem!r}. {_KNOWN_KNOBS}")
 
 
 def _number(knob: str, text: str) -> Any:
     try:
-        return _KNOBS[knob](text)
+        value = _KNOBS[knob][0](text)
     except ValueError:
         raise ValueError(f"Expected a number for {knob}, such as ours_k=0.9, got {text!r}. {_KNOWN_KNOBS}") from None
+    if knob == "dropout" and not 0 <= value < 1:
+        raise ValueError(f"dropout is a probability in [0, 1), got {text!r}.")
+    return value
 
 
 def masks_of(

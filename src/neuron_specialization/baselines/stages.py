@@ -145,9 +145,7 @@ class Comparison(Models):
         write_results(directory, {**scored, "about": about}, PART)  # last: it says that the part is done
 
     def _updates_in_equal_seconds(self, method: str) -> int:
-        """Return how many updates fine-tuning makes in the seconds of the method that EQUAL_SECONDS names.
-
-        What it took to find that method's masks is included.
+        """Return how many updates fine-tuning makes in the seconds of another method, finding its masks included.
 
         Means over the seeds that both have: single runs on a shared machine differ by more than the methods do.
 
