@@ -16,7 +16,7 @@ from neuron_specialization.analysis.report import write_report
 from neuron_specialization.baselines.methods import MethodArguments, build_model
 from neuron_specialization.neurons.ffn import STACKS
 from neuron_specialization.neurons.files import atomic_directory
-from neuron_specialization.translation.checkpoints import new_model
+from neuron_specialization.translation.checkpoints import load_checkpoint, new_model
 from neuron_specialization.translation.command_line import parse, run
 from neuron_specialization.translation.data import load_parallel
 from neuron_specialization.translation.evaluation import SCORES, evaluate
@@ -85,6 +85,8 @@ def main() -> None:
 
     baseline = new_model(tokenizer, demo.layers, demo.d_model, demo.d_ff, heads=4, dropout=0.0, max_length=64)
     results = {"baseline": run("baseline", baseline, demo.pretrain_steps, training.learning_rate)}
+    # as it was saved: a demo that was interrupted goes on from the same model, down to its configuration
+    baseline, _ = load_checkpoint(f"{training.output_dir}/baseline/model", "float32")
     print("\n== identify")
     counts = record_corpus(baseline, tokenizer, data["validation"])
     masks = ns.CumulativeThreshold(demo.k).select(counts)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 from markupsafe import escape
@@ -16,17 +17,26 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 NLLB = "facebook/nllb-200-distilled-600M"
 
 
+SMALL_DEMO = (
+    *(
+        "demo.py",
+        "--config",
+        str(ROOT / "recipes" / "configs" / "demo.yaml"),
+        "--sentences",
+        "200",
+        "--held_out",
+        "20",
+    ),
+    *("--layers", "1", "--d_model", "32", "--d_ff", "64", "--pretrain_steps", "6", "--continue_steps", "3"),
+    *("--eval_steps", "3", "--vocab_size", "400", "--output_dir"),
+)
+
+
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     """A demo of the same steps with fewer and smaller ones."""
     directory = tmp_path_factory.mktemp("demo")
-    output = run(
-        "demo.py",
-        *("--config", str(ROOT / "recipes" / "configs" / "demo.yaml"), "--sentences", "200", "--held_out", "20"),
-        *("--layers", "1", "--d_model", "32", "--d_ff", "64", "--pretrain_steps", "6", "--continue_steps", "3"),
-        *("--eval_steps", "3", "--vocab_size", "400", "--output_dir", str(directory / "build" / "demo")),
-    )
-    return directory, output
+    return directory, run(*SMALL_DEMO, str(directory / "build" / "demo"))
 
 
 def test_the_demo_compares_five_models_and_families(demo):
@@ -44,6 +54,15 @@ def test_the_demo_compares_five_models_and_families(demo):
     for stack in ("encoder", "decoder"):
         overlap = results[said]
         assert 0 < overlap[stack]["within"] <= 1 and 0 < overlap[stack]["across"] <= 1
+
+
+def test_a_demo_that_was_interrupted_goes_on(demo, tmp_path, run_here):
+    before = demo[0] / "build" / "demo"
+    shutil.copytree(before, tmp_path / "demo")
+    shutil.rmtree(tmp_path / "demo" / "ffn_copies")
+    run_here(*SMALL_DEMO, str(tmp_path / "demo"))
+    once, again = (json.loads((folder / "results.json").read_text()) for folder in (before, tmp_path / "demo"))
+    assert all(once[name] == again[name] for name in ("baseline", "fine_tune", "ours", "ffn_copies"))
 
 
 def test_the_examples_run_as_printed(demo, monkeypatch, capsys):
