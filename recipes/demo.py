@@ -86,7 +86,8 @@ def main() -> None:
     baseline = new_model(tokenizer, demo.layers, demo.d_model, demo.d_ff, heads=4, dropout=0.0, max_length=64)
     results = {"baseline": run("baseline", baseline, demo.pretrain_steps, training.learning_rate)}
     # as it was saved: a demo that was interrupted goes on from the same model, down to its configuration
-    baseline, _ = load_checkpoint(f"{training.output_dir}/baseline/model", "float32")
+    saved, _ = load_checkpoint(f"{training.output_dir}/baseline/model", "float32")
+    baseline = saved.to(baseline.device)
     print("\n== identify")
     counts = record_corpus(baseline, tokenizer, data["validation"])
     masks = ns.CumulativeThreshold(demo.k).select(counts)

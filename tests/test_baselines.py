@@ -291,6 +291,10 @@ def test_a_stage_names_the_value_of_a_knob(comparison, counts):
     for wrong in ("-0.1", "1", "nan"):
         with pytest.raises(ValueError, match=r"a probability in \[0, 1\)"):
             parse_method(f"bilingual_dropout={wrong}", args)
+        with pytest.raises(ValueError, match=r"a probability in \[0, 1\)"):
+            MethodArguments(dropout=float(wrong))
+        with pytest.raises(ValueError, match=r"a probability in \[0, 1\)"):
+            knob_grids([f"bilingual_dropout=[0, {wrong}]"])
     for stages, message in (
         (["our"], "no method 'our'"),
         (["wrong_pair"], "permutation"),

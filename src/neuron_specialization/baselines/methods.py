@@ -64,6 +64,10 @@ class MethodArguments:
         default_factory=list, metadata={"help": "code=code: whose masks a language gets in wrong_pair."}
     )
 
+    def __post_init__(self) -> None:
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is a probability in [0, 1), got {self.dropout}.")
+
 
 # settings that a stage's name or a grid may give: what numbers they are, and the methods that have them
 _KNOBS: dict[str, tuple[type, tuple[str, ...]]] = {
@@ -178,8 +182,7 @@ def _number(knob: str, text: str) -> Any:
         value = _KNOBS[knob][0](text)
     except ValueError:
         raise ValueError(f"Expected a number for {knob}, such as ours_k=0.9, got {text!r}. {_KNOWN_KNOBS}") from None
-    if knob == "dropout" and not 0 <= value < 1:
-        raise ValueError(f"dropout is a probability in [0, 1), got {text!r}.")
+    MethodArguments(**{knob: value})  # which checks it, before anything is trained
     return value
 
 
