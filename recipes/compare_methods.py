@@ -68,6 +68,7 @@ def main() -> None:
         *(ModelArguments, DataArguments, SpecializationTrainingArguments),
         unused=UNUSED,
     )
+    check_options(compare, zero, data, training)
     check_single_process()
     check_figures()
     planned = [] if compare.tables_only else planned_stages(stage.methods, compare.only, training.seed)
@@ -94,6 +95,23 @@ def main() -> None:
             print(f"wrote {write_report(compare.report, 'Comparison of methods', masks, [comparison.directory])}")
     if failed:
         raise ValueError(f"Not all stages ran: {'; '.join(failed)}. The same command tries them again.")
+
+
+def check_options(
+    compare: CompareArguments, zero: ZeroShotArguments, data: DataArguments, training: SpecializationTrainingArguments
+) -> None:
+    """Raise ValueError if an option would have no effect beside the others."""
+    if compare.only is not None and compare.tables_only:
+        raise ValueError("--only runs a stage, and --tables_only true runs none: give one of them.")
+    if compare.only is None and training.seed != type(training).seed:
+        raise ValueError("--seed names a stage, together with --only. All seeds of --methods run without them.")
+    if compare.zero_shot_only and not zero.zero_shot_pairs:
+        raise ValueError("--zero_shot_only true scores directions that are not trained: give --zero_shot_pairs.")
+    languages = {code for pair in data.language_pairs for code in pair.split("-")}
+    in_tiers = {code for codes in as_mapping(compare.tiers).values() for code in codes.split(",")}
+    unknown = sorted(in_tiers - languages)
+    if unknown:
+        raise ValueError(f"--tiers names languages of no direction: {', '.join(unknown)}.")
 
 
 def report(comparison: Comparison, baseline: str, tiers: dict[str, list[str]], settings: dict[str, Any]) -> None:

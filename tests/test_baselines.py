@@ -30,6 +30,7 @@ from neuron_specialization.baselines.methods import (
     knob_grids,
     masks_of,
     parse_method,
+    planned_stages,
     seeds_of,
 )
 from neuron_specialization.baselines.settings import StageArguments
@@ -230,8 +231,10 @@ def test_a_stage_that_is_done_is_skipped_and_a_failed_one_is_reported_and_tried_
 def test_stages_of_other_settings_are_not_mixed(comparison):
     again = {field.name: getattr(comparison, field.name) for field in dataclasses.fields(comparison)}
     Comparison(**again)
-    with pytest.raises(ValueError, match=r"other settings \(k\)"):
-        Comparison(**{**again, "method": MethodArguments(k=0.7, exchange=["Aa=Ba", "Ba=Aa"])})
+    assert comparison.run("masks_only", 0)
+    other_k = MethodArguments(k=0.7, exchange=["Aa=Ba", "Ba=Aa"])
+    with pytest.raises(ValueError, match=r"other settings \(k of masks_only\)"):
+        Comparison(**{**again, "method": other_k})
     other = copy.deepcopy(comparison.baseline)
     other.model.shared.weight.data[5] += 1
     with pytest.raises(ValueError, match=r"other settings \(baseline\)"):
@@ -268,16 +271,43 @@ def test_what_cannot_be_scored_is_refused_before_any_training(comparison, monkey
         Comparison(**{**again, "data": {split: {"Pv-ja": of["Pv-Aa"]} for split, of in comparison.data.items()}})
 
 
-def test_stages_from_before_an_option_existed_go_on_under_its_default(comparison):
-    path = comparison.directory / SETTINGS
-    written = json.loads(path.read_text())
-    del written["settings"]["kappa"]
-    path.write_text(json.dumps(written))
+def test_a_comparison_is_extended_by_methods_of_other_settings(comparison):
+    """The settings of one method say nothing of another's stages: these stand, and the new ones are run."""
+    assert comparison.run("masks_only", 0)
     again = {field.name: getattr(comparison, field.name) for field in dataclasses.fields(comparison)}
+    stage = dataclasses.replace(comparison.stage, learning_rates=[1e-2], methods=["wrong_pair=1"])
+    settings = dataclasses.replace(comparison.method, exchange=["Pv=Aa", "Aa=Ba", "Ba=Pv"])
+    with pytest.raises(ValueError, match="Pv-Aa would have the masks of Aa-Ba, which is not among the pairs"):
+        Comparison(**{**again, "stage": stage, "method": settings})
+    later = Comparison(**{**again, "stage": stage})
+    assert later.run("wrong_pair", 0)
+    with pytest.raises(ValueError, match=r"other settings \(learning_rates of wrong_pair\)"):
+        Comparison(**again)
+    assert {stage["method"]: stage["learning_rate"] for stage in collect(comparison.directory)["stages"]} == {
+        "masks_only": None,
+        "wrong_pair": 1e-2,
+    }
+
+
+def test_stages_of_earlier_versions_keep_their_settings(comparison):
+    """These recorded settings once for all methods, and not those that did not exist yet."""
+    assert comparison.run("general_specific", 0)
+    path = comparison.directory / SETTINGS
+    written = json.loads(path.read_text())["settings"]
+    once = {name: value for name, value in written.items() if " of " not in name}
+    once |= {"k": 0.5, "learning_rates": comparison.stage.learning_rates, "rho": 0.7}
+    again = {field.name: getattr(comparison, field.name) for field in dataclasses.fields(comparison)}
+    path.write_text(json.dumps({"settings": once}))
     Comparison(**again)
-    path.write_text(json.dumps(written))
-    with pytest.raises(ValueError, match=r"other settings \(kappa\)"):
-        Comparison(**{**again, "method": dataclasses.replace(comparison.method, kappa=0.5)})
+    for setting, value in {"rho": 0.6, "kappa": 0.5}.items():  # kappa was not recorded: it was the default
+        path.write_text(json.dumps({"settings": once}))
+        with pytest.raises(ValueError, match=rf"other settings \({setting} of general_specific\)"):
+            Comparison(**{**again, "method": dataclasses.replace(comparison.method, **{setting: value})})
+
+
+def test_fine_tuning_for_equal_seconds_comes_after_every_seed_that_it_is_timed_by():
+    planned = planned_stages(["fine_tune_equal_seconds=1", "fine_tune=2", "ours=1"])
+    assert planned == [("fine_tune", 0), ("ours", 0), ("fine_tune", 1), ("fine_tune_equal_seconds", 0)]
 
 
 def test_a_stage_names_the_value_of_a_knob(comparison, counts):
@@ -289,12 +319,15 @@ def test_a_stage_names_the_value_of_a_knob(comparison, counts):
         with pytest.raises(ValueError, match="such as ours_k=0.9"):
             parse_method(wrong, args)
     for wrong in ("-0.1", "1", "nan"):
-        with pytest.raises(ValueError, match=r"a probability in \[0, 1\)"):
+        with pytest.raises(ValueError, match="dropout must be at least 0 and below 1"):
             parse_method(f"bilingual_dropout={wrong}", args)
-        with pytest.raises(ValueError, match=r"a probability in \[0, 1\)"):
+        with pytest.raises(ValueError, match="dropout must be at least 0 and below 1"):
             MethodArguments(dropout=float(wrong))
-        with pytest.raises(ValueError, match=r"a probability in \[0, 1\)"):
+        with pytest.raises(ValueError, match="dropout must be at least 0 and below 1"):
             knob_grids([f"bilingual_dropout=[0, {wrong}]"])
+    for knob, value in {"k": 95, "rho": 7, "kappa": 0, "alpha": 1, "r": -1, "adapter_width": 0}.items():
+        with pytest.raises(ValueError, match=f"{knob} must be .*, got {value}"):
+            MethodArguments(**{knob: value})
     for stages, message in (
         (["our"], "no method 'our'"),
         (["wrong_pair"], "permutation"),

@@ -7,7 +7,10 @@ from typing import Any
 
 from .folders import identification_seconds
 from .methods import EQUAL_SECONDS, MethodArguments, parse_method
+from .settings import recorded_settings
 from .stages import FAILED, PART, SETTINGS
+
+_DEFAULTS = vars(MethodArguments())
 
 
 def collect(directory: str | Path, planned: Iterable[tuple[str, int]] = ()) -> dict[str, Any]:
@@ -24,14 +27,13 @@ def collect(directory: str | Path, planned: Iterable[tuple[str, int]] = ()) -> d
         of a knob that was tried; "signatures": pair → signatures; "translations": method → seed → pair → texts.
     """
     directory = Path(directory)
-    known = _read(directory / SETTINGS).get("settings", {})
-    defaults = MethodArguments(**{name: known[name] for name in vars(MethodArguments()) if name in known})
+    known = recorded_settings(directory, SETTINGS)
     found: dict[str, Any] = {"rows": [], "stages": [], "trials": [], "signatures": {}, "translations": {}}
     begun = [(place.parent.name, int(place.name.removeprefix("seed-"))) for place in directory.glob("*/seed-*")]
     for method, seed in sorted({*begun, *planned}):
         place = directory / method / f"seed-{seed}"
         parts = [_read(path) for path in sorted([*place.glob(PART), *place.glob(f"*/{PART}")])]
-        found["stages"].append(_stage(directory, place, parts, method, seed, defaults))
+        found["stages"].append(_stage(directory, place, parts, method, seed, known))
         for part in parts:
             found["rows"] += part["rows"]
             found["signatures"] |= part["signatures"]
@@ -41,9 +43,10 @@ def collect(directory: str | Path, planned: Iterable[tuple[str, int]] = ()) -> d
 
 
 def _stage(
-    directory: Path, place: Path, parts: list[dict[str, Any]], method: str, seed: int, defaults: MethodArguments
+    directory: Path, place: Path, parts: list[dict[str, Any]], method: str, seed: int, known: dict[str, Any]
 ) -> dict[str, Any]:
-    kind, knobs = parse_method(method, defaults)
+    own = {name: known.get(f"{name} of {method}", known.get(name, value)) for name, value in _DEFAULTS.items()}
+    kind, knobs = parse_method(method, MethodArguments(**own))
     stage: dict[str, Any] = {
         "method": method,
         "seed": seed,

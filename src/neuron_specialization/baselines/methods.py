@@ -11,7 +11,7 @@ from ..adapter.config import NeuronSpecializationConfig
 from ..neurons.activations import ACTIVITY, ATTRIBUTION, ActivationCounts
 from ..neurons.controls import Pooled, RandomOverlap, WrongPair, check_exchange
 from ..neurons.masks import NeuronMasks
-from ..neurons.selection import CumulativeThreshold, RandomMatched
+from ..neurons.selection import CumulativeThreshold, RandomMatched, check_share
 from ..neurons.specificity import GeneralSpecific, Specificity
 from ..translation.arguments import as_mapping
 from .bottleneck import bottleneck_adapters
@@ -30,6 +30,7 @@ OURS = (
     *("random", "random_overlap", "wrong_pair", "group", "union"),
 )
 LASS = ("lass", "lass_shared", "lass_wrong_pair")
+WRONG_PAIR = ("wrong_pair", "lass_wrong_pair")  # each pair has the masks of another
 METHODS = (
     *("baseline", "fine_tune", *EQUAL_SECONDS, "bilingual", "fine_tune_single", *FFN_COPIES, *OURS),
     *("lora", "lora_per_pair", "adapter_lp", "adapter_fam", *LASS),
@@ -65,8 +66,15 @@ class MethodArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.dropout is not None and not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is a probability in [0, 1), got {self.dropout}.")
+        for name in ("k", "rho", "kappa"):
+            check_share(name, getattr(self, name))
+        for name in ("alpha", "dropout"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, got {value}.")
+        for name in ("r", "adapter_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
 
 
 # settings that a stage's name or a grid may give: what numbers they are, and the methods that have them
@@ -98,6 +106,8 @@ def seeds_of(words: Sequence[str]) -> dict[str, int]:
 def planned_stages(words: Sequence[str], only: str | None = None, seed: int = 0) -> list[tuple[str, int]]:
     """Return the stages to run, seed after seed: (method, seed), or the one that `only` and `seed` name.
 
+    Fine-tuning for as many seconds as another method comes last: these are means over the seeds of both.
+
     Args:
         words: methods and their numbers of seeds; see `seeds_of`.
         only: a method among them.
@@ -110,7 +120,8 @@ def planned_stages(words: Sequence[str], only: str | None = None, seed: int = 0)
     if not any(seeds.values()):
         raise ValueError("There is nothing to compare: give methods and how many seeds, --methods fine_tune=3 ours=3.")
     if only is None:
-        return [(name, each) for each in range(max(seeds.values())) for name in seeds if each < seeds[name]]
+        stages = [(name, each) for each in range(max(seeds.values())) for name in seeds if each < seeds[name]]
+        return sorted(stages, key=lambda stage: stage[0] in EQUAL_SECONDS)
     if seeds.get(only, 0) <= seed:
         raise ValueError(
             f"--only {only} --seed {seed} is no stage of this comparison; it has "
@@ -129,7 +140,7 @@ def check_methods(stages: Iterable[str], args: MethodArguments, pivot: str | Non
         method, _ = parse_method(stage, args)
         if method not in METHODS:
             raise ValueError(f"There is no method {method!r}. Known methods: {', '.join(METHODS)}.")
-        if method in ("wrong_pair", "lass_wrong_pair"):
+        if method in WRONG_PAIR:
             check_exchange(as_mapping(args.exchange))
         if method == "adapter_fam" and not args.families:
             raise ValueError("The method 'adapter_fam' needs the languages' families: families=[en=Germanic, ...].")
@@ -151,6 +162,13 @@ def parse_method(stage: str, args: MethodArguments) -> tuple[str, MethodArgument
         return stage, args
     method, knob = _method_and_knob(stem)
     return method, replace(args, **{knob: _number(knob, value)})
+
+
+def settings_of(method: str, args: MethodArguments) -> dict[str, Any]:
+    """Return the settings that a method depends on; another method of the same comparison may have other ones."""
+    names = [knob for knob, (_, methods) in _KNOBS.items() if method in methods]
+    names += ["exchange"] * (method in WRONG_PAIR) + ["families"] * (method == "adapter_fam")
+    return {name: getattr(args, name) for name in names}
 
 
 def knob_grids(words: Sequence[str]) -> dict[str, dict[str, list[Any]]]:

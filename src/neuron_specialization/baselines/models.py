@@ -5,7 +5,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback, set_seed
 
 from ..neurons.activations import ACTIVITY, ActivationCounts
-from ..neurons.controls import exchanged
+from ..neurons.controls import check_exchanged_pairs, exchanged
+from ..neurons.language_pairs import shorten, split_pair
 from ..translation.arguments import as_mapping
 from ..translation.identification import record_corpus
 from ..translation.processes import this_process
@@ -36,12 +37,14 @@ from .methods import (
     PER_DIRECTION,
     UNTRAINED,
     WEIGHTS,
+    WRONG_PAIR,
     MethodArguments,
     build_model,
     check_methods,
     knob_grids,
     parse_method,
     seeds_of,
+    settings_of,
 )
 from .settings import StageArguments
 
@@ -71,8 +74,8 @@ class Models:
         max_length: truncate training text to this many tokens.
 
     Raises:
-        ValueError: if a grid of knobs is malformed, a part of the budget is out of range, or a listed method is
-            unknown or lacks a setting.
+        ValueError: if a grid of knobs is malformed, a part of the budget is out of range, no direction has the pivot,
+            or a listed method is unknown or lacks a setting.
     """
 
     baseline: Any
@@ -99,8 +102,23 @@ class Models:
                 "evaluations and tuning_directions are at least 1, got "
                 f"{self.stage.evaluations} and {self.stage.tuning_directions}."
             )
+        if self.pivot is not None and not any(self.pivot in split_pair(pair) for pair in self.language_pairs):
+            raise ValueError(
+                f"The pivot {self.pivot!r} is a language of no direction: {shorten(self.language_pairs)}."
+            )
         self.grids = knob_grids(self.stage.knobs)
-        check_methods(seeds_of(self.stage.methods), self.method, self.pivot)
+        self.check(seeds_of(self.stage.methods))
+
+    def check(self, methods: Iterable[str]) -> None:
+        """Check that stages name methods, with the settings that these need, for these directions.
+
+        Raises:
+            ValueError: see `check_methods`; and if an exchange of masks leaves a pair its own, or gives it those of a
+                pair that there is not.
+        """
+        check_methods(methods, self.method, self.pivot)
+        if {self.kind(method) for method in methods} & {*WRONG_PAIR}:
+            check_exchanged_pairs(self.language_pairs, as_mapping(self.method.exchange))
 
     def setting(self, method: str) -> Setting:
         """Return what a stage is trained with: what gave the lowest validation loss in trials.
@@ -113,8 +131,7 @@ class Models:
         kind = self.kind(method)
         if kind in EQUAL_SECONDS:
             return self.setting("fine_tune")
-        shares = kind in OURS and kind != "ours" and "ours" in self.grids
-        knobs = parse_method(method, self.setting("ours").knobs if shares else self.method)[1]
+        knobs = parse_method(method, self.setting("ours").knobs if self._shares_knobs(kind) else self.method)[1]
         if kind in UNTRAINED:
             return Setting(None, knobs)
         rates = self.stage.scratch_learning_rates if kind == "bilingual" else self.stage.learning_rates
@@ -123,6 +140,20 @@ class Models:
             tried = [Setting(best.learning_rate, replace(best.knobs, **{name: value})) for value in values]
             best = self._best(method, tried)
         return best
+
+    def depends_on(self, method: str) -> dict[str, Any]:
+        """Return the settings that the stages of a method depend on, beyond those of all methods."""
+        kind, knobs = parse_method(method, self.method)
+        found = settings_of(kind, knobs)
+        if kind not in UNTRAINED:
+            name = "scratch_learning_rates" if kind == "bilingual" else "learning_rates"
+            found[name] = getattr(self.stage, name)
+        grid = {**(self.grids["ours"] if self._shares_knobs(kind) else {}), **self.grids.get(method, {})}
+        return {**found, "grid": grid} if grid else found
+
+    def _shares_knobs(self, kind: str) -> bool:
+        """Whether the knobs are those that trials chose for "ours"."""
+        return kind in OURS and kind != "ours" and "ours" in self.grids
 
     def counts(self, measure: str = ACTIVITY) -> ActivationCounts:
         """Return the baseline's activity or attribution on the validation data, recorded once for all methods."""

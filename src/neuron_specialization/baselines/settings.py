@@ -46,6 +46,12 @@ class StageArguments:
     num_beams: int = field(default=5, metadata={"help": "Beams on the test set."})
 
 
+def recorded_settings(directory: Path, name: str) -> dict[str, Any]:
+    """Return what `check_settings` recorded in a directory; nothing if there is no such file."""
+    path = directory / name
+    return json.loads(path.read_text())["settings"] if path.is_file() else {}
+
+
 def check_settings(
     directory: Path, name: str, settings: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
 ) -> None:
@@ -63,9 +69,8 @@ def check_settings(
         ValueError: if the file says otherwise; it names the settings that differ.
     """
     settings, path = json.loads(json.dumps(settings)), directory / name
-    recorded: dict[str, Any] = {}
+    recorded = recorded_settings(directory, name)
     if path.is_file():
-        recorded = json.loads(path.read_text())["settings"]
         before = {**settings, **json.loads(json.dumps(defaults or {})), **recorded}
         changed = [key for key in settings if before.get(key) != settings[key]]
         if changed:

@@ -26,13 +26,15 @@ from ..translation.evaluation import check_lengths, check_scorers
 from ..translation.results import write_results
 from ..translation.runs import RUN_FILE, configuration, load_trained, tensor_digest
 from . import lass
-from .folders import identification_seconds, remove_checkpoints
+from .folders import alone, identification_seconds, remove_checkpoints
 from .methods import EQUAL_SECONDS, IDENTIFIED_BY, MethodArguments
 from .models import Models, Setting
 from .scored_part import scored_part
-from .settings import TRAINING, StageArguments, check_settings
+from .settings import TRAINING, StageArguments, check_settings, recorded_settings
 
 PART, FAILED, SETTINGS = "part.json", "failed.json", "comparison.json"
+# settings that are recorded for each method by itself
+_OF_METHODS = ("methods", "learning_rates", "scratch_learning_rates", "knobs")
 
 
 @dataclass
@@ -49,15 +51,23 @@ class Comparison(Models):
         super().__post_init__()
         check_scorers(split_pair(pair)[1] for pair in self.language_pairs)
         check_lengths(self.baseline, self.tokenizer, self.data["test"], **self.convention())
+        begun = {path.parent.name for of in ("seed-*", "trial-*") for path in self.directory.glob(f"*/{of}")}
         self._check_settings()
+        self._check_settings_of(sorted(begun))
 
     def run(self, method: str, seed: int) -> bool:
-        """Run one stage unless it is done; return whether it is complete. A failure is recorded, not raised."""
+        """Run one stage unless it is done; return whether it is complete. A failure is recorded, not raised.
+
+        Another process that runs the same stage is waited for.
+        """
         directory = self.stage_directory(method, seed)
         try:
-            setting = self.setting(method)
-            for pairs in self.groups(method):
-                self._part(method, seed, setting, pairs, self.part_directory(directory, method, pairs))
+            self.check([method])
+            self._check_settings_of([method])
+            with alone(self.directory, f"{method}-seed-{seed}"):
+                setting = self.setting(method)
+                for pairs in self.groups(method):
+                    self._part(method, seed, setting, pairs, self.part_directory(directory, method, pairs))
         except Exception as error:
             failure = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
             write_results(directory, failure, FAILED)
@@ -108,12 +118,22 @@ class Comparison(Models):
             "language_pairs": self.language_pairs,
             "sentences": {split: [len(rows) for rows in of.values()] for split, of in self.data.items()},
             "text": {split: text_digest(of) for split, of in self.data.items()},
-            **{name: value for name, value in vars(self.stage).items() if name != "methods"},
-            **vars(self.method),
+            **{name: value for name, value in vars(self.stage).items() if name not in _OF_METHODS},
             **{name: getattr(self.training, name) for name in TRAINING},
             **{"pivot": self.pivot, "max_length": self.max_length, **self.convention()},
         }
-        check_settings(self.directory, SETTINGS, settings, {**vars(StageArguments()), **vars(MethodArguments())})
+        check_settings(self.directory, SETTINGS, settings, vars(StageArguments()))
+
+    def _check_settings_of(self, methods: Iterable[str]) -> None:
+        """The same for what these methods depend on beyond that; another method may have other settings."""
+        settings = {
+            f"{name} of {method}": value for method in methods for name, value in self.depends_on(method).items()
+        }
+        recorded = recorded_settings(self.directory, SETTINGS)
+        # earlier versions recorded them once for all methods
+        once = {**vars(MethodArguments()), **recorded} if "k" in recorded else {}
+        earlier = {key: once[name] for key in settings if (name := key.partition(" of ")[0]) in once}
+        check_settings(self.directory, SETTINGS, settings, earlier)
 
     def _part(self, method: str, seed: int, setting: Setting, pairs: list[str], directory: Path) -> None:
         if (directory / PART).is_file():

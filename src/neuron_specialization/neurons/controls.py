@@ -5,7 +5,7 @@ differ at all (Pooled), or that they differ beyond the direction (Pooled with a 
 removes the overlap between pairs as well as the identity.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -55,6 +55,19 @@ def check_exchange(exchange: Mapping[str, str]) -> None:
             "exchange must be a permutation of languages that moves each, such as {'de': 'zh', 'zh': 'de'}, so that "
             f"every mask is still used and none by its own language; got {dict(exchange)}."
         )
+
+
+def check_exchanged_pairs(language_pairs: Sequence[str], exchange: Mapping[str, str]) -> None:
+    """Check that every pair gets the masks of another pair.
+
+    Raises:
+        ValueError: if one keeps its own, so that it would be no control, or would get those of a pair not among them.
+    """
+    for pair in language_pairs:
+        other = exchanged(pair, exchange)
+        if other == pair or other not in language_pairs:
+            whose = "its own masks" if other == pair else f"the masks of {other}, which is not among the pairs"
+            raise ValueError(f"Under exchange={dict(exchange)}, {pair} would have {whose}.")
 
 
 @dataclass(frozen=True)
