@@ -17,7 +17,7 @@ import neuron_specialization as ns
 from neuron_specialization.baselines.bottleneck import bottleneck_adapters
 from neuron_specialization.baselines.collected import collect
 from neuron_specialization.baselines.ffn_copies import ffn_copies
-from neuron_specialization.baselines.folders import identification_folder
+from neuron_specialization.baselines.folders import alone, identification_folder
 from neuron_specialization.baselines.methods import (
     EQUAL_SECONDS,
     IDENTIFIED_BY,
@@ -226,6 +226,15 @@ def test_a_stage_that_is_done_is_skipped_and_a_failed_one_is_reported_and_tried_
     statuses = {(stage["method"], stage["status"]) for stage in stages}
     assert statuses >= {("ours", "done"), ("fine_tune_single", "3 of 4 parts"), ("lass", "not begun")}
     assert len(stages) == 4, "every stage once"
+
+
+def test_a_stage_is_run_by_one_process_at_a_time(comparison):
+    with ThreadPoolExecutor() as pool:
+        with alone(comparison.directory, "baseline-seed-0"):
+            waiting = pool.submit(comparison.run, "baseline", 0)
+            assert pool.submit(comparison.run, "masks_only", 0).result(timeout=60), "which takes longer"
+            assert not waiting.done() and not (comparison.directory / "baseline").exists()
+        assert waiting.result(timeout=60) and (comparison.stage_directory("baseline", 0) / PART).is_file()
 
 
 def test_stages_of_other_settings_are_not_mixed(comparison):
