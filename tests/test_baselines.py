@@ -461,7 +461,7 @@ def test_what_stages_share_is_made_once_by_whoever_comes_first(comparison, monke
 
 def test_a_knob_is_the_best_of_trials_at_the_best_learning_rate(comparison):
     """Controls share the k of ours, and ask for no trial of their own."""
-    comparison.grids = knob_grids(["ours_k=[0.02, 0.5, 0.9]"])
+    comparison.trials.grids = knob_grids(["ours_k=[0.02, 0.5, 0.9]"])
     comparison.stage.learning_rates = [1e-6, 1e-2]
     comparison.training.max_steps = 12
     comparison.data["test"].clear()
@@ -480,7 +480,7 @@ def test_a_knob_is_the_best_of_trials_at_the_best_learning_rate(comparison):
 
 
 def test_bilingual_models_get_the_dropout_that_validates_best(comparison):
-    comparison.grids = knob_grids(["bilingual_dropout=[0, 0.9]"])
+    comparison.trials.grids = knob_grids(["bilingual_dropout=[0, 0.9]"])
     comparison.stage.scratch_learning_rates = [1e-2]
     comparison.stage.bilingual_updates = 20
     chosen = comparison.setting("bilingual")
@@ -515,7 +515,7 @@ def test_lass_is_identified_once_for_all_values_of_alpha(toy_model, toy_tokenize
     pairs = ["Pv-Aa", "Aa-Pv"]
     data = {split: {pair: of[pair] for pair in pairs} for split, of in toy_data.items()}
     comparison = make_comparison(toy_model, toy_tokenizer, data, tmp_path)
-    comparison.grids = knob_grids(["lass_alpha=[0.3, 0.7]"])
+    comparison.trials.grids = knob_grids(["lass_alpha=[0.3, 0.7]"])
     assert comparison.run("lass", 0)
     found = collect(comparison.directory)
     (stage,) = found["stages"]

@@ -1,12 +1,9 @@
 """The models of a comparison: made from one baseline, and trained on the same data under the same budget."""
 
 import copy
-import json
-import math
-import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,6 @@ from ..translation.arguments import as_mapping
 from ..translation.identification import record_corpus
 from ..translation.processes import this_process
 from ..translation.results import write_results
-from ..translation.runs import RUN_FILE
 from ..translation.token_loss import token_losses
 from ..translation.trainer import SpecializationTrainingArguments, check_max_steps, check_one_gpu
 from ..translation.training import fit
@@ -30,36 +26,24 @@ from . import lass
 from .folders import alone, identification_folder, remove_checkpoints
 from .gradual import GradualMasks
 from .methods import (
-    EQUAL_SECONDS,
     IDENTIFIED_BY,
     LASS,
-    OURS,
     PER_DIRECTION,
-    UNTRAINED,
     WEIGHTS,
     WRONG_PAIR,
     MethodArguments,
     build_model,
     check_methods,
-    knob_grids,
     parse_method,
     seeds_of,
-    settings_of,
 )
 from .settings import StageArguments
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a stage is trained with: its learning rate, None where nothing is trained, and the knobs of its method."""
-
-    learning_rate: float | None
-    knobs: MethodArguments
+from .trials import Setting, Trials
 
 
 @dataclass
 class Models:
-    """Makes, tunes and trains the model of every stage.
+    """Makes and trains the model of every stage, as its trials choose.
 
     Attributes:
         baseline: the multilingual model that all start from.
@@ -106,7 +90,7 @@ class Models:
             raise ValueError(
                 f"The pivot {self.pivot!r} is a language of no direction: {shorten(self.language_pairs)}."
             )
-        self.grids = knob_grids(self.stage.knobs)
+        self.trials = Trials(self)
         self.check(seeds_of(self.stage.methods))
 
     def check(self, methods: Iterable[str]) -> None:
@@ -121,39 +105,8 @@ class Models:
             check_exchanged_pairs(self.language_pairs, as_mapping(self.method.exchange))
 
     def setting(self, method: str) -> Setting:
-        """Return what a stage is trained with: what gave the lowest validation loss in trials.
-
-        Learning rates are tried first, then the values of each knob that the comparison lists for the method, one knob
-        after the other, all with seed 0. Methods with masks made from those of "ours" share its knobs. A knob's value
-        in the stage's name is not tuned. Where there is one value, none is tried. Trials never see test data, and
-        their results are kept beside the stages. The methods of EQUAL_SECONDS are trained as "fine_tune" is.
-        """
-        kind = self.kind(method)
-        if kind in EQUAL_SECONDS:
-            return self.setting("fine_tune")
-        knobs = parse_method(method, self.setting("ours").knobs if self._shares_knobs(kind) else self.method)[1]
-        if kind in UNTRAINED:
-            return Setting(None, knobs)
-        rates = self.stage.scratch_learning_rates if kind == "bilingual" else self.stage.learning_rates
-        best = self._best(method, [Setting(rate, knobs) for rate in rates])
-        for name, values in self.grids.get(method, {}).items():
-            tried = [Setting(best.learning_rate, replace(best.knobs, **{name: value})) for value in values]
-            best = self._best(method, tried)
-        return best
-
-    def depends_on(self, method: str) -> dict[str, Any]:
-        """Return the settings that the stages of a method depend on, beyond those of all methods."""
-        kind, knobs = parse_method(method, self.method)
-        found = settings_of(kind, knobs)
-        if kind not in UNTRAINED:
-            name = "scratch_learning_rates" if kind == "bilingual" else "learning_rates"
-            found[name] = getattr(self.stage, name)
-        grid = {**(self.grids["ours"] if self._shares_knobs(kind) else {}), **self.grids.get(method, {})}
-        return {**found, "grid": grid} if grid else found
-
-    def _shares_knobs(self, kind: str) -> bool:
-        """Whether the knobs are those that trials chose for "ours"."""
-        return kind in OURS and kind != "ours" and "ours" in self.grids
+        """Return what a stage is trained with; see `Trials.setting`."""
+        return self.trials.setting(method)
 
     def counts(self, measure: str = ACTIVITY) -> ActivationCounts:
         """Return the baseline's activity or attribution on the validation data, recorded once for all methods."""
@@ -220,65 +173,6 @@ class Models:
     def part_directory(self, directory: Path, method: str, pairs: Sequence[str]) -> Path:
         """Return where the model of one group of directions is kept in the directory of a stage or trial."""
         return directory / pairs[0] if self.per_direction(method) else directory
-
-    def _best(self, method: str, settings: list[Setting]) -> Setting:
-        """Return the setting whose trial has the lowest validation loss; a single one needs no trial."""
-        return settings[0] if len(settings) == 1 else min(settings, key=lambda setting: self._trial(method, setting))
-
-    def _trial(self, method: str, setting: Setting) -> float:
-        """Return the mean validation loss over directions after `trial_share` of the updates."""
-        directory = self._trial_directory(method, setting)
-        with alone(self.directory, f"{method}-{directory.name}"):
-            if not (directory / "trial.json").is_file():
-                self._try(method, setting, directory)
-        losses = json.loads((directory / "trial.json").read_text())["validation_loss"]
-        mean = sum(losses.values()) / len(losses)
-        return mean if math.isfinite(mean) else math.inf
-
-    def _try(self, method: str, setting: Setting, directory: Path) -> None:
-        groups, updates = self.groups(method), max(1, int(self.updates(method) * self.stage.trial_share))
-        if self.per_direction(method):
-            groups = groups[:: max(1, len(groups) // self.stage.tuning_directions)][: self.stage.tuning_directions]
-        losses: dict[str, float] = {}
-        for pairs in groups:
-            where = self.part_directory(directory, method, pairs)
-            model, _ = self.trained(method, 0, setting, pairs, updates, where)
-            losses |= self.losses(model, "validation", pairs)
-            if updates == self.updates(method):
-                remove_checkpoints(where)  # the rest may become a stage
-            else:
-                shutil.rmtree(where)
-        knobs = {"learning_rate": setting.learning_rate, "knobs": self._other_knobs(method, setting.knobs)}
-        write_results(directory, {**knobs, "updates": updates, "validation_loss": losses}, "trial.json")
-
-    def _trial_directory(self, method: str, setting: Setting) -> Path:
-        knobs = [f"{name}={value:g}" for name, value in self._other_knobs(method, setting.knobs).items()]
-        return self.directory / method / "-".join(["trial", f"{setting.learning_rate:g}", *knobs])
-
-    def adopt_trial(self, method: str, setting: Setting, pairs: list[str], directory: Path) -> None:
-        """Make the chosen trial of all updates, if there is one, the run of the stage with its seed, which it is.
-
-        What other trials trained is removed.
-        """
-        if setting.learning_rate is None or (directory / RUN_FILE).is_file():
-            return
-        chosen = self._trial_directory(method, setting)
-        for trial in (self.directory / method).glob("trial-*"):
-            where = self.part_directory(trial, method, pairs)
-            # the run's description last: without it there is no run, with it there is the whole one
-            for path in [where / name for name in ("model", "adapter", RUN_FILE) if (where / name).exists()]:
-                if trial == chosen:
-                    directory.mkdir(parents=True, exist_ok=True)
-                    shutil.move(path, directory)
-                elif path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
-
-    def _other_knobs(self, method: str, knobs: MethodArguments) -> dict[str, Any]:
-        """Return the knobs that differ from those that the comparison or the stage's name gives."""
-        given = vars(parse_method(method, self.method)[1])
-        return {name: value for name, value in vars(knobs).items() if value != given[name]}
 
     def trained(
         self, method: str, seed: int, setting: Setting, pairs: list[str], updates: int, directory: Path

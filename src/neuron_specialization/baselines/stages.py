@@ -28,9 +28,10 @@ from ..translation.runs import RUN_FILE, configuration, load_trained, tensor_dig
 from . import lass
 from .folders import alone, identification_seconds, remove_checkpoints
 from .methods import EQUAL_SECONDS, IDENTIFIED_BY, MethodArguments
-from .models import Models, Setting
+from .models import Models
 from .scored_part import scored_part
 from .settings import TRAINING, StageArguments, check_settings, recorded_settings
+from .trials import Setting
 
 PART, FAILED, SETTINGS = "part.json", "failed.json", "comparison.json"
 # settings that are recorded for each method by itself
@@ -126,9 +127,9 @@ class Comparison(Models):
 
     def _check_settings_of(self, methods: Iterable[str]) -> None:
         """The same for what these methods depend on beyond that; another method may have other settings."""
-        settings = {
-            f"{name} of {method}": value for method in methods for name, value in self.depends_on(method).items()
-        }
+        settings: dict[str, Any] = {}
+        for method in methods:
+            settings |= {f"{name} of {method}": value for name, value in self.trials.depends_on(method).items()}
         recorded = recorded_settings(self.directory, SETTINGS)
         # earlier versions recorded them once for all methods
         once = {**vars(MethodArguments()), **recorded} if "k" in recorded else {}
@@ -139,7 +140,7 @@ class Comparison(Models):
         if (directory / PART).is_file():
             return
         if seed == 0:
-            self.adopt_trial(method, setting, pairs, directory)
+            self.trials.adopt(method, setting, pairs, directory)
         updates = self._updates_in_equal_seconds(method) if method in EQUAL_SECONDS else self.updates(method)
         model, spent = self.trained(method, seed, setting, pairs, updates, directory)
         while_training = spent.pop("validation_losses", [])

@@ -1,0 +1,131 @@
+"""Choose what a stage is trained with: trials of learning rates and of a method's own knobs, on validation data."""
+
+import json
+import math
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..translation.results import write_results
+from ..translation.runs import RUN_FILE
+from .folders import alone, remove_checkpoints
+from .methods import EQUAL_SECONDS, OURS, UNTRAINED, MethodArguments, knob_grids, parse_method, settings_of
+
+if TYPE_CHECKING:
+    from .models import Models
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a stage is trained with: its learning rate, None where nothing is trained, and the knobs of its method."""
+
+    learning_rate: float | None
+    knobs: MethodArguments
+
+
+class Trials:
+    """The trials of a comparison, each in a directory beside the stages of its method.
+
+    Raises:
+        ValueError: if a grid of knobs is malformed.
+    """
+
+    def __init__(self, models: "Models") -> None:
+        self.models = models
+        self.grids = knob_grids(models.stage.knobs)
+
+    def setting(self, method: str) -> Setting:
+        """Return what a stage is trained with: what gave the lowest validation loss in trials.
+
+        Learning rates are tried first, then the values of each knob that the comparison lists for the method, one knob
+        after the other, all with seed 0. Methods with masks made from those of "ours" share its knobs. A knob's value
+        in the stage's name is not tuned. Where there is one value, none is tried. Trials never see test data, and
+        their results are kept beside the stages. The methods of EQUAL_SECONDS are trained as "fine_tune" is.
+        """
+        kind = self.models.kind(method)
+        if kind in EQUAL_SECONDS:
+            return self.setting("fine_tune")
+        knobs = parse_method(method, self.setting("ours").knobs if self._shares_knobs(kind) else self.models.method)[1]
+        if kind in UNTRAINED:
+            return Setting(None, knobs)
+        rates = self.models.stage.scratch_learning_rates if kind == "bilingual" else self.models.stage.learning_rates
+        best = self._best(method, [Setting(rate, knobs) for rate in rates])
+        for name, values in self.grids.get(method, {}).items():
+            tried = [Setting(best.learning_rate, replace(best.knobs, **{name: value})) for value in values]
+            best = self._best(method, tried)
+        return best
+
+    def depends_on(self, method: str) -> dict[str, Any]:
+        """Return the settings that the stages of a method depend on, beyond those of all methods."""
+        kind, knobs = parse_method(method, self.models.method)
+        found = settings_of(kind, knobs)
+        if kind not in UNTRAINED:
+            name = "scratch_learning_rates" if kind == "bilingual" else "learning_rates"
+            found[name] = getattr(self.models.stage, name)
+        grid = {**(self.grids["ours"] if self._shares_knobs(kind) else {}), **self.grids.get(method, {})}
+        return {**found, "grid": grid} if grid else found
+
+    def _shares_knobs(self, kind: str) -> bool:
+        """Whether the knobs are those that trials chose for "ours"."""
+        return kind in OURS and kind != "ours" and "ours" in self.grids
+
+    def _best(self, method: str, settings: list[Setting]) -> Setting:
+        """Return the setting whose trial has the lowest validation loss; a single one needs no trial."""
+        return settings[0] if len(settings) == 1 else min(settings, key=lambda setting: self._trial(method, setting))
+
+    def _trial(self, method: str, setting: Setting) -> float:
+        """Return the mean validation loss over directions after `trial_share` of the updates."""
+        directory = self._trial_directory(method, setting)
+        with alone(self.models.directory, f"{method}-{directory.name}"):
+            if not (directory / "trial.json").is_file():
+                self._try(method, setting, directory)
+        losses = json.loads((directory / "trial.json").read_text())["validation_loss"]
+        mean = sum(losses.values()) / len(losses)
+        return mean if math.isfinite(mean) else math.inf
+
+    def _try(self, method: str, setting: Setting, directory: Path) -> None:
+        stage, groups, of_stage = self.models.stage, self.models.groups(method), self.models.updates(method)
+        updates = max(1, int(of_stage * stage.trial_share))
+        if self.models.per_direction(method):
+            groups = groups[:: max(1, len(groups) // stage.tuning_directions)][: stage.tuning_directions]
+        losses: dict[str, float] = {}
+        for pairs in groups:
+            where = self.models.part_directory(directory, method, pairs)
+            model, _ = self.models.trained(method, 0, setting, pairs, updates, where)
+            losses |= self.models.losses(model, "validation", pairs)
+            if updates == of_stage:
+                remove_checkpoints(where)  # the rest may become a stage
+            else:
+                shutil.rmtree(where)
+        knobs = {"learning_rate": setting.learning_rate, "knobs": self._other_knobs(method, setting.knobs)}
+        write_results(directory, {**knobs, "updates": updates, "validation_loss": losses}, "trial.json")
+
+    def _trial_directory(self, method: str, setting: Setting) -> Path:
+        knobs = [f"{name}={value:g}" for name, value in self._other_knobs(method, setting.knobs).items()]
+        return self.models.directory / method / "-".join(["trial", f"{setting.learning_rate:g}", *knobs])
+
+    def adopt(self, method: str, setting: Setting, pairs: list[str], directory: Path) -> None:
+        """Make the chosen trial of all updates, if there is one, the run of the stage with its seed, which it is.
+
+        What other trials trained is removed.
+        """
+        if setting.learning_rate is None or (directory / RUN_FILE).is_file():
+            return
+        chosen = self._trial_directory(method, setting)
+        for trial in (self.models.directory / method).glob("trial-*"):
+            where = self.models.part_directory(trial, method, pairs)
+            # the run's description last: without it there is no run, with it there is the whole one
+            for path in [where / name for name in ("model", "adapter", RUN_FILE) if (where / name).exists()]:
+                if trial == chosen:
+                    directory.mkdir(parents=True, exist_ok=True)
+                    shutil.move(path, directory)
+                elif path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+
+    def _other_knobs(self, method: str, knobs: MethodArguments) -> dict[str, Any]:
+        """Return the knobs that differ from those that the comparison or the stage's name gives."""
+        given = vars(parse_method(method, self.models.method)[1])
+        return {name: value for name, value in vars(knobs).items() if value != given[name]}
