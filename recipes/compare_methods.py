@@ -101,8 +101,10 @@ def check_options(
     compare: CompareArguments, zero: ZeroShotArguments, data: DataArguments, training: SpecializationTrainingArguments
 ) -> None:
     """Raise ValueError if an option would have no effect beside the others."""
-    if compare.only is not None and compare.tables_only:
-        raise ValueError("--only runs a stage, and --tables_only true runs none: give one of them.")
+    if compare.tables_only and (compare.only is not None or compare.zero_shot_only):
+        raise ValueError("--tables_only true runs and scores nothing: leave out --only and --zero_shot_only.")
+    if compare.only is not None and compare.report is not None:
+        raise ValueError("--only leaves tables and the report to a later call: leave out --report.")
     if compare.only is None and training.seed != type(training).seed:
         raise ValueError("--seed names a stage, together with --only. All seeds of --methods run without them.")
     if compare.zero_shot_only and not zero.zero_shot_pairs:

@@ -228,22 +228,24 @@ def test_a_stage_that_is_done_is_skipped_and_a_failed_one_is_reported_and_tried_
     assert len(stages) == 4, "every stage once"
 
 
-def test_a_stage_is_run_by_one_process_at_a_time(comparison):
+def test_a_stage_that_another_process_runs_is_left_for_later(comparison):
+    done = [comparison.stage_directory(method, 0) / PART for method in ("baseline", "masks_only")]
     with ThreadPoolExecutor() as pool:
         with alone(comparison.directory, "baseline-seed-0"):
-            waiting = pool.submit(comparison.run, "baseline", 0)
-            assert pool.submit(comparison.run, "masks_only", 0).result(timeout=60), "which takes longer"
-            assert not waiting.done() and not (comparison.directory / "baseline").exists()
-        assert waiting.result(timeout=60) and (comparison.stage_directory("baseline", 0) / PART).is_file()
+            running = pool.submit(comparison.run_all, [("baseline", 0), ("masks_only", 0)])
+            started = time.monotonic()
+            while not done[1].is_file() and time.monotonic() < started + 60:
+                time.sleep(0.1)
+            assert done[1].is_file() and not done[0].parent.exists()
+        assert running.result(timeout=60) == [] and done[0].is_file()
 
 
 def test_stages_of_other_settings_are_not_mixed(comparison):
     again = {field.name: getattr(comparison, field.name) for field in dataclasses.fields(comparison)}
     Comparison(**again)
     assert comparison.run("masks_only", 0)
-    other_k = MethodArguments(k=0.7, exchange=["Aa=Ba", "Ba=Aa"])
     with pytest.raises(ValueError, match=r"other settings \(k of masks_only\)"):
-        Comparison(**{**again, "method": other_k})
+        changed(comparison, {"k": 0.7}, methods=["masks_only=1"])
     other = copy.deepcopy(comparison.baseline)
     other.model.shared.weight.data[5] += 1
     with pytest.raises(ValueError, match=r"other settings \(baseline\)"):
@@ -280,38 +282,55 @@ def test_what_cannot_be_scored_is_refused_before_any_training(comparison, monkey
         Comparison(**{**again, "data": {split: {"Pv-ja": of["Pv-Aa"]} for split, of in comparison.data.items()}})
 
 
+def changed(comparison, method=None, **stage):
+    """Return the comparison as another call would make it: its settings of methods or of stages may be other ones."""
+    again = {field.name: getattr(comparison, field.name) for field in dataclasses.fields(comparison)}
+    again["method"] = dataclasses.replace(comparison.method, **(method or {}))
+    return Comparison(**{**again, "stage": dataclasses.replace(comparison.stage, **stage)})
+
+
 def test_a_comparison_is_extended_by_methods_of_other_settings(comparison):
     """The settings of one method say nothing of another's stages: these stand, and the new ones are run."""
-    assert comparison.run("masks_only", 0)
-    again = {field.name: getattr(comparison, field.name) for field in dataclasses.fields(comparison)}
-    stage = dataclasses.replace(comparison.stage, learning_rates=[1e-2], methods=["wrong_pair=1"])
-    settings = dataclasses.replace(comparison.method, exchange=["Pv=Aa", "Aa=Ba", "Ba=Pv"])
+    assert comparison.run("fine_tune", 0)
     with pytest.raises(ValueError, match="Pv-Aa would have the masks of Aa-Ba, which is not among the pairs"):
-        Comparison(**{**again, "stage": stage, "method": settings})
-    later = Comparison(**{**again, "stage": stage})
+        changed(comparison, {"exchange": ["Pv=Aa", "Aa=Ba", "Ba=Pv"]}, methods=["wrong_pair=1"])
+    later = changed(comparison, learning_rates=[1e-2], methods=["wrong_pair=1"])
     assert later.run("wrong_pair", 0)
-    with pytest.raises(ValueError, match=r"other settings \(learning_rates of wrong_pair\)"):
-        Comparison(**again)
-    assert {stage["method"]: stage["learning_rate"] for stage in collect(comparison.directory)["stages"]} == {
-        "masks_only": None,
-        "wrong_pair": 1e-2,
-    }
+    changed(comparison, methods=["fine_tune=2"])
+    for listed, rates in (("fine_tune", [1e-2]), ("wrong_pair", comparison.stage.learning_rates)):
+        with pytest.raises(ValueError, match=rf"other settings \(learning_rates of {listed}\)"):
+            changed(comparison, learning_rates=rates, methods=[f"{listed}=2"])
+    rates = {stage["method"]: stage["learning_rate"] for stage in collect(comparison.directory)["stages"]}
+    assert rates == {"fine_tune": comparison.stage.learning_rates[0], "wrong_pair": 1e-2}
+
+
+def test_what_is_chosen_by_the_trials_of_another_method_is_not_mixed(comparison):
+    assert comparison.run("fine_tune", 0) and comparison.run("fine_tune_single", 0) and comparison.run("masks_only", 0)
+    for method in ("fine_tune_equal_seconds", "lass"):
+        with pytest.raises(ValueError, match="learning_rates of fine_tune"):
+            changed(comparison, learning_rates=[1e-2]).run(method, 0)
+    for method in ("masks_only", "ours", "group"):  # whose masks are made from those of ours
+        with pytest.raises(ValueError, match="grid of ours"):
+            changed(comparison, knobs=["ours_k=[0.3, 0.9]"]).run(method, 0)
 
 
 def test_stages_of_earlier_versions_keep_their_settings(comparison):
     """These recorded settings once for all methods, and not those that did not exist yet."""
-    assert comparison.run("general_specific", 0)
+    assert comparison.run("general_specific", 0) and comparison.run("ours_k=0.9", 0)
     path = comparison.directory / SETTINGS
     written = json.loads(path.read_text())["settings"]
     once = {name: value for name, value in written.items() if " of " not in name}
-    once |= {"k": 0.5, "learning_rates": comparison.stage.learning_rates, "rho": 0.7}
-    again = {field.name: getattr(comparison, field.name) for field in dataclasses.fields(comparison)}
+    once |= {"k": 0.5, "learning_rates": comparison.stage.learning_rates, "rho": 0.7, "exchange": [], "knobs": []}
+    listed = ["general_specific=2", "ours_k=0.9=2"]
     path.write_text(json.dumps({"settings": once}))
-    Comparison(**again)
+    assert changed(comparison, methods=listed).run("wrong_pair", 0), "a method that had not begun"
     for setting, value in {"rho": 0.6, "kappa": 0.5}.items():  # kappa was not recorded: it was the default
         path.write_text(json.dumps({"settings": once}))
         with pytest.raises(ValueError, match=rf"other settings \({setting} of general_specific\)"):
-            Comparison(**{**again, "method": dataclasses.replace(comparison.method, **{setting: value})})
+            changed(comparison, {setting: value}, methods=listed)
+    path.write_text(json.dumps({"settings": once}))
+    with pytest.raises(ValueError, match="other settings .*learning_rates of ours_k=0.9"):
+        changed(comparison, learning_rates=[1e-2], methods=listed)
 
 
 def test_fine_tuning_for_equal_seconds_comes_after_every_seed_that_it_is_timed_by():
@@ -461,7 +480,7 @@ def test_what_stages_share_is_made_once_by_whoever_comes_first(comparison, monke
 
 def test_a_knob_is_the_best_of_trials_at_the_best_learning_rate(comparison):
     """Controls share the k of ours, and ask for no trial of their own."""
-    comparison.trials.grids = knob_grids(["ours_k=[0.02, 0.5, 0.9]"])
+    comparison.stage.knobs = ["ours_k=[0.02, 0.5, 0.9]"]
     comparison.stage.learning_rates = [1e-6, 1e-2]
     comparison.training.max_steps = 12
     comparison.data["test"].clear()
@@ -480,7 +499,7 @@ def test_a_knob_is_the_best_of_trials_at_the_best_learning_rate(comparison):
 
 
 def test_bilingual_models_get_the_dropout_that_validates_best(comparison):
-    comparison.trials.grids = knob_grids(["bilingual_dropout=[0, 0.9]"])
+    comparison.stage.knobs = ["bilingual_dropout=[0, 0.9]"]
     comparison.stage.scratch_learning_rates = [1e-2]
     comparison.stage.bilingual_updates = 20
     chosen = comparison.setting("bilingual")
@@ -515,7 +534,7 @@ def test_lass_is_identified_once_for_all_values_of_alpha(toy_model, toy_tokenize
     pairs = ["Pv-Aa", "Aa-Pv"]
     data = {split: {pair: of[pair] for pair in pairs} for split, of in toy_data.items()}
     comparison = make_comparison(toy_model, toy_tokenizer, data, tmp_path)
-    comparison.trials.grids = knob_grids(["lass_alpha=[0.3, 0.7]"])
+    comparison.stage.knobs = ["lass_alpha=[0.3, 0.7]"]
     assert comparison.run("lass", 0)
     found = collect(comparison.directory)
     (stage,) = found["stages"]

@@ -389,7 +389,7 @@ def test_the_comparison_runs_by_stages_and_makes_its_tables_from_those_that_are_
     error = run_here(*compare, "--only", "ours", "--seed", "1", fails=True)
     assert "--only ours --seed 1 is no stage of this comparison; it has fine_tune with 2 seeds" in error
     for options, message in (
-        (("--only", "ours", "--tables_only", "true"), "--only runs a stage, and --tables_only true runs none"),
+        (("--only", "ours", "--tables_only", "true"), "--tables_only true runs and scores nothing"),
         (("--seed", "1"), "--seed names a stage, together with --only"),
         (("--tiers", "high=Aa", "low=Bb"), "--tiers names languages of no direction: Bb"),
         (("--pivot", "Cc"), "The pivot 'Cc' is a language of no direction"),

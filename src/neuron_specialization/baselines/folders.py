@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from ..neurons.activations import ACTIVITY
 from .methods import IDENTIFIED_BY
@@ -15,10 +15,23 @@ from .methods import IDENTIFIED_BY
 @contextmanager
 def alone(directory: Path, what: str) -> Iterator[None]:
     """Let one process at a time make what several stages, and so several processes, may ask for."""
+    with _lock(directory, what):
+        yield
+
+
+def in_use(directory: Path, what: str) -> bool:
+    """Whether a process makes that now, see `alone`."""
+    try:
+        with _lock(directory, what).acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def _lock(directory: Path, what: str) -> FileLock:
     locks = directory / "locks"
     locks.mkdir(parents=True, exist_ok=True)
-    with FileLock(locks / f"{what}.lock"):
-        yield
+    return FileLock(locks / f"{what}.lock")
 
 
 def remove_checkpoints(directory: Path) -> None:

@@ -106,7 +106,7 @@ def seeds_of(words: Sequence[str]) -> dict[str, int]:
 def planned_stages(words: Sequence[str], only: str | None = None, seed: int = 0) -> list[tuple[str, int]]:
     """Return the stages to run, seed after seed: (method, seed), or the one that `only` and `seed` name.
 
-    Fine-tuning for as many seconds as another method comes last: these are means over the seeds of both.
+    Fine-tuning for as many seconds as another method comes last: its seconds are means over the seeds of both.
 
     Args:
         words: methods and their numbers of seeds; see `seeds_of`.

@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from .methods import (
     MethodArguments,
     build_model,
     check_methods,
+    knob_grids,
     parse_method,
     seeds_of,
 )
@@ -59,7 +60,7 @@ class Models:
 
     Raises:
         ValueError: if a grid of knobs is malformed, a part of the budget is out of range, no direction has the pivot,
-            or a listed method is unknown or lacks a setting.
+            or a listed method is unknown or lacks a setting (see `check`).
     """
 
     baseline: Any
@@ -90,10 +91,11 @@ class Models:
             raise ValueError(
                 f"The pivot {self.pivot!r} is a language of no direction: {shorten(self.language_pairs)}."
             )
+        knob_grids(self.stage.knobs)  # which checks them
         self.trials = Trials(self)
         self.check(seeds_of(self.stage.methods))
 
-    def check(self, methods: Iterable[str]) -> None:
+    def check(self, methods: Collection[str]) -> None:
         """Check that stages name methods, with the settings that these need, for these directions.
 
         Raises:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..translation.results import write_results
+from .folders import alone
 
 # arguments of the Trainer that every stage shares
 TRAINING = (
@@ -68,15 +69,20 @@ def check_settings(
     Raises:
         ValueError: if the file says otherwise; it names the settings that differ.
     """
-    settings, path = json.loads(json.dumps(settings)), directory / name
-    recorded = recorded_settings(directory, name)
-    if path.is_file():
-        before = {**settings, **json.loads(json.dumps(defaults or {})), **recorded}
+    settings = json.loads(json.dumps(settings))
+
+    def merged() -> tuple[dict[str, Any], dict[str, Any]]:
+        recorded = recorded_settings(directory, name)
+        before = {**settings, **json.loads(json.dumps(defaults or {})), **recorded} if recorded else settings
         changed = [key for key in settings if before.get(key) != settings[key]]
         if changed:
             raise ValueError(
                 f"{directory} holds stages with other settings ({', '.join(changed)}). Continue with those settings, "
                 "or choose another output directory."
             )
-    if {**recorded, **settings} != recorded:  # a directory that is only read stays as it is
-        write_results(directory, {"settings": {**recorded, **settings}}, name)
+        return recorded, {**recorded, **settings}
+
+    recorded, all_settings = merged()
+    if all_settings != recorded:  # a directory that is only read stays as it is
+        with alone(directory, "settings"):
+            write_results(directory, {"settings": merged()[1]}, name)

@@ -7,7 +7,7 @@ when it is done. A stage that fails leaves `failed.json`, and the others continu
 
 import json
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,12 @@ from ..translation.evaluation import check_lengths, check_scorers
 from ..translation.results import write_results
 from ..translation.runs import RUN_FILE, configuration, load_trained, tensor_digest
 from . import lass
-from .folders import alone, identification_seconds, remove_checkpoints
-from .methods import EQUAL_SECONDS, IDENTIFIED_BY, MethodArguments
+from .folders import alone, identification_seconds, in_use, remove_checkpoints
+from .methods import EQUAL_SECONDS, IDENTIFIED_BY, MethodArguments, seeds_of
 from .models import Models
 from .scored_part import scored_part
 from .settings import TRAINING, StageArguments, check_settings, recorded_settings
-from .trials import Setting
+from .trials import Setting, depends_on
 
 PART, FAILED, SETTINGS = "part.json", "failed.json", "comparison.json"
 # settings that are recorded for each method by itself
@@ -52,19 +52,21 @@ class Comparison(Models):
         super().__post_init__()
         check_scorers(split_pair(pair)[1] for pair in self.language_pairs)
         check_lengths(self.baseline, self.tokenizer, self.data["test"], **self.convention())
-        begun = {path.parent.name for of in ("seed-*", "trial-*") for path in self.directory.glob(f"*/{of}")}
         self._check_settings()
-        self._check_settings_of(sorted(begun))
+        self._check_settings_of([method for method in seeds_of(self.stage.methods) if method in self._begun()])
 
     def run(self, method: str, seed: int) -> bool:
         """Run one stage unless it is done; return whether it is complete. A failure is recorded, not raised.
 
         Another process that runs the same stage is waited for.
+
+        Raises:
+            ValueError: if there is no such knob, or if this method or one that it depends on had other settings.
         """
         directory = self.stage_directory(method, seed)
+        self._check_settings_of([method])
         try:
             self.check([method])
-            self._check_settings_of([method])
             with alone(self.directory, f"{method}-seed-{seed}"):
                 setting = self.setting(method)
                 for pairs in self.groups(method):
@@ -78,9 +80,15 @@ class Comparison(Models):
 
     def run_all(self, stages: Iterable[tuple[str, int]]) -> list[str]:
         """Run each stage (method, seed) that is not done, say so, and return which failed, and why."""
-        failed = []
-        for method, seed in stages:
+        failed, waiting, postponed = [], list(stages), set()
+        while waiting:
+            method, seed = waiting.pop(0)
             print(f"\n== {method}, seed {seed}", flush=True)
+            if (method, seed) not in postponed and in_use(self.directory, f"{method}-seed-{seed}"):
+                print("runs in another process; later", flush=True)
+                postponed.add((method, seed))
+                waiting.append((method, seed))
+                continue
             if self.run(method, seed):
                 print("done", flush=True)
             else:
@@ -125,16 +133,23 @@ class Comparison(Models):
         }
         check_settings(self.directory, SETTINGS, settings, vars(StageArguments()))
 
-    def _check_settings_of(self, methods: Iterable[str]) -> None:
+    def _check_settings_of(self, methods: Sequence[str]) -> None:
         """The same for what these methods depend on beyond that; another method may have other settings."""
         settings: dict[str, Any] = {}
         for method in methods:
-            settings |= {f"{name} of {method}": value for name, value in self.trials.depends_on(method).items()}
+            settings |= depends_on(method, self.method, self.stage)
         recorded = recorded_settings(self.directory, SETTINGS)
-        # earlier versions recorded them once for all methods
-        once = {**vars(MethodArguments()), **recorded} if "k" in recorded else {}
-        earlier = {key: once[name] for key in settings if (name := key.partition(" of ")[0]) in once}
+        earlier: dict[str, Any] = {}
+        if "k" in recorded:  # by an earlier version, once for all methods that it ran
+            args = MethodArguments(**{name: recorded[name] for name in vars(self.method) if name in recorded})
+            stage = StageArguments(**{name: recorded[name] for name in vars(self.stage) if name in recorded})
+            for method in self._begun():
+                earlier |= depends_on(method, args, stage)
         check_settings(self.directory, SETTINGS, settings, earlier)
+
+    def _begun(self) -> list[str]:
+        """Return the methods that have stages or trials."""
+        return sorted({path.parent.name for of in ("seed-*", "trial-*") for path in self.directory.glob(f"*/{of}")})
 
     def _part(self, method: str, seed: int, setting: Setting, pairs: list[str], directory: Path) -> None:
         if (directory / PART).is_file():

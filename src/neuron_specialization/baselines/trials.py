@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Any
 from ..translation.results import write_results
 from ..translation.runs import RUN_FILE
 from .folders import alone, remove_checkpoints
-from .methods import EQUAL_SECONDS, OURS, UNTRAINED, MethodArguments, knob_grids, parse_method, settings_of
+from .methods import (
+    EQUAL_SECONDS,
+    IDENTIFIED_BY,
+    OURS,
+    UNTRAINED,
+    WEIGHTS,
+    MethodArguments,
+    knob_grids,
+    parse_method,
+    settings_of,
+)
+from .settings import StageArguments
 
 if TYPE_CHECKING:
     from .models import Models
@@ -24,16 +35,34 @@ class Setting:
     knobs: MethodArguments
 
 
-class Trials:
-    """The trials of a comparison, each in a directory beside the stages of its method.
+def depends_on(method: str, args: MethodArguments, stage: StageArguments) -> dict[str, Any]:
+    """Return what the stages of a method depend on beyond what all stages do: "learning_rates of ours" → value.
 
-    Raises:
-        ValueError: if a grid of knobs is malformed.
+    That includes what other methods depend on whose trials choose something for it.
     """
+    kind, knobs = parse_method(method, args)
+    grids = knob_grids(stage.knobs)
+    own = {**settings_of(kind, knobs), "grid": grids.get(method, {})}
+    if kind not in UNTRAINED:
+        rates = "scratch_learning_rates" if kind == "bilingual" else "learning_rates"
+        own[rates] = getattr(stage, rates)
+    found = {f"{name} of {method}": value for name, value in own.items()}
+    others = ["fine_tune"] if kind in EQUAL_SECONDS else []
+    if IDENTIFIED_BY.get(kind) == WEIGHTS:
+        others.append("fine_tune_single")
+    if kind in OURS and kind != "ours":
+        found["grid of ours"] = grids.get("ours", {})
+        others += ["ours"] if "ours" in grids else []
+    for other in others:
+        found |= depends_on(other, args, stage)
+    return found
 
-    def __init__(self, models: "Models") -> None:
-        self.models = models
-        self.grids = knob_grids(models.stage.knobs)
+
+@dataclass
+class Trials:
+    """The trials of a comparison, each in a directory beside the stages of its method."""
+
+    models: "Models"
 
     def setting(self, method: str) -> Setting:
         """Return what a stage is trained with: what gave the lowest validation loss in trials.
@@ -46,29 +75,17 @@ class Trials:
         kind = self.models.kind(method)
         if kind in EQUAL_SECONDS:
             return self.setting("fine_tune")
-        knobs = parse_method(method, self.setting("ours").knobs if self._shares_knobs(kind) else self.models.method)[1]
+        grids = knob_grids(self.models.stage.knobs)
+        shares = kind in OURS and kind != "ours" and "ours" in grids
+        knobs = parse_method(method, self.setting("ours").knobs if shares else self.models.method)[1]
         if kind in UNTRAINED:
             return Setting(None, knobs)
         rates = self.models.stage.scratch_learning_rates if kind == "bilingual" else self.models.stage.learning_rates
         best = self._best(method, [Setting(rate, knobs) for rate in rates])
-        for name, values in self.grids.get(method, {}).items():
+        for name, values in grids.get(method, {}).items():
             tried = [Setting(best.learning_rate, replace(best.knobs, **{name: value})) for value in values]
             best = self._best(method, tried)
         return best
-
-    def depends_on(self, method: str) -> dict[str, Any]:
-        """Return the settings that the stages of a method depend on, beyond those of all methods."""
-        kind, knobs = parse_method(method, self.models.method)
-        found = settings_of(kind, knobs)
-        if kind not in UNTRAINED:
-            name = "scratch_learning_rates" if kind == "bilingual" else "learning_rates"
-            found[name] = getattr(self.models.stage, name)
-        grid = {**(self.grids["ours"] if self._shares_knobs(kind) else {}), **self.grids.get(method, {})}
-        return {**found, "grid": grid} if grid else found
-
-    def _shares_knobs(self, kind: str) -> bool:
-        """Whether the knobs are those that trials chose for "ours"."""
-        return kind in OURS and kind != "ours" and "ours" in self.grids
 
     def _best(self, method: str, settings: list[Setting]) -> Setting:
         """Return the setting whose trial has the lowest validation loss; a single one needs no trial."""

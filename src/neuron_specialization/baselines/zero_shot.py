@@ -22,6 +22,7 @@ from ..translation.results import write_results
 from ..translation.text_files import line_digest
 from ..translation.token_loss import token_losses
 from ..translation.translate import translate
+from .folders import alone
 from .stages import PART, Comparison
 
 ZERO_SHOT = "zero_shot.json"
@@ -85,6 +86,10 @@ class ZeroShot:
         directory = self.comparison.stage_directory(method, seed)
         if not list(directory.glob(f"**/{PART}")):
             return
+        with alone(self.comparison.directory, f"zero-shot-{method}-seed-{seed}"):
+            self._score(method, seed, directory)
+
+    def _score(self, method: str, seed: int, directory: Path) -> None:
         found = _read(directory)
         stage = line_digest([part.read_text() for part in sorted(directory.glob(f"**/{PART}"))])
         todo = []
