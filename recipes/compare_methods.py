@@ -17,7 +17,6 @@ all, and the best one is the stage.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import disable_progress_bars
@@ -34,32 +33,20 @@ from neuron_specialization.analysis.figures import check_figures
 from neuron_specialization.analysis.report import write_report
 from neuron_specialization.baselines.collected import collect
 from neuron_specialization.baselines.methods import MethodArguments, planned_stages
+from neuron_specialization.baselines.options import CompareArguments, check_options
 from neuron_specialization.baselines.settings import StageArguments
 from neuron_specialization.baselines.stages import Comparison
 from neuron_specialization.baselines.zero_shot import ZeroShotArguments, collect_zero_shot, load_zero_shot
 from neuron_specialization.neurons.selection import CumulativeThreshold
-from neuron_specialization.translation.arguments import DataArguments, ModelArguments, as_mapping
+from neuron_specialization.translation.arguments import DataArguments, ModelArguments
 from neuron_specialization.translation.checkpoints import load_checkpoint
 from neuron_specialization.translation.command_line import parse, run
 from neuron_specialization.translation.processes import check_single_process
-from neuron_specialization.translation.results import table, write_results
+from neuron_specialization.translation.results import table, titled_tables, write_results
 from neuron_specialization.translation.runs import training_of
 from neuron_specialization.translation.trainer import SpecializationTrainingArguments
 
 UNUSED = ("adapter", "learning_rate", "patience", "eval_steps", "data_seed", "overwrite_output_dir")
-
-
-@dataclass
-class CompareArguments:
-    """Which stages to run now, and how to show them."""
-
-    only: str | None = field(default=None, metadata={"help": "Run this method only, with the seed given by --seed."})
-    tables_only: bool = field(default=False, metadata={"help": "Only make the tables again."})
-    zero_shot_only: bool = field(default=False, metadata={"help": "Run no stage: score zero-shot directions."})
-    report: str | None = field(default=None, metadata={"help": "HTML file that shows the masks and results."})
-    tiers: list[str] = field(
-        default_factory=list, metadata={"help": "tier=languages of its directions, such as low=fi,vi."}
-    )
 
 
 def main() -> None:
@@ -86,7 +73,7 @@ def main() -> None:
         print(f"\n== zero-shot, {name}, seed {seed}", flush=True)
         zero_shot.score(name, seed)
     if compare.only is None:
-        tiers = {name: languages.split(",") for name, languages in as_mapping(compare.tiers).items()}
+        tiers = compare.languages_of_tiers
         parts = (("stage", stage), ("method", method), ("zero_shot", zero), ("data", data), ("tiers", tiers))
         settings = {name: part if isinstance(part, dict) else vars(part) for name, part in parts}
         report(comparison, where.model_name_or_path, tiers, {**settings, "training": training.to_dict()})
@@ -95,25 +82,6 @@ def main() -> None:
             print(f"wrote {write_report(compare.report, 'Comparison of methods', masks, [comparison.directory])}")
     if failed:
         raise ValueError(f"Not all stages ran: {'; '.join(failed)}. The same command tries them again.")
-
-
-def check_options(
-    compare: CompareArguments, zero: ZeroShotArguments, data: DataArguments, training: SpecializationTrainingArguments
-) -> None:
-    """Raise ValueError if an option would have no effect beside the others."""
-    if compare.tables_only and (compare.only is not None or compare.zero_shot_only):
-        raise ValueError("--tables_only true runs and scores nothing: leave out --only and --zero_shot_only.")
-    if compare.only is not None and compare.report is not None:
-        raise ValueError("--only leaves tables and the report to a later call: leave out --report.")
-    if compare.only is None and training.seed != type(training).seed:
-        raise ValueError("--seed names a stage, together with --only. All seeds of --methods run without them.")
-    if compare.zero_shot_only and not zero.zero_shot_pairs:
-        raise ValueError("--zero_shot_only true scores directions that are not trained: give --zero_shot_pairs.")
-    languages = {code for pair in data.language_pairs for code in pair.split("-")}
-    in_tiers = {code for codes in as_mapping(compare.tiers).values() for code in codes.split(",")}
-    unknown = sorted(in_tiers - languages)
-    if unknown:
-        raise ValueError(f"--tiers names languages of no direction: {', '.join(unknown)}.")
 
 
 def report(comparison: Comparison, baseline: str, tiers: dict[str, list[str]], settings: dict[str, Any]) -> None:
@@ -132,14 +100,8 @@ def report(comparison: Comparison, baseline: str, tiers: dict[str, list[str]], s
 
 
 def as_text(facts: Sequence[str], headroom: Mapping[str, Any], tables: Mapping[str, Any]) -> str:
-    """Return what is printed: what was fair, the premise, and every table under its title.
-
-    Differences of losses need four decimals, in whatever column they stand.
-    """
-    shown = [
-        f"{title}\n\n{table(lines, 4 if 'loss' in title.split('(')[0] else 2)}" for title, lines in tables.items()
-    ]
-    return "\n\n".join(["\n".join(facts), premise(headroom), *shown]) + "\n"
+    """Return what is printed: what was fair, the premise, and every table under its title."""
+    return "\n\n".join(["\n".join(facts), premise(headroom), titled_tables(tables)]) + "\n"
 
 
 if __name__ == "__main__":

@@ -18,17 +18,9 @@ NLLB = "facebook/nllb-200-distilled-600M"
 
 
 SMALL_DEMO = (
-    *(
-        "demo.py",
-        "--config",
-        str(ROOT / "recipes" / "configs" / "demo.yaml"),
-        "--sentences",
-        "200",
-        "--held_out",
-        "20",
-    ),
-    *("--layers", "1", "--d_model", "32", "--d_ff", "64", "--pretrain_steps", "6", "--continue_steps", "3"),
-    *("--eval_steps", "3", "--vocab_size", "400", "--output_dir"),
+    *("demo.py", "--config", str(ROOT / "recipes" / "configs" / "demo.yaml"), "--sentences", "200"),
+    *("--held_out", "20", "--vocab_size", "400", "--layers", "1", "--d_model", "32", "--d_ff", "64"),
+    *("--pretrain_steps", "6", "--continue_steps", "3", "--eval_steps", "3", "--output_dir"),
 )
 
 

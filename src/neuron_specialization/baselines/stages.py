@@ -53,7 +53,8 @@ class Comparison(Models):
         check_scorers(split_pair(pair)[1] for pair in self.language_pairs)
         check_lengths(self.baseline, self.tokenizer, self.data["test"], **self.convention())
         self._check_settings()
-        self._check_settings_of([method for method in seeds_of(self.stage.methods) if method in self._begun()])
+        begun = self._begun()
+        self._check_settings_of([method for method in seeds_of(self.stage.methods) if method in begun])
 
     def run(self, method: str, seed: int) -> bool:
         """Run one stage unless it is done; return whether it is complete. A failure is recorded, not raised.

@@ -44,18 +44,27 @@ def depends_on(method: str, args: MethodArguments, stage: StageArguments) -> dic
     grids = knob_grids(stage.knobs)
     own = {**settings_of(kind, knobs), "grid": grids.get(method, {})}
     if kind not in UNTRAINED:
-        rates = "scratch_learning_rates" if kind == "bilingual" else "learning_rates"
-        own[rates] = getattr(stage, rates)
+        own[_rates_of(kind)] = getattr(stage, _rates_of(kind))
     found = {f"{name} of {method}": value for name, value in own.items()}
     others = ["fine_tune"] if kind in EQUAL_SECONDS else []
     if IDENTIFIED_BY.get(kind) == WEIGHTS:
         others.append("fine_tune_single")
-    if kind in OURS and kind != "ours":
+    if _shares_knobs(kind):
         found["grid of ours"] = grids.get("ours", {})
         others += ["ours"] if "ours" in grids else []
     for other in others:
         found |= depends_on(other, args, stage)
     return found
+
+
+def _rates_of(kind: str) -> str:
+    """Return which learning rates are tried for a method."""
+    return "scratch_learning_rates" if kind == "bilingual" else "learning_rates"
+
+
+def _shares_knobs(kind: str) -> bool:
+    """Whether masks are made from those of "ours", with the knobs that its trials choose."""
+    return kind in OURS and kind != "ours"
 
 
 @dataclass
@@ -76,11 +85,11 @@ class Trials:
         if kind in EQUAL_SECONDS:
             return self.setting("fine_tune")
         grids = knob_grids(self.models.stage.knobs)
-        shares = kind in OURS and kind != "ours" and "ours" in grids
+        shares = _shares_knobs(kind) and "ours" in grids
         knobs = parse_method(method, self.setting("ours").knobs if shares else self.models.method)[1]
         if kind in UNTRAINED:
             return Setting(None, knobs)
-        rates = self.models.stage.scratch_learning_rates if kind == "bilingual" else self.models.stage.learning_rates
+        rates = getattr(self.models.stage, _rates_of(kind))
         best = self._best(method, [Setting(rate, knobs) for rate in rates])
         for name, values in grids.get(method, {}).items():
             tried = [Setting(best.learning_rate, replace(best.knobs, **{name: value})) for value in values]

@@ -66,6 +66,12 @@ def check_results(directory: str | Path, name: str = "results.json") -> None:
         )
 
 
+def titled_tables(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Return every table under its title (title → rows), with four decimals where the title is of losses."""
+    shown = [f"{title}\n\n{table(rows, 4 if 'loss' in title.split('(')[0] else 2)}" for title, rows in tables.items()]
+    return "\n\n".join(shown)
+
+
 def write_results(directory: str | Path, results: Mapping[str, Any], name: str = "results.json") -> Path:
     """Write results with the recipe, the versions and the device that made them, replacing the file atomically.
 
