@@ -90,6 +90,8 @@ def mantel(
 ) -> dict[str, float | None]:
     """Test whether languages overlap more the closer they are: Spearman's Mantel test, permuting language labels.
 
+    The permutations are scipy's; scikit-bio's Mantel test has no partial form.
+
     Args:
         overlap: [n, n], symmetric; the IoU of one layer.
         distances: [n, n], symmetric.
