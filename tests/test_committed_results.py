@@ -120,5 +120,4 @@ if __name__ == "__main__":
         RESULTS[each].write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
         printed = as_text(results["facts"], results["headroom"], tables_in(results))
         (RESULTS[each].parent / "tables.md").write_text(printed)
-    READ |= {name: json.loads(RESULTS[name].read_text()) for name in COMPARISONS}
     INDEX.write_text(OVERVIEW.sub(lambda _: overview(), INDEX.read_text()))
