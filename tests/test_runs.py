@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -113,6 +114,41 @@ def test_the_seconds_of_a_resumed_run_add_up(train, finished, tmp_path):
     marker.write_text(json.dumps({**written, "seconds": 1000.0}))
     assert 1000 < train(directory)[1]["train_runtime"] < 2000
     assert json.loads((directory / "checkpoint-4" / COMPLETE_MARKER).read_text())["seconds"] > 1000
+
+
+def test_the_seconds_do_not_count_what_is_measured_before_the_first_update(train, tmp_path, monkeypatch):
+    """Models with masks are measured twice, dense ones once, and both are compared by their seconds."""
+    measure = SpecializationTrainer.validation_loss
+
+    def slowly(self):
+        time.sleep(30)
+        return measure(self)
+
+    monkeypatch.setattr(SpecializationTrainer, "validation_loss", slowly)
+    monkeypatch.setattr(time, "sleep", lambda seconds: clock.append(seconds))
+    clock: list[float] = []
+    began = time.perf_counter()
+    monkeypatch.setattr(time, "perf_counter", lambda real=time.perf_counter: real() + sum(clock))
+    monkeypatch.setattr(time, "time", lambda real=time.time: real() + sum(clock))
+    seconds = train(tmp_path)[1]["train_runtime"]
+    marked = json.loads((tmp_path / "checkpoint-4" / COMPLETE_MARKER).read_text())["seconds"]
+    assert clock == [30, 30] and 0 < marked < seconds < time.perf_counter() - began - 60
+
+
+def test_patience_counts_on_where_a_run_was_interrupted(train, tmp_path):
+    """A learning rate of next to nothing: no validation after the first is better by anything that counts."""
+    settings = {"max_steps": 20, "eval_steps": 1, "save_steps": 1, "learning_rate": 1e-30, "patience": 3}
+    whole = train(tmp_path / "whole", **settings)[1]
+    assert whole["updates"] == 4
+    for left in (2, 3, 4):  # checkpoints; after the last the run had come to its end, and was not saved yet
+        directory = tmp_path / f"left-{left}"
+        shutil.copytree(tmp_path / "whole", directory)
+        run = json.loads((directory / RUN_FILE).read_text())
+        (directory / RUN_FILE).write_text(json.dumps({**run, "result": None}))
+        for step in range(left + 1, 5):
+            shutil.rmtree(directory / f"checkpoint-{step}", ignore_errors=True)
+        resumed = train(directory, **settings)[1]
+        assert (resumed["updates"], resumed["best_step"]) == (4, 1), left
 
 
 def test_overwriting_discards_the_run_and_nothing_else(train, finished, tmp_path):

@@ -34,7 +34,7 @@ from ..translation.training import fit
 from .folders import remove_checkpoints
 from .freezing import NONE, frozen_parameters
 from .scored_part import scored_part
-from .settings import TRAINING, check_settings
+from .settings import check_settings, shared_arguments
 from .transfer_plan import (
     BILINGUAL,
     JOINT,
@@ -284,6 +284,6 @@ class SequentialTransfer:
             "text": {split: text_digest(of) for split, of in self.data.items()},
             "vocabulary": vocabulary_digest(self.tokenizer),
             **{name: value for name, value in (vars(self.plan) | vars(self.noise)).items() if name not in free},
-            **{name: getattr(self.training, name) for name in ("learning_rate", *TRAINING)},
+            **{**shared_arguments(self.training), "learning_rate": self.training.learning_rate},
             **{"max_length": self.max_length, **self.convention()},
         }

@@ -6,14 +6,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainingArguments
+
 from ..translation.results import write_results
+from ..translation.runs import decisive_arguments
 from .folders import alone
 
-# arguments of the Trainer that every stage shares
-TRAINING = (
-    *("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "temperature"),
-    *("lr_scheduler_type", "warmup_steps", "label_smoothing_factor", "weight_decay"),
-    *("optim", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16"),
+# arguments of the Trainer that each stage sets itself, or that change rounding only
+_OWN = (
+    *("seed", "data_seed", "learning_rate", "patience", "per_device_eval_batch_size"),
+    *("eval_strategy", "eval_steps", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
 )
 
 
@@ -45,6 +47,12 @@ class StageArguments:
     )
     evaluations: int = field(default=5, metadata={"help": "Evaluations in a run, the best of which is kept."})
     num_beams: int = field(default=5, metadata={"help": "Beams on the test set."})
+
+
+def shared_arguments(training: TrainingArguments) -> dict[str, Any]:
+    """Return the arguments of the Trainer that every stage shares: name → value."""
+    shared = {name: value for name, value in decisive_arguments(training).items() if name not in _OWN}
+    return {**shared, "gradient_accumulation_steps": training.gradient_accumulation_steps}
 
 
 def recorded_settings(directory: Path, name: str) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from .folders import alone, identification_seconds, in_use, remove_checkpoints
 from .methods import EQUAL_SECONDS, IDENTIFIED_BY, MethodArguments, seeds_of
 from .models import Models
 from .scored_part import scored_part
-from .settings import TRAINING, StageArguments, check_settings, recorded_settings
+from .settings import StageArguments, check_settings, recorded_settings, shared_arguments
 from .trials import Setting, depends_on
 
 PART, FAILED, SETTINGS = "part.json", "failed.json", "comparison.json"
@@ -129,7 +129,7 @@ class Comparison(Models):
             "sentences": {split: [len(rows) for rows in of.values()] for split, of in self.data.items()},
             "text": {split: text_digest(of) for split, of in self.data.items()},
             **{name: value for name, value in vars(self.stage).items() if name not in _OF_METHODS},
-            **{name: getattr(self.training, name) for name in TRAINING},
+            **shared_arguments(self.training),
             **{"pivot": self.pivot, "max_length": self.max_length, **self.convention()},
         }
         check_settings(self.directory, SETTINGS, settings, vars(StageArguments()))

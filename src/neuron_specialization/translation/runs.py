@@ -128,12 +128,7 @@ def run_dependencies(
         data: name → what `encode_parallel` returns, whose fingerprint is a digest of its content.
         settings: whatever else counts, such as the language pairs.
     """
-    found: dict[str, Any] = {
-        field.name: value
-        for field in dataclasses.fields(args)
-        if not field.name.startswith(FREE_ARGUMENTS)
-        and isinstance(value := getattr(args, field.name), int | float | str | list | dict | None)
-    }
+    found = decisive_arguments(args)
     found["batches per update (gradient_accumulation_steps x processes)"] = (
         args.gradient_accumulation_steps * args.world_size
     )
@@ -149,6 +144,16 @@ def run_dependencies(
     for name, rows in data.items():
         found[name] = f"{len(rows)} sentence pairs, digest {rows._fingerprint}"
     return found
+
+
+def decisive_arguments(args: TrainingArguments) -> dict[str, Any]:
+    """Return the training arguments that decide what a run learns, all but `FREE_ARGUMENTS`: name → value."""
+    return {
+        field.name: value
+        for field in dataclasses.fields(args)
+        if not field.name.startswith(FREE_ARGUMENTS)
+        and isinstance(value := getattr(args, field.name), int | float | str | list | dict | None)
+    }
 
 
 def configuration(model: nn.Module) -> dict[str, Any]:
@@ -200,17 +205,22 @@ def _shown(value: Any) -> str:
 class MarkComplete(TrainerCallback):
     """Mark a checkpoint once every process has written its part; only marked ones are resumed from.
 
-    The marker records the seconds spent on the run so far, so that those of a resumed run add up.
+    The marker records the seconds spent on the run so far, so that those of a resumed run add up. What is measured
+    before the first update is not counted: models with masks are measured twice then, others once.
     """
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._before = seconds_until(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
-        self._began = time.perf_counter()
         best = Path(str(args.output_dir)) / f"checkpoint-{state.best_global_step}"
         if state.best_global_step and best.is_dir():
             state.best_model_checkpoint = str(best)  # the directory may have been moved since
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._began = time.perf_counter()  # a run has one epoch
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         this_process().wait_for_everyone()

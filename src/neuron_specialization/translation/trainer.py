@@ -14,6 +14,8 @@ from transformers import (
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     TrainerCallback,
+    TrainerControl,
+    TrainerState,
     TrainingArguments,
 )
 from transformers.trainer_utils import EvalLoopOutput
@@ -143,7 +145,7 @@ class SpecializationTrainer(Seq2SeqTrainer):
         self._drawn_from = args.data_seed if args.data_seed is not None else args.seed
         callbacks: list[TrainerCallback] = [MarkComplete()]
         if args.patience is not None:
-            callbacks.append(EarlyStoppingCallback(args.patience))
+            callbacks.append(_Patience(args.patience))
         super().__init__(
             model=model,
             args=args,
@@ -162,6 +164,10 @@ class SpecializationTrainer(Seq2SeqTrainer):
             if alignment:
                 raise ValueError("The token-alignment loss runs the encoder alone, which FSDP2 does not allow.")
             shard(model, self.accelerator.state.fsdp_plugin)
+
+    def _run_epoch(self, **options: Any) -> None:
+        if not self.control.should_training_stop:  # before its first update, where a resumed run has come to its end
+            super()._run_epoch(**options)
 
     def get_train_dataloader(self) -> DataLoader:
         """Return batches of one direction each; the sampler spans the whole run of all processes."""
@@ -319,6 +325,18 @@ class SpecializationTrainer(Seq2SeqTrainer):
             aligned = alignment_loss(outputs["encoder_last_hidden_state"], self._source_mask, states, counted)
             loss = loss + self.alignment * counted.sum() * aligned
         return loss / (counted.sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+class _Patience(EarlyStoppingCallback):
+    """Early stopping that goes on counting where an interrupted run had stopped."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        validated = [entry["step"] for entry in state.log_history if "eval_loss" in entry]
+        self.early_stopping_patience_counter = sum(step > (state.best_global_step or 0) for step in validated)
+        control.should_training_stop = self.early_stopping_patience_counter >= self.early_stopping_patience
 
 
 def pair_ids(model: Any, language_pairs: list[str]) -> torch.Tensor | None:

@@ -1,5 +1,6 @@
 """Training runs: `fit` tokenizes, trains, resumes and saves."""
 
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -76,7 +77,8 @@ def fit(
         card: what else the adapter's card tells, such as what its neurons were identified on.
 
     Returns:
-        The Trainer's metrics ("train_runtime" summed over the pieces of a resumed run), with "updates" and the
+        The Trainer's metrics ("train_runtime" summed over the pieces of a resumed run, without the validation before
+        the first update), with "updates" and the
         "target_tokens" of these, "base_validation_loss" and (under masks) "masked_validation_loss" before the first
         update, "best_validation_loss", the log of losses, where it was "saved", and whether the run had
         "finished_before".
@@ -137,8 +139,9 @@ def _train(
     trainer: SpecializationTrainer, run: Run, directory: Path, overwrite: bool, card: CardFacts
 ) -> dict[str, Any]:
     """Train, from the run's newest checkpoint if it has one, save the model and return the result of the run."""
+    measured = _MeasureAtStart(trainer, run)
     if trainer.eval_dataset is not None:
-        trainer.add_callback(_MeasureAtStart(trainer, run))
+        trainer.add_callback(measured)
     run.write()
     if run.checkpoint is not None:
         this_process().print(f"resuming from step {run.checkpoint.rpartition('-')[2]}", flush=True)
@@ -148,7 +151,7 @@ def _train(
     run.result = {
         "saved": str(directory),
         **trained.metrics,
-        "train_runtime": seconds_before + trained.metrics["train_runtime"],
+        "train_runtime": seconds_before + trained.metrics["train_runtime"] - measured.seconds,
         "updates": trainer.state.global_step,
         "best_step": trainer.state.best_global_step,
         "target_tokens": trainer.target_tokens(trainer.state.global_step),
@@ -169,17 +172,20 @@ class _MeasureAtStart(TrainerCallback):
 
     def __init__(self, trainer: SpecializationTrainer, run: Run) -> None:
         self.trainer, self.run = trainer, run
+        self.seconds = 0.0  # that it took
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.global_step == 0 and not self.run.initial_losses:
+            started = time.perf_counter()
             model: Any = self.trainer.model
             losses = self.run.initial_losses
             with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
                 losses["base_validation_loss"] = self.trainer.validation_loss()
             if is_routed(model):
                 losses["masked_validation_loss"] = self.trainer.validation_loss()
+            self.seconds = time.perf_counter() - started
             self.run.write()
             if state.is_world_process_zero:
                 print(", ".join(f"{name.replace('_', ' ')} {loss:.4f}" for name, loss in losses.items()), flush=True)
