@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 
 import neuron_specialization as ns
 from neuron_specialization.adapter.routing import is_routed
@@ -384,6 +384,24 @@ def test_any_linear_layer_may_be_masked():
     base = model(**make_batch()).logits
     adapted = get_peft_model(model, config)
     assert not adapted(**make_batch()).logits.equal(base)
+
+
+def test_any_linear_layer_follows_the_pairs_of_its_own_stack(tmp_path):
+    """A composed pair has X→pivot's row in the encoder, in attention too."""
+    pairs, name = ["de-en", "en-fr"], "model.encoder.layers.0.self_attn.q_proj"
+    config = {"language_pairs": pairs, "init_weights": False, "trainable": "none", "task_type": "SEQ_2_SEQ_LM"}
+    config["target_modules"] = [name, "model.decoder.layers.0.encoder_attn.q_proj"]
+    adapted = get_peft_model(make_m2m100(), ns.NeuronSpecializationConfig(**config)).eval()
+    assert list(adapted.peft_config["default"].stacks.values()) == ["encoder", "decoder"]
+    states = [
+        adapted.get_encoder()(make_batch()["input_ids"], language_pairs=pair).last_hidden_state
+        for pair in ("de-fr", "de-en", "en-fr")
+    ]
+    assert states[0].equal(states[1]) and not states[0].equal(states[2])
+    adapted.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(make_m2m100(), str(tmp_path)).eval()
+    again = loaded.get_encoder()(make_batch()["input_ids"], language_pairs="de-fr").last_hidden_state
+    assert again.equal(states[0])
 
 
 def test_recording_an_adapted_model_counts_under_its_masks():

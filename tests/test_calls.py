@@ -496,12 +496,14 @@ def test_an_instances_own_generate_is_used_and_put_back():
 
 
 def test_signatures_stay_those_of_the_model():
-    """Trainer and generate look at them."""
+    """Trainer and generate look at them: what the model takes beside, Trainer leaves in its batches."""
     import inspect
 
     plain, model = make_m2m100(), routed().get_base_model()
-    for name in ("forward", "generate"):
-        assert inspect.signature(getattr(model, name)) == inspect.signature(getattr(plain, name))
+    assert inspect.signature(model.generate) == inspect.signature(plain.generate)
+    found, expected = inspect.signature(model.forward).parameters, inspect.signature(plain.forward).parameters
+    assert {name: each for name, each in found.items() if name != "language_pairs"} == dict(expected)
+    assert list(found)[-2:] == ["language_pairs", "kwargs"] and found["language_pairs"].default is None
     for stack in ("get_encoder", "get_decoder"):
         found, expected = getattr(model, stack)().forward, getattr(plain, stack)().forward
         assert inspect.signature(found) == inspect.signature(expected)

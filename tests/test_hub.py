@@ -159,6 +159,16 @@ def test_masks_are_read_at_a_revision(hub):
             assert torch.equal(packed, pack_rows(rows))
 
 
+def test_an_adapter_in_the_older_format_is_read_from_the_hub_as_from_a_directory(hub, tmp_path):
+    model = adapted()
+    model.save_pretrained(str(tmp_path / "bin"), safe_serialization=False)
+    api = huggingface_hub.HfApi()
+    api.create_repo("me/bin")
+    api.upload_folder(repo_id="me/bin", folder_path=tmp_path / "bin")
+    assert torch.equal(logits(PeftModel.from_pretrained(make_m2m100(), "me/bin").eval()), logits(model))
+    assert NeuronMasks.from_pretrained("me/bin") == NeuronMasks.from_pretrained(tmp_path / "bin")
+
+
 def test_a_private_repository_needs_a_token(hub, monkeypatch):
     masks = make_masks(make_m2m100())
     masks.push_to_hub("me/secret", private=True)

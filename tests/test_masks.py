@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
 import neuron_specialization as ns
@@ -14,6 +15,20 @@ from neuron_specialization.neurons import adapter_file
 from neuron_specialization.neurons.language_pairs import Routes
 
 from .conftest import make_batch, make_m2m100, make_masks
+
+
+def test_masks_are_equal_if_they_keep_the_same_neurons_of_the_same_pairs(model, masks):
+    again = make_masks(model)
+    assert masks == again and masks != make_masks(model, k=0.7) and masks != "masks"
+    assert ns.NeuronSpecializationConfig(masks=masks) == ns.NeuronSpecializationConfig(masks=again)
+    again.rows[next(iter(again.rows))][0, 0] ^= True
+    assert masks != again
+
+
+def test_masks_of_the_same_model_under_other_names_are_refused_by_name(model, masks):
+    with pytest.raises(ValueError, match="and no module model.encoder.layers.0.fc1. Load.*with the same class"):
+        get_peft_model(model.model, ns.NeuronSpecializationConfig(masks=masks))
+
 
 BLOCK = "encoder.0"
 

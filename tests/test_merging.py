@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from accelerate import cpu_offload
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 
 import neuron_specialization as ns
 
@@ -41,6 +42,32 @@ def test_a_refused_merge_leaves_the_model_as_it_was(merge):
         getattr(adapted, merge)(safe_merge=True)
     assert all(tensor.equal(weights[name]) or tensor.isnan().any() for name, tensor in adapted.state_dict().items())
     assert not any(getattr(module, "merged", False) for module in adapted.modules())
+
+
+def test_masks_over_another_adapter_are_not_merged_without_it():
+    """They mask its update too, which is not in the weights."""
+    base = inject_adapter_in_model(LoraConfig(target_modules=["fc1"], init_lora_weights=False), make_m2m100()).eval()
+    adapted = adapt(base, make_masks(make_m2m100(), ("en-de",))).eval()
+    expected = adapted(**make_batch()).logits
+    with pytest.raises(ValueError, match="between the masks and their linear layer is a Linear of another adapter"):
+        adapted.merge_adapter()
+    assert adapted(**make_batch()).logits.equal(expected)
+    for module in base.modules():
+        if isinstance(module, LoraLayer):
+            module.merge()
+    adapted.merge_adapter()
+    torch.testing.assert_close(adapted(**make_batch()).logits, expected)
+
+
+def test_merging_a_second_adapter_leaves_the_first_under_its_pair():
+    adapted = adapt(make_m2m100(), init_weights=False).eval()
+    adapted.add_adapter("b", ns.NeuronSpecializationConfig(masks=make_masks(make_m2m100(), seed=9)))
+    layers = [module for module in adapted.modules() if hasattr(module, "merged_rows")]
+    for adapter, pair in (("default", "en-de"), ("b", "fr-en")):
+        adapted.set_language_pair(pair)
+        adapted.merge_adapter([adapter])
+    rows = {name: PAIRS.index(pair) for name, pair in (("default", "en-de"), ("b", "fr-en"))}
+    assert all(layer.merged_rows == rows for layer in layers)
 
 
 def test_a_refused_merge_keeps_no_backup_that_a_later_one_would_put_back():

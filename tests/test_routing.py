@@ -6,8 +6,9 @@ import pickle
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import get_peft_model
-from transformers import GenerationConfig
+from transformers import GenerationConfig, Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 import neuron_specialization as ns
 from neuron_specialization.adapter.routing import router_of
@@ -206,6 +207,51 @@ def test_generate_sets_the_targets_tag_of_the_chosen_pair(how):
     assert found[:, 1].eq(DE).all() and found.equal(expected)
     french = model.generate(**options, language_pairs="en-de", forced_bos_token_id=FR)
     assert french[:, 1].eq(FR).all(), "unless told otherwise"
+
+
+def test_generate_reads_the_targets_from_labels_which_trainer_passes_along():
+    model = adapted()
+    batch = tagged(PAIRS, "nllb")
+    options = {"input_ids": batch["input_ids"], "max_new_tokens": 5}
+    expected = model.generate(**options, language_pairs=PAIRS)
+    assert model.generate(**options, labels=batch["labels"]).equal(expected)
+    first = {"input_ids": batch["input_ids"][:1], "labels": batch["labels"][:1]}
+    assert model.generate(**first, forced_bos_token_id=FR)[0, 1] == FR, "what is said goes before"
+
+
+@pytest.mark.parametrize("injected_by", ["peft", "transformers"])
+def test_a_disabled_adapter_leaves_generate_alone(injected_by):
+    """Neither its tag is set, nor a source refused that has another than the pair set on the model."""
+    plain, options = make_m2m100(), {"input_ids": tagged(["fr-en"], "nllb")["input_ids"], "max_new_tokens": 5}
+    expected = plain.generate(**options)
+    if injected_by == "peft":
+        model = adapted()
+        off = model.disable_adapter
+    else:
+        model, off = make_m2m100(), contextlib.nullcontext
+        model.add_adapter(ns.NeuronSpecializationConfig(masks=make_masks(model), language_token_ids=TOKENS))
+        model.disable_adapters()
+    ns.set_language_pair(model, "en-de")
+    with off():
+        assert model.generate(**options).equal(expected)
+
+
+def test_labels_without_the_tag_leave_it_to_the_decoders_inputs():
+    """A tag that is left out of the loss is still what the decoder starts with."""
+    model, batch = adapted(default_pair="base"), tagged(PAIRS, "nllb")
+    expected = model(**batch, language_pairs=PAIRS).logits
+    batch["labels"][:, 0] = -100
+    assert model(**batch).logits.equal(expected)
+
+
+def test_trainer_keeps_a_column_of_pairs(tmp_path):
+    """It drops the columns that the model's signature does not have, and all samples would run the default pair."""
+    model = adapted(language_token_ids=None, default_pair="en-de")
+    expected = model(**make_batch(), language_pairs=PAIRS).loss.item()
+    rows = [{**{k: v[i] for k, v in make_batch().items()}, "language_pairs": i} for i in range(len(PAIRS))]
+    data = Dataset.from_list([{k: v.tolist() if hasattr(v, "tolist") else v for k, v in row.items()} for row in rows])
+    args = Seq2SeqTrainingArguments(str(tmp_path), per_device_eval_batch_size=4, report_to=[], use_cpu=True)
+    assert Seq2SeqTrainer(model, args, eval_dataset=data).evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_generate_sets_the_tags_that_the_active_adapter_knows():
@@ -464,6 +510,28 @@ def test_ids_and_names_of_pairs_agree(default):
     else:
         unknown = resolver.pair_id("it-en")
         assert unknown == (-1 if default == "base" else PAIRS.index(default))
+
+
+@pytest.mark.parametrize("ids", [[0, 1, 2, 3], 2, torch.tensor(2), torch.tensor([[0], [1], [2], [3]])], ids=str)
+def test_pairs_are_given_by_ids_in_any_form(ids):
+    model = adapted()
+    names = PAIRS if isinstance(ids, list) or getattr(ids, "ndim", 0) else PAIRS[2]
+    assert model(**make_batch(), language_pairs=ids).logits.equal(model(**make_batch(), language_pairs=names).logits)
+    with pytest.raises(ValueError, match="names or integer ids, got torch.float32"):
+        model(**make_batch(), language_pairs=torch.zeros(4))
+
+
+def test_a_pair_set_on_the_model_goes_with_the_last_adapter_that_has_it():
+    model = adapted()
+    model.add_adapter("b", ns.NeuronSpecializationConfig(masks=make_masks(make_m2m100(), ("fr-en", "en-fr"))))
+    ns.set_language_pair(model, "en-fr")
+    model.delete_adapter("default")
+    assert router_of(model).selected == "en-fr"
+    model.add_adapter("c", ns.NeuronSpecializationConfig(masks=make_masks(make_m2m100(), ("de-en",))))
+    model.delete_adapter("b")
+    model.set_adapter("c")
+    expected = model(**make_batch(), language_pairs="de-en").logits
+    assert model(**make_batch()).logits.equal(expected), "its only pair"
 
 
 @pytest.mark.parametrize("ids", [[-1, 0, 0, 0], [0, 1, 2, 99]])

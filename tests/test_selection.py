@@ -74,6 +74,12 @@ def test_lape_takes_its_shares_exactly(share):
     assert len(kept(masks, "fr-en", "encoder.0")) == 100 - round(100 * share)
 
 
+def test_lape_keeps_the_pairs_of_a_language_with_itself():
+    """Models copy and denoise, too."""
+    counts = counts_of({"encoder.0": [[3, 1], [1, 3]], "decoder.0": [[3, 1], [1, 3]]}, ["en-en", "en-de"])
+    assert set(ns.LAPE().select(counts).language_pairs) == {"en-en", "en-de"}
+
+
 @pytest.mark.parametrize("share", [1 / 3, 2 / 3, 1e-9, 0.123456789012, 1])
 def test_any_share_is_met_and_not_exceeded(share):
     rows = [[10**12 + i for i in range(30)]]

@@ -2,10 +2,11 @@
 
 import json
 import os
+import warnings
 
 import pytest
 import torch
-from peft import AutoPeftModelForSeq2SeqLM, LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForSeq2SeqLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM
 
@@ -89,6 +90,45 @@ def test_full_loads_the_trained_base(base_directory, tmp_path):
         torch.testing.assert_close(loaded(**make_batch()).logits, adapted(**make_batch()).logits)
     head, shared = loaded.get_output_embeddings().weight, loaded.get_input_embeddings().weight
     assert head.data_ptr() == shared.data_ptr()
+
+
+def test_a_trained_base_is_loaded_whole_without_copying_it(base_directory, tmp_path):
+    """Its tied weights are in the file once, under one of their names, and in the file's dtype."""
+    adapted = trained(base_directory, "full")
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    for dtype in (torch.float32, torch.bfloat16):
+        loaded = [
+            PeftModel.from_pretrained(
+                AutoModelForSeq2SeqLM.from_pretrained(base_directory, dtype=dtype),
+                str(tmp_path / "adapter"),
+                low_cpu_mem_usage=low,
+            ).eval()
+            for low in (False, True)
+        ]
+        assert {p.dtype for p in loaded[1].parameters()} == {dtype}
+        assert loaded[1].get_output_embeddings().weight is loaded[1].get_input_embeddings().weight
+        copied, assigned = (model(**make_batch(), language_pairs=PAIRS).logits for model in loaded)
+        assert assigned.equal(copied)
+
+
+def test_a_new_adapter_from_a_config_that_lost_its_masks_says_so(base_directory, tmp_path):
+    """PEFT's own class reads a config without saying where from, so that masks cannot follow."""
+    trained(base_directory, "none").save_pretrained(str(tmp_path / "adapter"))
+    with pytest.warns(UserWarning, match="without its masks.*NeuronSpecializationConfig.from_pretrained"):
+        dense = get_peft_model(make_m2m100(), PeftConfig.from_pretrained(str(tmp_path / "adapter"))).eval()
+    assert dense(**make_batch(), language_pairs=PAIRS).logits.allclose(make_m2m100()(**make_batch()).logits)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "This config was read")
+        PeftModel.from_pretrained(make_m2m100(), str(tmp_path / "adapter"))
+
+
+def test_masks_that_keep_nothing_are_refused_before_they_are_trained(model, masks):
+    """Their adapter could be saved, and not loaded again."""
+    name = next(iter(masks.rows))
+    masks.rows[name][1] = False
+    with pytest.raises(ValueError, match=rf"{name}: rows \[1\] keep no neuron"):
+        get_peft_model(model, ns.NeuronSpecializationConfig(masks=masks, task_type="SEQ_2_SEQ_LM"))
+    assert not any("neuron_specialization" in key for key in model.state_dict())
 
 
 def test_a_mask_directory_is_an_adapter(base_directory, tmp_path):
@@ -255,12 +295,13 @@ def lora_on_attention() -> LoraConfig:
     return LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="SEQ_2_SEQ_LM")
 
 
-def test_a_resized_vocabulary_travels_with_the_adapter(base_directory, tmp_path):
+@pytest.mark.parametrize("mode", ["delta", "full"])
+def test_a_resized_vocabulary_travels_with_the_adapter(base_directory, tmp_path, mode):
     model = AutoModelForSeq2SeqLM.from_pretrained(base_directory)
     masks = make_masks(model)
     model.resize_token_embeddings(72)
-    config = ns.NeuronSpecializationConfig(masks=masks, init_weights=False, task_type="SEQ_2_SEQ_LM")
-    adapted = get_peft_model(model, config).eval()
+    config = {"trainable": mode, "init_weights": False, "task_type": "SEQ_2_SEQ_LM"}
+    adapted = get_peft_model(model, ns.NeuronSpecializationConfig(masks=masks, **config)).eval()
     expected = adapted(**make_batch(), language_pairs=PAIRS).logits
     assert expected.shape[-1] == 72
     adapted.save_pretrained(str(tmp_path / "adapter"))

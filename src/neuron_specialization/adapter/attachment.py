@@ -36,8 +36,15 @@ class _Entry:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        """The method's own signature: Trainer and generate inspect which arguments it takes."""
-        return inspect.signature(self.own or getattr(type(self.module), self.method).__get__(self.module))
+        """The method's own signature, with `language_pairs` in the model's forward: Trainer and generate inspect which
+        arguments it takes, and Trainer drops columns of the data that it does not."""
+        own = inspect.signature(self.own or getattr(type(self.module), self.method).__get__(self.module))
+        if self.stack is not None or self.method != "forward":
+            return own
+        pairs = inspect.Parameter("language_pairs", inspect.Parameter.KEYWORD_ONLY, default=None)
+        named = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        others = [p for p in own.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
+        return own.replace(parameters=[*named, pairs, *others])
 
     def _whole(self, *args: Any, **kwargs: Any) -> Any:
         if self.own is not None:
@@ -145,9 +152,9 @@ class _Generate(_Entry):
 
 
 def _active_adapters(model: nn.Module) -> list[str]:
-    """Return the names of the adapters that are active in a model's masked layers."""
+    """Return the names of the adapters that run in a model's masked layers; none while they are disabled."""
     layers = (part for part in model.modules() if isinstance(part, BaseTunerLayer) and hasattr(part, MASK))
-    return next((layer.active_adapters for layer in layers), [])
+    return next(([] if layer.disable_adapters else layer.active_adapters for layer in layers), [])
 
 
 def _sees_only_encoder_outputs(args: tuple, kwargs: Mapping[str, Any]) -> bool:

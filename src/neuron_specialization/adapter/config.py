@@ -176,8 +176,8 @@ class NeuronSpecializationConfig(PeftConfig):
             expected = location / adapter_file.WEIGHTS_NAME if config.d_ff else None  # a config may be saved by itself
             config.weights_file = adapter_file.weights_file(location) or expected
         elif config.weights_digest is not None:
-            config.weights_file = adapter_file.fetch(
-                pretrained_model_name_or_path, adapter_file.WEIGHTS_NAME, subfolder=subfolder, **download
+            config.weights_file = adapter_file.fetch_weights(
+                pretrained_model_name_or_path, subfolder=subfolder, **download
             )
         if config.weights_file is not None:
             adapter_file.verify_digest(config.weights_digest, config.weights_file, pretrained_model_name_or_path)

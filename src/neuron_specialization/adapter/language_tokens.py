@@ -105,13 +105,12 @@ class TokenBatch:
 def tokens_of_forward(args: tuple, kwargs: Mapping[str, Any]) -> TokenBatch:
     """Return the tokens of a model's forward call.
 
-    Labels go before decoder inputs, which lack their last token: the tag itself, in conventions that put it there.
+    The target's tag is looked for in labels and in decoder inputs: these lack the last token, which is the tag in some
+    conventions, and labels may leave the tag out of the loss.
     """
     source = kwargs.get("input_ids", args[0] if args else None)
-    labels = kwargs.get("labels")
-    return TokenBatch(
-        _ids(source), _ids(kwargs.get("decoder_input_ids") if labels is None else labels), _cached(kwargs)
-    )
+    target = [ids for name in ("labels", "decoder_input_ids") if (ids := _ids(kwargs.get(name))) is not None]
+    return TokenBatch(_ids(source), torch.cat(target, 1) if target else None, _cached(kwargs))
 
 
 def tokens_of_stack(stack: str, args: tuple, kwargs: Mapping[str, Any]) -> TokenBatch:
@@ -129,8 +128,9 @@ def tokens_of_generate(model: Any, language_ids: set[int], args: tuple, kwargs: 
     """Return the tokens of a `generate` call.
 
     The target's tag is the first found of `decoder_input_ids`, `forced_bos_token_id`, `decoder_start_token_id`:
-    arguments first, then the generation config. A `forced_bos_token_id` that the caller gave counts even if it is none
-    of `language_ids`, so that a language the adapter does not know is never taken for another.
+    arguments first, then the generation config. Else it is that of `labels`, which Trainer passes along. A
+    `forced_bos_token_id` that the caller gave counts even if it is none of `language_ids`, so that a language the
+    adapter does not know is never taken for another.
     """
     source = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
     target = _ids(kwargs.get("decoder_input_ids"))
@@ -147,7 +147,7 @@ def tokens_of_generate(model: Any, language_ids: set[int], args: tuple, kwargs: 
             return TokenBatch(_ids(source), value)
         if isinstance(value, list | torch.Tensor) and name == "decoder_start_token_id":
             return TokenBatch(_ids(source), torch.as_tensor(value).reshape(-1, 1))
-    return TokenBatch(_ids(source))
+    return TokenBatch(_ids(source), _ids(kwargs.get("labels")))
 
 
 def _is_any_of(tokens: torch.Tensor, ids: set[int]) -> torch.Tensor:

@@ -91,7 +91,7 @@ class NeuronSpecializationLayer(BaseTunerLayer):
         super().delete_adapter(adapter_name)
         if self.compact_block is not None:
             self.compact_block.looked_up.clear()
-        self.router.resolvers.pop(adapter_name, None)
+        self.router.forget(adapter_name)
         self._looked_up.pop(adapter_name, None)
         self.trains_base = False  # an adapter that trains the base is the only one
         frozen_rows.protect(self)

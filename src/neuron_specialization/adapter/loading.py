@@ -17,6 +17,7 @@ from peft import PeftModel
 from transformers.integrations.peft import PeftAdapterMixin
 
 from ..neurons.adapter_file import CONFIG_NAME, PEFT_TYPE, read_weights, verify_digest
+from ..neurons.base_model import unwrap
 from ..neurons.files import complete_writing
 from ..neurons.language_pairs import shorten
 from .config import NeuronSpecializationConfig
@@ -55,6 +56,8 @@ def _with_peft(model: Any, model_id: str | PathLike[str], adapter_name: str, *ar
     loaded = model.peft_config[adapter_name]
     if isinstance(loaded, NeuronSpecializationConfig):
         loaded.read_from = None
+        if loaded.trainable == "full" and kwargs.get("low_cpu_mem_usage"):
+            unwrap(model).tie_weights()  # loading replaced one of the tied parameters
     return result
 
 

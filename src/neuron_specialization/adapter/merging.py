@@ -79,7 +79,9 @@ def merged_weights(
 
 
 def merged_row(layer: Any, adapter: str) -> int:
-    """Return the row of an adapter's masks that is merged: that of the pair set on the model, or of the only one."""
+    """Return the row of an adapter's masks that is merged, or would be: that of the pair set, or of the only one."""
+    if adapter in layer.merged_rows:
+        return layer.merged_rows[adapter]
     return layer.router.single_route(adapter)[STACKS.index(layer.stack)]
 
 
@@ -99,6 +101,11 @@ def check_merged_pair(layer: Any, call: Call) -> None:
 def check_mergeable(layer: Any, adapters: list[str]) -> None:
     """Raise ValueError unless the layer's weight is plain and each adapter has one pair to merge."""
     base: Any = layer.get_base_layer()
+    if layer.base_layer is not base and not getattr(layer.base_layer, "merged", False):
+        raise ValueError(
+            f"Cannot merge: between the masks and their linear layer is a {type(layer.base_layer).__name__} of "
+            "another adapter, whose update would escape them. Merge that one into the base first."
+        )
     if isinstance(getattr(base, "weight", None), torch.distributed.tensor.DTensor):
         raise ValueError("Cannot merge into a sharded weight (FSDP). Save the adapter and merge in one process.")
     if not is_plain_linear(base):

@@ -13,9 +13,17 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..neurons.adapter_file import PREFIX, pack_rows
+from ..neurons.adapter_file import PREFIX, check_packed_rows, pack_rows
 from ..neurons.base_model import make_trainable
-from ..neurons.ffn import DECODER, ENCODER, FfnBlock, find_ffn_blocks, fingerprint, same_weights, sample_weights
+from ..neurons.ffn import (
+    ENCODER,
+    FfnBlock,
+    find_ffn_blocks,
+    fingerprint,
+    same_weights,
+    sample_weights,
+    stack_of,
+)
 from . import attachment, routing, storage
 from .call import per_sample_adapters
 from .compact import CompactBlock
@@ -131,7 +139,8 @@ class NeuronSpecializationModel(BaseTuner):
                 f"{linear.out_features}); a low rank is a fraction of them."
             )
         block = self._blocks.get(current_key)
-        stack = block.stack if block else DECODER
+        stored = (peft_config.masks.stacks if peft_config.masks else peft_config.stacks) or {}
+        stack = stored.get(current_key) or stack_of(self.model, current_key)
         peft_config.d_ff[current_key] = linear.out_features
         peft_config.stacks[current_key] = stack
         fresh = not isinstance(target, NeuronSpecializationLayer)
@@ -236,6 +245,9 @@ class NeuronSpecializationModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         storage.check_tensors(model, config, adapter_name, remapped)
+        if config.trainable == "full":  # without copying (low_cpu_mem_usage) the file's dtype would be kept
+            dtypes = {name: parameter.dtype for name, parameter in model.named_parameters(remove_duplicate=False)}
+            remapped = {name: tensor.to(dtypes.get(name, tensor.dtype)) for name, tensor in remapped.items()}
         return remapped
 
 
@@ -264,11 +276,13 @@ def _find_blocks(config: NeuronSpecializationConfig, model: nn.Module) -> dict[s
         modules = dict(model.named_modules())
         widths = {name: getattr(modules.get(name), "out_features", None) for name in config.d_ff or {}}
         if config.fingerprint != found or widths != config.d_ff:
+            absent = [name for name in config.d_ff or {} if name not in modules]
             raise ValueError(
                 "These masks were made for another model. They expect "
                 f"{_describe(config.fingerprint, config.d_ff or {})}, but this model has "
-                f"{_describe(found, {name: block.d_ff for name, block in blocks.items()})}. Load the checkpoint they "
-                "were identified on, or identify masks on this one."
+                f"{_describe(found, {name: block.d_ff for name, block in blocks.items()})}"
+                f"{f', and no module {absent[0]}' if absent else ''}. Load the checkpoint they were identified on, "
+                "with the same class, or identify masks on this one."
             )
         if not same_weights(config.weights_sample, sample_weights(list(blocks.values()))):
             warnings.warn(
@@ -293,12 +307,15 @@ def _initial_mask(config: NeuronSpecializationConfig, name: str, stack: str, wid
     if config.masks is not None:
         if name not in config.masks.rows:  # type: ignore[union-attr]
             raise ValueError(f"target_modules names {name}, but the masks have no row for it.")
-        return pack_rows(config.masks.rows[name])  # type: ignore[union-attr]
-    rows = len((config.encoder_rows if stack == ENCODER else config.decoder_rows) or [])
+        rows: torch.Tensor = config.masks.rows[name]  # type: ignore[union-attr]
+        packed = pack_rows(rows)
+        check_packed_rows(name, packed, *rows.shape)  # what could not be loaded again
+        return packed
+    count = len((config.encoder_rows if stack == ENCODER else config.decoder_rows) or [])
     if config.init_weights:
         # one row packed, then copied: a file of 10,000 pairs waits for this before it is read
-        return pack_rows(torch.ones(width, dtype=torch.bool)).repeat(rows, 1)
-    mask = torch.rand(rows, width) < 0.5
+        return pack_rows(torch.ones(width, dtype=torch.bool)).repeat(count, 1)
+    mask = torch.rand(count, width) < 0.5
     mask[:, 0] = True
     return pack_rows(mask)
 

@@ -44,6 +44,15 @@ class CallRouter:
             self.check(pair)
         self.selected = pair
 
+    def forget(self, adapter_name: str) -> None:
+        """Remove an adapter's pairs, and the selection of one that no other adapter routes."""
+        self.resolvers.pop(adapter_name, None)
+        if self.selected is not None:
+            try:
+                self.check(self.selected)
+            except ValueError:
+                self.selected = None
+
     def check(self, pair: str) -> None:
         """Raise ValueError unless some adapter routes `pair`: one with a default pair routes all."""
         if not self.resolvers:
@@ -83,7 +92,7 @@ class CallRouter:
     @torch.compiler.disable
     def begin(
         self,
-        language_pairs: str | Sequence[str] | torch.Tensor | None = None,
+        language_pairs: str | int | Sequence[str] | Sequence[int] | torch.Tensor | None = None,
         tokens: TokenBatch | None = None,
         *,
         samples: int | None = None,
@@ -148,12 +157,16 @@ class CallRouter:
         return resolver.route(self.chosen() or resolver.fallback())
 
     def _passed(
-        self, language_pairs: str | Sequence[str] | torch.Tensor | None, samples: int | None
+        self, language_pairs: str | int | Sequence[str] | Sequence[int] | torch.Tensor | None, samples: int | None
     ) -> LanguagePairs | None:
         """Return the pairs passed to a call after checking them, one name where all are the same."""
         if language_pairs is None:
             return None
-        pairs = [language_pairs] if isinstance(language_pairs, str) else language_pairs
+        pairs = [language_pairs] if isinstance(language_pairs, str | int) else language_pairs
+        if isinstance(pairs, torch.Tensor) or (len(pairs) > 0 and all(isinstance(pair, int) for pair in pairs)):
+            pairs = torch.as_tensor(pairs).flatten()
+            if pairs.is_floating_point():
+                raise ValueError(f"Expected language pairs as names or integer ids, got {pairs.dtype}.")
         if samples is not None and len(pairs) not in (1, samples):
             raise ValueError(
                 f"Got language pairs for {len(pairs)} samples, but a batch of {samples}. Pass one per sample, or a "

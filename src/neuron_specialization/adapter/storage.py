@@ -3,6 +3,7 @@
 import functools
 import inspect
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -50,9 +51,18 @@ def weights_follow() -> Iterator[None]:
 
 def take_stored_masks(config: Any) -> None:
     """Give a config that was read from an adapter, to make a new one like it, the masks of that adapter."""
-    if config.masks is None and config.weights_file is not None and not _WEIGHTS_FOLLOW.get():
+    if config.masks is not None or _WEIGHTS_FOLLOW.get():
+        return
+    if config.weights_file is not None:
         config.masks = NeuronMasks.from_pretrained(config.weights_file.parent)
         config.weights_file = None
+    elif config.weights_digest is not None:  # read by PEFT's own class, which does not say from where
+        warnings.warn(
+            "This config was read from an adapter, without its masks: until that adapter's weights are loaded, every "
+            "pair keeps all neurons. For a new adapter with these masks, read it with "
+            "NeuronSpecializationConfig.from_pretrained(...), or pass masks=... to a config of its own.",
+            stacklevel=2,
+        )
 
 
 def save_adapter(model: PeftModel, directory: str | PathLike[str], *, overwrite: bool = False, **kwargs: Any) -> None:
@@ -95,7 +105,7 @@ def check_tensors(model: nn.Module, config: Any, adapter_name: str, tensors: dic
     """
     expected = _expected(model, config, adapter_name)
     missing = sorted(set(expected) - set(tensors))
-    extra = sorted(set(tensors) - set(expected) - _embeddings(model, config))
+    extra = sorted(set(tensors) - set(expected) - _other_tensors(model, config))
     if missing or extra:
         raise ValueError(
             "The adapter's file does not fit its config: "
@@ -205,8 +215,13 @@ def _expected(model: nn.Module, config: Any, adapter_name: str) -> dict[str, tup
     return expected
 
 
-def _embeddings(model: nn.Module, config: Any) -> set[str]:
-    """Return the keys of embeddings that PEFT saved along, as the config says: the vocabulary was resized."""
+def _other_tensors(model: nn.Module, config: Any) -> set[str]:
+    """Return the keys of embeddings that PEFT saves along where the vocabulary was resized.
+
+    The config lists them; where the file holds the whole base, they are among its parameters, under tied names too.
+    """
+    if config.trainable == "full":
+        return {name for name, _ in model.named_parameters(remove_duplicate=False) if PREFIX not in name}
     listed = {key.removeprefix(KEY_PREFIX) for key in config.other_tensors or []}
     return {key for key in model.state_dict() if key.removeprefix(KEY_PREFIX) in listed}
 

@@ -99,16 +99,18 @@ def _names(resolver: PairResolver, call: Call) -> list[str]:
 
 
 def _only_pairs(model: Any, resolver: PairResolver, reader: TagReader, call: Call) -> list[str]:
-    """Return the pair of each sample if tokens decide and every source's language has one pair only, else [].
+    """Return the pair of each sample if tokens decide, and its languages (the target's by labels, if there are any)
+    have one pair only, else [].
 
     A target that the model's own generation config forces goes before.
     """
-    source, forced = call.tokens.source, getattr(model.generation_config, "forced_bos_token_id", None)
-    if call.pairs is not None or source is None or forced is not None or reader.source_tag == "target":
+    forced = getattr(model.generation_config, "forced_bos_token_id", None)
+    if call.pairs is not None or call.tokens.source is None or forced is not None or reader.source_tag == "target":
         return []
-    codes = reader.read(source)
-    fits = {code: fitting_pairs(resolver.pairs, code, None) if code is not None else [] for code in set(codes)}
-    return [fits[code][0] for code in codes] if all(len(pairs) == 1 for pairs in fits.values()) else []
+    sources, targets = reader.sides(call.tokens)
+    sides = list(zip(sources or [], targets or [None] * len(sources or []), strict=True))
+    fits = {side: fitting_pairs(resolver.pairs, *side) if side[0] is not None else [] for side in set(sides)}
+    return [fits[side][0] for side in sides] if all(len(pairs) == 1 for pairs in fits.values()) else []
 
 
 def _check_source_tags(reader: TagReader, source: torch.Tensor, pairs: list[str]) -> None:

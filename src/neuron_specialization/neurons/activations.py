@@ -172,7 +172,8 @@ def record_activations(
     the end-of-sentence token too, the first one after a sentence is its end and counts.
 
     Args:
-        model: an encoder-decoder model; also one with adapters, which then runs under their masks.
+        model: an encoder-decoder model; also one with adapters, which then runs under their masks: those of the
+            `language_pairs` in a batch, or whatever the model would choose without. The key is not added here.
         batches: language pair → iterable of batches, each what the model's forward takes: `input_ids`,
             `attention_mask`, and `labels` or `decoder_input_ids`.
         count_padding: also count padding positions, as the code released with the paper does.

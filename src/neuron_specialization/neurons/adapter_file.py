@@ -181,6 +181,20 @@ def fetch(location: str | PathLike[str], filename: str, **hub: Any) -> Path:
         ) from error
 
 
+def fetch_weights(location: str | PathLike[str], **hub: Any) -> Path:
+    """Return the local path of the weights of an adapter directory or of a Hub repository, as PEFT looks for them.
+
+    Raises:
+        ValueError: as `fetch` does, of the safetensors file, if there is neither that nor the older format.
+    """
+    try:
+        return fetch(location, WEIGHTS_NAME, **hub)
+    except ValueError:
+        with suppress(ValueError):
+            return fetch(location, PICKLED_WEIGHTS_NAME, **hub)
+        raise
+
+
 def digest_of_weights(location: str | PathLike[str]) -> str | None:
     """Return what tells an adapter's weights apart from others', or None where they are not in safetensors."""
     with suppress(ValueError):

@@ -86,7 +86,7 @@ def record_attribution(
     and of a backward pass without those of weights.
 
     Args:
-        model: an encoder-decoder model; also one with adapters, which then runs under their masks.
+        model: an encoder-decoder model; also one with adapters, see `record_activations`.
         batches: language pair → iterable of batches, each what the model's forward takes: `input_ids`,
             `attention_mask` and `labels`.
         source_tag: see `record_activations`.

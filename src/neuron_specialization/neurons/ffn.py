@@ -151,6 +151,11 @@ def _sees_images(module: nn.Module) -> bool:
     return getattr(module, "main_input_name", None) == "pixel_values"
 
 
+def stack_of(model: nn.Module, name: str) -> str:
+    """Return the stack that a module is in; one under neither encoder nor decoder counts as the decoder's."""
+    return _locate(name, _stack_prefixes(model) if is_encoder_decoder(model) else {})[0]
+
+
 def _stack_prefixes(model: nn.Module) -> dict[str, str]:
     names = {id(module): name for name, module in model.named_modules()}
     prefixes = {}

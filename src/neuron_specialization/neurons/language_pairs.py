@@ -98,6 +98,16 @@ class Routes:
         return cls(names, list(names), {name: (i, i) for i, name in enumerate(names)}, source_tag)
 
     @classmethod
+    def per_language(cls, sources: list[str], targets: list[str], pairs: Iterable[str]) -> "Routes":
+        """One encoder row for each source language and one decoder row for each target language.
+
+        Their cross product leaves out a language with itself, which a model may be trained to copy or to denoise: such
+        pairs are listed.
+        """
+        same = [source for source, target in map(split_pair, pairs) if source == target]
+        return cls(sources, targets, {f"{code}-{code}": (sources.index(code), targets.index(code)) for code in same})
+
+    @classmethod
     def from_metadata(cls, values: Mapping[str, Any]) -> "Routes":
         """Rebuild what `metadata` returned.
 

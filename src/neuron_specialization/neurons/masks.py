@@ -57,6 +57,12 @@ class NeuronMasks:
         head = f"  {'block':<40} {'stack':<8} {'neurons':>7} {'kept':>7}"
         return "\n".join([f"NeuronMasks of {shorten(self.language_pairs)}", head, *lines])
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, NeuronMasks):
+            return NotImplemented
+        same = self.metadata() == other.metadata()
+        return same and all(rows.equal(other.rows[name]) for name, rows in self.rows.items())
+
     def __post_init__(self) -> None:
         for name, rows in self.rows.items():
             expected = len(self.routes.row_names(self.stacks[name]))
@@ -162,10 +168,7 @@ class NeuronMasks:
             for pair in pairs:
                 merged[languages[side].index(split_pair(pair)[side])] |= self.row(pair, name)
             rows[name] = merged
-        # the cross product leaves out a language with itself, which a model may be trained to copy or denoise
-        sides = {pair: split_pair(pair) for pair in pairs}
-        same = {p: (languages[0].index(s), languages[1].index(t)) for p, (s, t) in sides.items() if s == t}
-        return replace(self, rows=rows, routes=Routes(languages[0], languages[1], same))
+        return replace(self, rows=rows, routes=Routes.per_language(*languages, pairs))
 
     def compose(self, pair: str, pivot: str | None = None) -> "NeuronMasks":
         """Return these masks with the zero-shot `pair` added: X→pivot's encoder row, pivot→Y's decoder row.
@@ -255,7 +258,7 @@ class NeuronMasks:
         if Path(location).is_dir():
             location = Path(location, hub.pop("subfolder", None) or "")
         config = adapter_file.read_config(location, **hub)
-        path = adapter_file.weights_file(location) or adapter_file.fetch(location, adapter_file.WEIGHTS_NAME, **hub)
+        path = adapter_file.fetch_weights(location, **hub)
         adapter_file.verify_digest(config.get("weights_digest"), path, location)
         routes = Routes.from_metadata(config)
         rows, tensors = {}, adapter_file.read_weights(path)

@@ -134,7 +134,7 @@ class LAPE:
             languages[stack], probabilities = language_probabilities(counts, stack, names)
             kept = self._kept(probabilities)
             rows.update(zip(names, kept.split([counts.counts[name].shape[1] for name in names], dim=1), strict=True))
-        routes = Routes(languages[ENCODER], languages[DECODER])
+        routes = Routes.per_language(languages[ENCODER], languages[DECODER], counts.language_pairs)
         rows = {name: rows[name].contiguous() for name in counts.counts}
         return NeuronMasks(rows=rows, routes=routes, selector=_describe(self, counts), **counts.origin)
 
