@@ -276,6 +276,11 @@ def test_what_cannot_be_scored_is_refused_before_any_training(comparison, monkey
     long = {"Pv-Aa": Dataset.from_dict({"source": ["babu " * 99], "target": ["ba"]})}
     with pytest.raises(ValueError, match="^Sentence 1 of Pv-Aa, .* positions for 64"):
         Comparison(**{**again, "data": {**comparison.data, "test": long}})
+    text = "babu " * 99
+    for split, source, target in (("test", "ba", text), ("validation", "ba", text), ("validation", text, "ba")):
+        data = {**comparison.data, split: {"Pv-Aa": Dataset.from_dict({"source": [source], "target": [target]})}}
+        with pytest.raises(ValueError, match="entence.* 1 of Pv-Aa.* positions for 64"):  # losses need the targets too
+            Comparison(**{**again, "data": data})
     monkeypatch.setitem(sys.modules, "MeCab", None)
     monkeypatch.delitem(sys.modules, "sacrebleu.tokenizers.tokenizer_ja_mecab", raising=False)
     with pytest.raises(ImportError, match=r"neuron-specialization\[ja\]"):
@@ -312,6 +317,39 @@ def test_what_is_chosen_by_the_trials_of_another_method_is_not_mixed(comparison)
     for method in ("masks_only", "ours", "group"):  # whose masks are made from those of ours
         with pytest.raises(ValueError, match="grid of ours"):
             changed(comparison, knobs=["ours_k=[0.3, 0.9]"]).run(method, 0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"lr_scheduler_kwargs": {"num_decay_steps": 9}}, {"neftune_noise_alpha": 5.0}, {"optim_args": "x=1"}],
+    ids=lambda change: next(iter(change)),
+)
+def test_stages_trained_by_other_settings_of_the_trainer_are_not_mixed(comparison, change):
+    """Whatever decides what a run learns, but what each stage sets itself."""
+    again = {field.name: getattr(comparison, field.name) for field in dataclasses.fields(comparison)}
+    free = dataclasses.replace(comparison.training, learning_rate=1e-2, logging_steps=7, seed=3)
+    Comparison(**{**again, "training": free})
+    with pytest.raises(ValueError, match=rf"other settings \({next(iter(change))}\)"):
+        Comparison(**{**again, "training": dataclasses.replace(comparison.training, **change)})
+
+
+def test_a_method_is_listed_once():
+    with pytest.raises(ValueError, match="listed once, .* twice are ours"):
+        seeds_of(["ours=3", "fine_tune=1", "ours=1"])
+
+
+def test_fine_tuning_for_equal_seconds_goes_on_with_the_updates_it_began_with(comparison):
+    """More seeds may have been timed meanwhile, by another process."""
+    assert comparison.run("fine_tune", 0) and comparison.run("ours", 0)
+    assert comparison.run("fine_tune_equal_seconds", 0)
+    part = comparison.stage_directory("fine_tune_equal_seconds", 0) / PART
+    updates = json.loads(part.read_text())["rows"][0]["updates"]
+    part.unlink()  # interrupted while it was scored
+    timed = comparison.stage_directory("ours", 0) / PART
+    slower = json.loads(timed.read_text())
+    timed.write_text(json.dumps({**slower, "rows": [{**row, "seconds": 1e3} for row in slower["rows"]]}))
+    assert comparison.run("fine_tune_equal_seconds", 0)
+    assert json.loads(part.read_text())["rows"][0]["updates"] == updates
 
 
 def test_stages_of_earlier_versions_keep_their_settings(comparison):

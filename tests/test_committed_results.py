@@ -16,7 +16,7 @@ from neuron_specialization.analysis.budget import budget_facts
 from neuron_specialization.analysis.comparison import headroom
 from neuron_specialization.analysis.comparison_report import comparison_tables
 from neuron_specialization.analysis.comparison_tables import comparable, sizes_table, usable_rows
-from neuron_specialization.analysis.statistics import paired_differences, spread
+from neuron_specialization.analysis.statistics import paired_differences, reference_mean, spread
 
 from .conftest import RECIPES
 
@@ -61,7 +61,7 @@ def changes(rows: Sequence[dict[str, Any]]) -> list[str]:
     for method in COMPARED:
         if any(row["method"] == method for row in rows):
             chrf, loss = (paired_differences(rows, method, "fine_tune", s)[0].mean() for s in ("chrf++", "loss"))
-            cells.append(f"{chrf:+.2f} ({100 * loss / spread(rows, 'fine_tune', 'loss')[0]:+.1f} %)")
+            cells.append(f"{chrf:+.2f} ({100 * loss / reference_mean(rows, method, 'fine_tune', 'loss'):+.1f} %)")
         else:
             cells.append("")
     return cells

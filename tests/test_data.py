@@ -86,6 +86,22 @@ def test_training_data_is_limited_by_language_to_nested_whole_documents(tmp_path
         )
 
 
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"train_sentences": ["fi=3", "vi=5"]}, "limits vi, a language of no pair: en, fi"),
+        ({"train_sentences": ["fi=x"]}, "numbers of at least 1, such as de=3000; got fi=x"),
+        ({"train_sentences": ["fi=0"]}, "numbers of at least 1.* got fi=0"),
+        ({"max_sentences": 0}, "max_sentences is a number of at least 1, got 0"),
+    ],
+)
+def test_limits_that_mean_nothing_are_refused(tmp_path, limits, message):
+    """A misspelt language would leave its training data whole."""
+    pandas.DataFrame({"en": ["a"], "fi": ["b"]}).to_parquet(tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=message):
+        DataArguments(language_pairs=["en-fi"], train_file=str(tmp_path / "x.parquet"), **limits).load("train")
+
+
 def test_one_file_per_pair_serves_both_directions(tmp_path):
     pandas.DataFrame({"en": ["a"], "de": ["b"]}).to_parquet(tmp_path / "en-de.parquet")
     data = load_parallel(str(tmp_path / "{pair}.parquet"), ["de-en", "en-de"])

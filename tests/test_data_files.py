@@ -54,11 +54,37 @@ def test_quotes_in_plain_tsv_are_text(tmp_path):
     assert lines_of(data, "en-de") == [tuple(row.split("\t")) for row in rows]
 
 
-def test_a_carriage_return_in_a_sentence_ends_no_line(tmp_path):
-    (tmp_path / "text.tsv").write_bytes(b"en\tde\na\rb\tc\nd\te\rf\n")
-    assert lines_of(load_parallel(tmp_path / "text.tsv", ["en-de"]), "en-de") == [("a\rb", "c"), ("d", "e\rf")]
-    (tmp_path / "text.tsv").write_bytes(b"en\tde\r\na\tb\r\nc\td\r\n")
-    assert lines_of(load_parallel(tmp_path / "text.tsv", ["en-de"]), "en-de") == [("a", "b"), ("c", "d")]
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("kind", ["tsv", "csv", "quoted.csv", "csv.gz"])
+def test_a_carriage_return_in_a_sentence_ends_no_line(tmp_path, kind, end):
+    rows = [["en", "de"], ["a\rb", "c"], ["d", "e\rf"], ["g", ""], ["h", "i"]]
+    separator, quote = ("\t" if kind == "tsv" else ","), ('"' if "quoted" in kind else "")
+    text = "".join(separator.join(f"{quote}{cell}{quote}" for cell in row) + end for row in rows)
+    with (gzip.open if kind.endswith("gz") else open)(tmp_path / f"text.{kind}", "wb") as file:
+        file.write(text.encode())
+    expected = [("a\rb", "c"), ("d", "e\rf"), ("h", "i")]
+    assert lines_of(load_parallel(tmp_path / f"text.{kind}", ["en-de"]), "en-de") == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", "en,de,fr\nHello,Hallo,Bonjour,1\nYes,Ja,Oui,2\n"),
+        ("a.tsv", "en\tde\nGo.\tGeh.\tCC-BY\nRun.\tLauf.\tCC-BY\n"),
+        ("a.csv", "en,de\nHello, you,Hallo\nYes,Ja\nNo,Nein\n"),
+        ("a.csv", "en,de\nYes,Ja\nHello, you,Hallo\nNo,Nein\n"),
+    ],
+)
+def test_more_cells_than_columns_are_refused(tmp_path, name, text):
+    """pandas takes the first column for row labels then, and German stands where English was."""
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=r"[34] cells in its first row, but [23] columns|Expected 2 fields in line 3"):
+        load_parallel(tmp_path / name, ["en-de"])
+
+
+def test_separators_at_the_ends_of_lines_add_no_column(tmp_path):
+    (tmp_path / "a.tsv").write_text("en\tde\na\tb\t\nc\td\t\n")
+    assert lines_of(load_parallel(tmp_path / "a.tsv", ["en-de"]), "en-de") == [("a", "b"), ("c", "d")]
 
 
 @pytest.mark.parametrize("packed", ["", ".gz"])
@@ -89,8 +115,9 @@ def test_languages_may_be_nested_as_on_the_hub(tmp_path, features):
     rows = {"translation": [{"en": "a", "de": "b"}, {"en": "c", "de": None}]}
     Dataset.from_dict(rows, features).to_parquet(tmp_path / "x.parquet")
     assert lines_of(load_parallel(tmp_path / "x.parquet", ["de-en"]), "de-en") == [("b", "a")]
-    (tmp_path / "x.jsonl").write_text('{"translation": {"en": "a", "de": "b"}}\n')
-    assert lines_of(load_parallel(tmp_path / "x.jsonl", ["de-en"]), "de-en") == [("b", "a")]
+    for second in ("", '{"translation": {"en": "c"}}\n', '{"translation": null}\n'):  # whose sides are missing
+        (tmp_path / "x.jsonl").write_text('{"translation": {"en": "a", "de": "b"}}\n' + second)
+        assert lines_of(load_parallel(tmp_path / "x.jsonl", ["de-en"]), "de-en") == [("b", "a")]
 
 
 def test_a_dataset_on_the_hub_is_named_with_its_configuration(tmp_path, monkeypatch):

@@ -56,6 +56,8 @@ def test_averages_by_direction_into_and_out_of_the_pivot():
         pair: {"bleu": value, "chrf++": 2 * value}
         for pair, value in {"en-de": 10.0, "en-fr": 20.0, "de-en": 40.0, "de-fr": 2.0}.items()
     }
+    with pytest.raises(ValueError, match="pivot 'xx' is a language of no direction: "):
+        averages(directions, "xx")
     found = averages(directions, "en")
     assert {group: values["bleu"] for group, values in found.items()} == {
         "all": 18.0,

@@ -223,8 +223,10 @@ def test_what_cannot_be_scored_is_refused_before_training(transfer, tmp_path, mo
     with pytest.raises(ValueError, match=positions):
         again(transfer, data={**transfer.data, "test": test}, training=training)
     tokens = resolve_tokens(transfer.tokenizer, PAIRS, None)
-    clean = (encode(transfer.tokenizer, p, transfer.data["test"][p]["source"], None, tokens, "source") for p in PAIRS)
-    transfer.model.config.max_position_embeddings = max(len(ids) for each in clean for ids in each["input_ids"])
+    scored = [(pair, transfer.data[split][pair]) for split in ("validation", "test") for pair in PAIRS]
+    clean = [encode(transfer.tokenizer, p, rows["source"], rows["target"], tokens, "source") for p, rows in scored]
+    lengths = (len(ids) for each in clean for side in each.values() for ids in side)
+    transfer.model.config.max_position_embeddings = max(lengths)
     quiet, loud = (NoiseArguments(swap=0.0, drop=0.0, repeat=rate, case=0.0) for rate in (0.0, 0.9))
     again(transfer, noise=quiet, training=arguments(tmp_path / "fits"))
     with pytest.raises(ValueError, match=positions):

@@ -84,6 +84,8 @@ def test_the_premise_asks_for_one_percent_of_loss_or_half_a_point(bilingual, chr
     unfinished = rows_of("fine_tune", [[2, 8, 8, 8]]) + rows_of("bilingual", [[1.8, 0, 0, 0]])[:1]
     assert headroom(unfinished)["ceilings"][0]["loss gained, %"] == pytest.approx(10), "of the same directions' loss"
     assert headroom(unfinished)["ceilings"][0]["directions"] == "1/4" and headroom(unfinished)["met"] is None
+    other_seeds = rows_of("fine_tune", [[2] * 4, [9] * 4]) + rows_of("bilingual", [[1.8] * 4])
+    assert headroom(other_seeds)["ceilings"][0]["loss gained, %"] == pytest.approx(10), "and of the same seeds'"
     assert headroom(rows[:4])["met"] is None and "not tested" in premise(headroom(rows[:4]))
 
 

@@ -133,3 +133,8 @@ def test_languages_of_translations_are_told_among_those_of_the_comparison():
     with pytest.raises(ValueError, match="cannot tell .* apart: zh=zh, zho_Hant=zh"):
         language_identifier(["zh", "zho_Hant"], {"zho_Hant": "zh"})
     assert language_identifier(["Pv", "Aa"]) is None and language_identifier(["en", "qqq"]) is None
+
+
+def test_only_a_method_can_go_through_the_pivot(zero_shot, unseen):
+    with pytest.raises(ValueError, match="fine_tunes"):
+        ZeroShot(zero_shot.comparison, unseen, ZeroShotArguments(pivoted=["fine_tunes"]))

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .statistics import hierarchical_bootstrap, paired_differences, spread
+from .statistics import hierarchical_bootstrap, paired_differences, reference_mean, spread
 
 Rows = Sequence[Mapping[str, Any]]
 CEILINGS = ("bilingual", "fine_tune_single", "ffn_copies", "ffn_copies_per_target")
@@ -26,8 +26,7 @@ def headroom(rows: Rows) -> dict[str, Any]:
         if name in methods:
             differences, _, directions = paired_differences(rows, name, REFERENCE, "loss")
             chrf = paired_differences(rows, name, REFERENCE, "chrf++")[0].mean()
-            both = [row for row in rows if row["direction"] in directions]  # an unfinished ceiling has some only
-            share = -differences.mean() / spread(both, REFERENCE, "loss")[0]
+            share = -differences.mean() / reference_mean(rows, name, REFERENCE, "loss")
             line: dict[str, Any] = {"ceiling": name, "directions": f"{len(directions)}/{len(trained)}"}
             line |= {"loss gained, %": 100 * share, "chrF++ gained": chrf}
             line["headroom"] = bool(share >= ENOUGH_LOSS or chrf >= ENOUGH_CHRF)

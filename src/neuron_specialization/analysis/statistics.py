@@ -115,6 +115,14 @@ def spread(rows: Sequence[Mapping[str, Any]], method: str, score: str) -> tuple[
     return float(np.mean(means)), float(np.std(means, ddof=1)) if len(means) > 1 else float("nan")
 
 
+def reference_mean(rows: Sequence[Mapping[str, Any]], method: str, reference: str, score: str) -> float:
+    """Return the reference's mean over the seeds and directions that `paired_differences` compares a method over."""
+    _, seeds, directions = paired_differences(rows, method, reference, score)
+    of = _by_seed(rows, reference, score)
+    shared = [of[seed] for seed in seeds if seed in of] or list(of.values())
+    return float(np.mean([[values[direction] for direction in directions] for values in shared]))
+
+
 def _by_seed(rows: Sequence[Mapping[str, Any]], method: str, score: str) -> dict[int, dict[str, float]]:
     found: dict[int, dict[str, float]] = {}
     for row in rows:

@@ -100,6 +100,9 @@ def seeds_of(words: Sequence[str]) -> dict[str, int]:
     wrong = [word for word, (name, _, number) in zip(words, split, strict=True) if not name or not number.isdigit()]
     if wrong:
         raise ValueError(f"Expected method=number of seeds, such as fine_tune=3, got {' '.join(wrong)}.")
+    names = [name for name, _, _ in split]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"A method is listed once, with its number of seeds; twice are {', '.join(twice)}.")
     return {name: int(number) for name, _, number in split}
 
 

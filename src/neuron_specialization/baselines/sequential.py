@@ -106,8 +106,8 @@ class SequentialTransfer:
             frozen_parameters(self.model, names)
         CumulativeThreshold(self.plan.k)
         check_scorers(split_pair(pair)[1] for pair in self.language_pairs)
-        for test in (self.data["test"], self.noisy_test()):
-            check_lengths(self.model, self.tokenizer, test, **self.convention())
+        for held_out in (self.data["validation"], self.data["test"], self.noisy_test()):
+            check_lengths(self.model, self.tokenizer, held_out, **self.convention(), losses=True)
         check_settings(
             self.directory, SETTINGS, self.settings(), {**vars(SequentialArguments()), **vars(NoiseArguments())}
         )

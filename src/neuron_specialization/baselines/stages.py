@@ -24,7 +24,7 @@ from ..neurons.training_facts import training_facts
 from ..translation.encoding import text_digest
 from ..translation.evaluation import check_lengths, check_scorers
 from ..translation.results import write_results
-from ..translation.runs import RUN_FILE, configuration, load_trained, tensor_digest
+from ..translation.runs import RUN_FILE, configuration, load_trained, planned_updates, tensor_digest
 from . import lass
 from .folders import alone, identification_seconds, in_use, remove_checkpoints
 from .methods import EQUAL_SECONDS, IDENTIFIED_BY, MethodArguments, seeds_of
@@ -44,14 +44,16 @@ class Comparison(Models):
 
     Raises:
         ImportError: if a target language needs a word segmenter that is not installed.
-        ValueError: if the output directory holds stages of a comparison with other settings, a test sentence is too
-            long for the model, a grid of knobs is malformed, or a listed method is unknown or lacks a setting.
+        ValueError: if the output directory holds stages of a comparison with other settings, a sentence of validation
+            or test data is too long for the model, a grid of knobs is malformed, or a listed method is unknown or
+            lacks a setting.
     """
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_scorers(split_pair(pair)[1] for pair in self.language_pairs)
-        check_lengths(self.baseline, self.tokenizer, self.data["test"], **self.convention())
+        for split in ("validation", "test"):
+            check_lengths(self.baseline, self.tokenizer, self.data[split], **self.convention(), losses=True)
         self._check_settings()
         begun = self._begun()
         self._check_settings_of([method for method in seeds_of(self.stage.methods) if method in begun])
@@ -157,7 +159,9 @@ class Comparison(Models):
             return
         if seed == 0:
             self.trials.adopt(method, setting, pairs, directory)
-        updates = self._updates_in_equal_seconds(method) if method in EQUAL_SECONDS else self.updates(method)
+        updates = self.updates(method)
+        if method in EQUAL_SECONDS:  # fixed once it has begun: more seeds may have been timed since
+            updates = planned_updates(directory) or self._updates_in_equal_seconds(method)
         model, spent = self.trained(method, seed, setting, pairs, updates, directory)
         while_training = spent.pop("validation_losses", [])
         scored = scored_part(

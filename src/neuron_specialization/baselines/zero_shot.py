@@ -57,7 +57,8 @@ class ZeroShot:
         args: how they are scored.
 
     Raises:
-        ValueError: if a direction was trained, or has a language that was not, or a sentence is too long.
+        ValueError: if a direction was trained, or has a language that was not, a sentence is too long, or there is no
+            such method as one that is to go through the pivot.
         ImportError: if the language identifier, or a word segmenter of a target language, is not installed.
     """
 
@@ -74,8 +75,10 @@ class ZeroShot:
                     f"{pair} is no zero-shot direction of this comparison: expected one that is not trained, between "
                     f"the languages {', '.join(sorted(known))}."
                 )
+        self.comparison.check(self.args.pivoted)
         check_scorers(split_pair(pair)[1] for pair in self.data)
-        check_lengths(self.comparison.baseline, self.comparison.tokenizer, self.data, **self.comparison.convention())
+        convention = self.comparison.convention()
+        check_lengths(self.comparison.baseline, self.comparison.tokenizer, self.data, **convention, losses=True)
         self._identify = language_identifier(known, as_mapping(self.args.identifier_codes))
 
     def score(self, method: str, seed: int) -> None:

@@ -111,9 +111,20 @@ class DataArguments:
 
     def _limits(self) -> dict[str, int]:
         """Return pair → maximum of training sentence pairs, where there is one."""
-        of_language = {code: int(number) for code, number in as_mapping(self.train_sentences).items()}
+        pairs = check_pairs(self.language_pairs)
+        given = as_mapping(self.train_sentences)
+        languages = {code for pair in pairs for code in split_pair(pair)}
+        if unknown := [code for code in given if code not in languages]:
+            raise ValueError(
+                f"train_sentences limits {', '.join(unknown)}, a language of no pair: {', '.join(sorted(languages))}."
+            )
+        if wrong := [f"{code}={number}" for code, number in given.items() if not number.isdigit() or int(number) < 1]:
+            raise ValueError(f"train_sentences takes numbers of at least 1, such as de=3000; got {' '.join(wrong)}.")
+        if self.max_sentences is not None and self.max_sentences < 1:
+            raise ValueError(f"max_sentences is a number of at least 1, got {self.max_sentences}.")
+        of_language = {code: int(number) for code, number in given.items()}
         limits = {}
-        for pair in check_pairs(self.language_pairs):
+        for pair in pairs:
             bounds = [self.max_sentences, *(of_language.get(code) for code in split_pair(pair))]
             if any(bound is not None for bound in bounds):
                 limits[pair] = min(bound for bound in bounds if bound is not None)

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, Features, Value, get_dataset_config_names, load_dataset
 
 from ..neurons.language_pairs import shorten
@@ -54,10 +56,12 @@ def read_rows(path: str, quiet: bool = False) -> Dataset | None:
                 raise ValueError(f"{file} is empty.")
     kind = _kind(files[0])
     options = _csv_options(files[0], kind) if _READERS[kind] == "csv" else {}
-    names = [glob.escape(str(file)) for file in files]
+    paths = [glob.escape(str(file)) for file in files]
     large = sum(file.stat().st_size for file in files) >= _BAR_FROM
     with progress_bars(large and not quiet), _readable(path):
-        rows = load_dataset(_READERS[kind], data_files=names, split="train", **options)
+        rows = load_dataset(_READERS[kind], data_files=paths, split="train", **options)
+        if "names" in options:
+            rows = _without_carriage_returns(rows, options["names"][-1])
     return flat(rows)
 
 
@@ -113,11 +117,26 @@ _configurations = cache(get_dataset_config_names)  # asked for each direction
 def flat(rows: Dataset) -> Dataset:
     """Return rows with the languages of a nested column "translation", as on the Hub, as columns of their own."""
     nested = rows.features.get("translation")
+    if isinstance(nested, datasets.Json):  # not every row has the same languages
+        return _of_uneven_rows(rows)
     if not isinstance(nested, dict | datasets.Translation):
         return rows
     languages = nested if isinstance(nested, dict) else nested.languages
     rows = rows.select_columns(["translation", *(["split"] if "split" in rows.column_names else [])])
     return rows.flatten().rename_columns({f"translation.{language}": language for language in languages})
+
+
+def _of_uneven_rows(rows: Dataset) -> Dataset:
+    """Return a column for each language that any row has; it is null where a row lacks it."""
+    languages = sorted({code for nested in rows["translation"] for code in nested or {}})
+    kept = [name for name in rows.column_names if name == "split"]
+    features = Features({**{name: rows.features[name] for name in kept}, **dict.fromkeys(languages, Value("string"))})
+
+    def spread(nested: dict[str, str] | None) -> dict[str, str | None]:
+        return {code: (nested or {}).get(code) for code in languages}
+
+    others = [name for name in rows.column_names if name not in kept]
+    return rows.map(spread, input_columns="translation", remove_columns=others, features=features)
 
 
 def _files(path: str) -> list[Path] | None:
@@ -177,11 +196,39 @@ def _csv_options(file: Path, kind: str) -> dict[str, Any]:
     if len(names) == 1 and any(other in header for other in ",;\t"):
         separator = "tabs" if kind == ".tsv" else "commas"
         raise ValueError(f"{file} has a single column, {header!r}; expected {separator} between columns.")
+    _check_width(file, sample, names, delimiter, quoting)
     features = Features({name: Value("string") for name in names})
-    missing = {"keep_default_na": False, "na_values": [""]}
+    # "\r": an empty last cell, see below. Cells beyond the header are never taken for row labels
+    missing = {"keep_default_na": False, "na_values": ["", "\r"], "index_col": False}
     # pandas would end a line at a carriage return inside a sentence, too
-    ends = {} if b"\r\n" in sample else {"lineterminator": "\n"}
+    ends: dict[str, Any] = {"lineterminator": "\n"}
+    if b"\r\n" in sample:  # the carriage return stays in the last cell, and in the last name of the header
+        ends |= {"names": names, "header": 0}
     return {"delimiter": delimiter, "quoting": quoting, "features": features, **missing, **ends}
+
+
+def _check_width(file: Path, sample: bytes, names: Sequence[str], delimiter: str, quoting: Any) -> None:
+    """Check that the first row has no more cells than the header: pandas would leave them out, here and below.
+
+    In later rows it is pandas that refuses more cells.
+    """
+    lines = sample.decode("utf-8-sig", errors="replace").replace("\r", " ").split("\n")[1:]
+    first: list[str] = next(csv.reader((f"{line}\n" for line in lines), delimiter=delimiter, quoting=quoting))
+    if any(cell.strip() for cell in first[len(names) :]):
+        raise ValueError(
+            f"{file} has {len(first)} cells in its first row, but {len(names)} columns in its header "
+            f"({', '.join(names)}). Name every column, and quote text that holds the separator."
+        )
+
+
+def _without_carriage_returns(rows: Dataset, column: str) -> Dataset:
+    """Return rows read from lines that end in CRLF, without the carriage return at the end of the last column."""
+
+    def strip(batch: pa.Table) -> pa.Table:
+        index = batch.column_names.index(column)
+        return batch.set_column(index, column, pc.replace_substring_regex(batch[column], r"\r$", ""))
+
+    return rows.with_format("arrow").map(strip, batched=True, features=rows.features).with_format(None)
 
 
 def _is_quoted(sample: bytes) -> bool:

@@ -14,6 +14,8 @@ from ..neurons.extras import install
 from ..neurons.language_pairs import split_pair
 from .long_sentences import LongSentences
 from .processes import this_process
+from .token_loss import check_positions
+from .tokenization import encode, resolve_tokens
 from .translate import check_long_sentences, translate
 
 _METRIC = Path(__file__).parent / "metrics" / "translation_scores.py"
@@ -51,10 +53,18 @@ def check_lengths(
     data: Mapping[str, Dataset],
     language_tokens: Mapping[str, str] | None = None,
     source_tag: str = "source",
+    losses: bool = False,
 ) -> None:
-    """Raise ValueError if `evaluate` would refuse a sentence as too long; ask before training."""
+    """Raise ValueError if `evaluate`, with `losses` also `token_losses`, would refuse a sentence as too long.
+
+    Ask before training.
+    """
     for pair, rows in data.items():
         check_long_sentences(model, tokenizer, rows["source"], pair, language_tokens, source_tag)
+        if losses:
+            tokens = resolve_tokens(tokenizer, [pair], language_tokens)
+            encoded = encode(tokenizer, pair, rows["source"], rows["target"], tokens, source_tag)
+            check_positions(model, pair, encoded)
 
 
 def score(predictions: list[str], references: list[str], target_language: str) -> dict[str, Any]:
@@ -131,7 +141,13 @@ def evaluate(
 
 
 def averages(directions: Mapping[str, Mapping[str, Any]], pivot: str | None) -> dict[str, dict[str, float]]:
-    """Return group → mean scores: "one-to-many" out of the pivot, "many-to-one" into it, and "all"."""
+    """Return group → mean scores: "one-to-many" out of the pivot, "many-to-one" into it, and "all".
+
+    Raises:
+        ValueError: if the pivot is a language of no direction.
+    """
+    if pivot is not None and not any(pivot in split_pair(pair) for pair in directions):
+        raise ValueError(f"The pivot {pivot!r} is a language of no direction: {', '.join(directions)}.")
     groups = {"all": list(directions)}
     if pivot is not None:
         groups["one-to-many"] = [pair for pair in directions if split_pair(pair)[0] == pivot]

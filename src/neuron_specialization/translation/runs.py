@@ -192,6 +192,11 @@ def training_of(checkpoint: str | Path) -> dict[str, int | None] | None:
     return {"updates": updates, "max_steps": settings["max_steps"], "patience": settings.get("patience")}
 
 
+def planned_updates(directory: str | Path) -> int | None:
+    """Return the `max_steps` of the run that a directory holds, or None if it holds none."""
+    return (_read_json(Path(directory) / RUN_FILE) or {}).get("depends_on", {}).get("max_steps")
+
+
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     return [f"{name} was {_shown(before.get(name))}, now {_shown(now.get(name))}" for name in names]

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
 
 from ..adapter.routing import pair_argument
-from ..neurons.base_model import device_of, moved
+from ..neurons.base_model import device_of, moved, number_of_positions
 from ..neurons.language_pairs import split_pair
 from ..neurons.positions import IGNORED
 from .batching import TranslationCollator
@@ -40,6 +40,9 @@ def token_losses(
         source_tag: what the tag on the source side names.
         batch_size: sentence pairs per batch.
         max_length: truncate both sides to this many tokens; None truncates nothing.
+
+    Raises:
+        ValueError: if a side of a sentence pair has more tokens than the model has positions.
     """
     tokens = resolve_tokens(tokenizer, data, language_tokens)
     device = device_of(model)
@@ -63,6 +66,18 @@ def token_losses(
     finally:
         model.train(training)
     return losses
+
+
+def check_positions(model: Any, pair: str, encoded: Mapping[str, list]) -> None:
+    """Raise ValueError if a side of a sentence pair, as `encode` returns them, has more tokens than positions."""
+    limit = number_of_positions(model)
+    for name, side in (("source", "input_ids"), ("target", "labels")):
+        for number, row in enumerate(encoded[side] if limit else (), 1):
+            if len(row) > cast(int, limit):
+                raise ValueError(
+                    f"The {name} of sentence pair {number} of {pair} has {len(row)} tokens, but the model has "
+                    f"positions for {limit}, and a loss truncates nothing. Leave long sentences out (max_characters)."
+                )
 
 
 def scored_batches(
@@ -92,6 +107,7 @@ def scored_batches(
     """
     collate = TranslationCollator(tokenizer, model)
     encoded = encode(tokenizer, pair, rows["source"], rows["target"], tokens, source_tag, max_length)
+    check_positions(model, pair, encoded)
     examples = [
         {"input_ids": source, "labels": target}
         for source, target in zip(encoded["input_ids"], encoded["labels"], strict=True)

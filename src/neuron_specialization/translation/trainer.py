@@ -44,7 +44,7 @@ class SpecializationTrainingArguments(Seq2SeqTrainingArguments):
     # output_dir says what is resumed, and where every evaluation is saved and the best one kept
     NO_EFFECT: ClassVar[tuple[str, ...]] = (
         *("num_train_epochs", "train_sampling_strategy", "length_column_name", "sortish_sampler"),
-        *("dataloader_multiprocessing_context", "dataloader_in_order"),
+        *("dataloader_multiprocessing_context", "dataloader_in_order", "dataloader_drop_last"),
         *("predict_with_generate", "generation_max_length", "generation_num_beams", "generation_config"),
         *("do_train", "do_eval", "do_predict", "resume_from_checkpoint", "auto_find_batch_size"),
         *("eval_strategy", "save_strategy", "save_steps", "load_best_model_at_end"),
