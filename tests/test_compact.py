@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import LoraConfig, get_peft_model
+from peft.utils import ModulesToSaveWrapper
 
 import neuron_specialization as ns
 from neuron_specialization.adapter import compact as compact_module
@@ -469,3 +470,19 @@ def test_activations_that_are_not_zero_at_zero(make, mask_bias, activation):
         torch.testing.assert_close(compact(**batch).logits, expected)
         batch.pop("language_pairs")
         torch.testing.assert_close(ns.compact(masked, "en-de")(**batch).logits, expected)
+
+
+def test_a_projection_that_is_trained_whole_is_copied_without_its_layer():
+    """PEFT copies the modules in modules_to_save; a block that can run compact knows all of its layer."""
+    config = {"masks": make_masks(make_m2m100(), ("en-de",)), "modules_to_save": ["fc2"], "task_type": "SEQ_2_SEQ_LM"}
+    adapted = get_peft_model(make_m2m100(), ns.NeuronSpecializationConfig(**config)).eval()
+    expected = adapted(**make_batch()).logits
+    wrappers = [module for module in adapted.modules() if isinstance(module, ModulesToSaveWrapper)]
+    copies = [wrapper.modules_to_save["default"] for wrapper in wrappers]
+    assert len(copies) == 4 and {type(module) for module in copies} == {torch.nn.Linear}
+    assert not any("compact_block" in vars(module) for module in copies)
+    again = copy.deepcopy(adapted)
+    assert again(**make_batch()).logits.equal(expected)
+    unloaded = again.merge_and_unload()
+    torch.testing.assert_close(unloaded(**make_batch()).logits, expected)
+    assert not any("neuron_specialization" in type(module).__module__ for module in unloaded.modules())

@@ -11,6 +11,7 @@ are fast; where that is the whole block, nothing is gathered.
 Whether a block runs compact is decided in compact_policy.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -234,6 +235,15 @@ class CompactLinear(nn.Linear):
     """The down projection of a block that can run compact, or the second projection of a gated one."""
 
     compact_block: CompactBlock
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Linear:
+        """Copied by itself (PEFT does, for `modules_to_save`) it is a plain linear layer: its block stays behind."""
+        kind = CompactLinear if memo else nn.Linear
+        state = {name: value for name, value in vars(self).items() if memo or name != "compact_block"}
+        copied = kind.__new__(kind)
+        memo[id(self)] = copied
+        vars(copied).update(copy.deepcopy(state, memo))
+        return copied
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Project x [..., all neurons, or those computed] to [..., d_model], or x [..., d_model] to neurons."""
