@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -162,7 +163,7 @@ class CallRouter:
         """Return the pairs passed to a call after checking them, one name where all are the same."""
         if language_pairs is None:
             return None
-        pairs = [language_pairs] if isinstance(language_pairs, str | int) else language_pairs
+        pairs: Any = [language_pairs] if isinstance(language_pairs, str | int) else language_pairs
         if isinstance(pairs, torch.Tensor) or (len(pairs) > 0 and all(isinstance(pair, int) for pair in pairs)):
             pairs = torch.as_tensor(pairs).flatten()
             if pairs.is_floating_point():

@@ -168,7 +168,7 @@ class NeuronMasks:
             for pair in pairs:
                 merged[languages[side].index(split_pair(pair)[side])] |= self.row(pair, name)
             rows[name] = merged
-        return replace(self, rows=rows, routes=Routes.per_language(*languages, pairs))
+        return replace(self, rows=rows, routes=Routes.per_language(languages[0], languages[1], pairs))
 
     def compose(self, pair: str, pivot: str | None = None) -> "NeuronMasks":
         """Return these masks with the zero-shot `pair` added: X→pivot's encoder row, pivot→Y's decoder row.

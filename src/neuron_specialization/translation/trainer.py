@@ -165,9 +165,9 @@ class SpecializationTrainer(Seq2SeqTrainer):
                 raise ValueError("The token-alignment loss runs the encoder alone, which FSDP2 does not allow.")
             shard(model, self.accelerator.state.fsdp_plugin)
 
-    def _run_epoch(self, **options: Any) -> None:
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if not self.control.should_training_stop:  # before its first update, where a resumed run has come to its end
-            super()._run_epoch(**options)
+            super()._run_epoch(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
         """Return batches of one direction each; the sampler spans the whole run of all processes."""
