@@ -276,11 +276,8 @@ def test_what_cannot_be_scored_is_refused_before_any_training(comparison, monkey
     long = {"Pv-Aa": Dataset.from_dict({"source": ["babu " * 99], "target": ["ba"]})}
     with pytest.raises(ValueError, match="^Sentence 1 of Pv-Aa, .* positions for 64"):
         Comparison(**{**again, "data": {**comparison.data, "test": long}})
-    text = "babu " * 99
-    for split, source, target in (("test", "ba", text), ("validation", "ba", text), ("validation", text, "ba")):
-        data = {**comparison.data, split: {"Pv-Aa": Dataset.from_dict({"source": [source], "target": [target]})}}
-        with pytest.raises(ValueError, match="entence.* 1 of Pv-Aa.* positions for 64"):  # losses need the targets too
-            Comparison(**{**again, "data": data})
+    with pytest.raises(ValueError, match="^Sentence 1 of Pv-Aa, .* positions for 64"):
+        Comparison(**{**again, "data": {**comparison.data, "validation": long}})
     monkeypatch.setitem(sys.modules, "MeCab", None)
     monkeypatch.delitem(sys.modules, "sacrebleu.tokenizers.tokenizer_ja_mecab", raising=False)
     with pytest.raises(ImportError, match=r"neuron-specialization\[ja\]"):

@@ -1,12 +1,14 @@
 """The pair of a call is its own: recomputed, nested, interrupted, and in several threads."""
 
 import copy
+import inspect
 import sys
 import threading
 import types
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import neuron_specialization as ns
@@ -497,8 +499,6 @@ def test_an_instances_own_generate_is_used_and_put_back():
 
 def test_signatures_stay_those_of_the_model():
     """Trainer and generate look at them: what the model takes beside, Trainer leaves in its batches."""
-    import inspect
-
     plain, model = make_m2m100(), routed().get_base_model()
     assert inspect.signature(model.generate) == inspect.signature(plain.generate)
     found, expected = inspect.signature(model.forward).parameters, inspect.signature(plain.forward).parameters
@@ -507,6 +507,14 @@ def test_signatures_stay_those_of_the_model():
     for stack in ("get_encoder", "get_decoder"):
         found, expected = getattr(model, stack)().forward, getattr(plain, stack)().forward
         assert inspect.signature(found) == inspect.signature(expected)
+
+
+def test_a_model_that_was_hooked_and_adapted_again_has_a_signature():
+    """accelerate's wrapper leads to the forward that it wrapped, which names the pairs already."""
+    model = routed()
+    add_hook_to_module(model.get_base_model(), ModelHook())
+    again = adapt(model.unload(), make_masks(make_m2m100())).get_base_model()
+    assert list(inspect.signature(again.forward).parameters).count("language_pairs") == 1
 
 
 def test_a_copy_made_during_a_call_is_outside_of_it():

@@ -486,3 +486,11 @@ def test_a_projection_that_is_trained_whole_is_copied_without_its_layer():
     unloaded = again.merge_and_unload()
     torch.testing.assert_close(unloaded(**make_batch()).logits, expected)
     assert not any("neuron_specialization" in type(module).__module__ for module in unloaded.modules())
+
+
+def test_a_projection_that_torch_parametrized_is_copied_as_it_is():
+    """Its class is made for it."""
+    adapted = get_peft_model(make_m2m100(), ns.NeuronSpecializationConfig(masks=make_masks(make_m2m100()))).eval()
+    torch.nn.utils.parametrizations.weight_norm(adapted.get_submodule("base_model.model.model.encoder.layers.0.fc2"))
+    expected = adapted(**make_batch(), language_pairs="en-de").logits
+    assert copy.deepcopy(adapted)(**make_batch(), language_pairs="en-de").logits.equal(expected)

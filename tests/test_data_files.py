@@ -62,8 +62,20 @@ def test_a_carriage_return_in_a_sentence_ends_no_line(tmp_path, kind, end):
     text = "".join(separator.join(f"{quote}{cell}{quote}" for cell in row) + end for row in rows)
     with (gzip.open if kind.endswith("gz") else open)(tmp_path / f"text.{kind}", "wb") as file:
         file.write(text.encode())
-    expected = [("a\rb", "c"), ("d", "e\rf"), ("h", "i")]
-    assert lines_of(load_parallel(tmp_path / f"text.{kind}", ["en-de"]), "en-de") == expected
+    if end == "\r\n" and not quote:  # where it would end one
+        with pytest.raises(ValueError, match="ends its lines with CRLF, and line 2 has a carriage return in a sent"):
+            load_parallel(tmp_path / f"text.{kind}", ["en-de"])
+    else:
+        expected = [("a\rb", "c"), ("d", "e\rf"), ("h", "i")]
+        assert lines_of(load_parallel(tmp_path / f"text.{kind}", ["en-de"]), "en-de") == expected
+
+
+def test_lines_that_end_in_crlf_are_read_as_others_are(tmp_path):
+    """Shards with their own order of columns, rows that leave out the last cell, and empty lines."""
+    (tmp_path / "t-0.csv").write_bytes(b"en,de,note\r\na,b\r\n\r\nc,d,x\r\n")
+    (tmp_path / "t-1.csv").write_bytes(b"de,en,note\r\nf,e,\r\n")
+    expected = [("a", "b"), ("c", "d"), ("e", "f")]
+    assert lines_of(load_parallel(tmp_path, ["en-de"]), "en-de") == expected
 
 
 @pytest.mark.parametrize(
@@ -72,6 +84,7 @@ def test_a_carriage_return_in_a_sentence_ends_no_line(tmp_path, kind, end):
         ("a.csv", "en,de,fr\nHello,Hallo,Bonjour,1\nYes,Ja,Oui,2\n"),
         ("a.tsv", "en\tde\nGo.\tGeh.\tCC-BY\nRun.\tLauf.\tCC-BY\n"),
         ("a.csv", "en,de\nHello, you,Hallo\nYes,Ja\nNo,Nein\n"),
+        ("a.csv", "en,de\n\nHello, you,Hallo\nYes,Ja\nNo,Nein\n"),
         ("a.csv", "en,de\nYes,Ja\nHello, you,Hallo\nNo,Nein\n"),
     ],
 )
@@ -80,6 +93,18 @@ def test_more_cells_than_columns_are_refused(tmp_path, name, text):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=r"[34] cells in its first row, but [23] columns|Expected 2 fields in line 3"):
         load_parallel(tmp_path / name, ["en-de"])
+
+
+def test_more_cells_than_columns_are_refused_in_every_shard(tmp_path):
+    for number, text in enumerate(("en,de\na,b\n", "en,de\nc,d,x\n")):
+        (tmp_path / f"t-{number}.csv").write_text(text)
+    with pytest.raises(ValueError, match="t-1.csv has 3 cells in its first row, but 2 columns"):
+        load_parallel(tmp_path, ["en-de"])
+
+
+def test_a_long_first_cell_is_read(tmp_path):
+    (tmp_path / "a.csv").write_text(f"en,de\n{'a' * 200_000},b\n")
+    assert [len(side) for side in lines_of(load_parallel(tmp_path / "a.csv", ["en-de"]), "en-de")[0]] == [200_000, 1]
 
 
 def test_separators_at_the_ends_of_lines_add_no_column(tmp_path):

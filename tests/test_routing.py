@@ -215,6 +215,10 @@ def test_generate_reads_the_targets_from_labels_which_trainer_passes_along():
     options = {"input_ids": batch["input_ids"], "max_new_tokens": 5}
     expected = model.generate(**options, language_pairs=PAIRS)
     assert model.generate(**options, labels=batch["labels"]).equal(expected)
+    only, untagged = adapted(["en-de"]), batch["labels"].clone()
+    untagged[:, 0] = -100
+    english = {"input_ids": batch["input_ids"][:1], "max_new_tokens": 5}
+    assert only.generate(**english, labels=untagged[:1]).equal(only.generate(**english)), "they need not say it"
     first = {"input_ids": batch["input_ids"][:1], "labels": batch["labels"][:1]}
     assert model.generate(**first, forced_bos_token_id=FR)[0, 1] == FR, "what is said goes before"
 
@@ -240,8 +244,11 @@ def test_labels_without_the_tag_leave_it_to_the_decoders_inputs():
     """A tag that is left out of the loss is still what the decoder starts with."""
     model, batch = adapted(default_pair="base"), tagged(PAIRS, "nllb")
     expected = model(**batch, language_pairs=PAIRS).logits
-    batch["labels"][:, 0] = -100
+    batch["labels"][:2, 0] = -100
     assert model(**batch).logits.equal(expected)
+    batch["decoder_input_ids"][2, 1] = EN
+    expected = model(**batch, language_pairs=PAIRS).logits
+    assert model(**batch).logits.equal(expected), "where labels have it, they decide"
 
 
 def test_trainer_keeps_a_column_of_pairs(tmp_path):

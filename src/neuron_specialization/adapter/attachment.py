@@ -39,7 +39,7 @@ class _Entry:
         """The method's own signature, with `language_pairs` in the model's forward: Trainer and generate inspect which
         arguments it takes, and Trainer drops columns of the data that it does not."""
         own = inspect.signature(self.own or getattr(type(self.module), self.method).__get__(self.module))
-        if self.stack is not None or self.method != "forward":
+        if self.stack is not None or self.method != "forward" or "language_pairs" in own.parameters:
             return own
         pairs = inspect.Parameter("language_pairs", inspect.Parameter.KEYWORD_ONLY, default=None)
         named = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]

@@ -238,8 +238,9 @@ class CompactLinear(nn.Linear):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Linear:
         """Copied by itself (PEFT does, for `modules_to_save`) it is a plain linear layer: its block stays behind."""
-        kind = CompactLinear if memo else nn.Linear
-        state = {name: value for name, value in vars(self).items() if memo or name != "compact_block"}
+        alone = not memo and type(self) is CompactLinear  # torch's parametrizations make classes of their own
+        kind = nn.Linear if alone else type(self)
+        state = {name: value for name, value in vars(self).items() if not alone or name != "compact_block"}
         copied = kind.__new__(kind)
         memo[id(self)] = copied
         vars(copied).update(copy.deepcopy(state, memo))

@@ -88,29 +88,34 @@ class TokenBatch:
     Attributes:
         source: token ids of the source side, int64 [samples, length], or None.
         target: of the target side: int64 [samples, length]; one id for all samples; or None.
+        decoder_input: likewise, for the samples whose `target` carries no tag.
         in_cache: whether earlier target tokens, the tag among them, are in a cache instead.
     """
 
     source: torch.Tensor | None = None
     target: torch.Tensor | int | None = None
+    decoder_input: torch.Tensor | None = None
     in_cache: bool = False
 
     def continuing(self, earlier: "TokenBatch") -> "TokenBatch":
         """Return the tokens of a call that continues an earlier one, from its encoder states or its cache."""
         if self.in_cache:
             return earlier
-        return TokenBatch(earlier.source, earlier.target if self.target is None else self.target)
+        target = earlier if self.target is None else self
+        return TokenBatch(earlier.source, target.target, target.decoder_input)
 
 
 def tokens_of_forward(args: tuple, kwargs: Mapping[str, Any]) -> TokenBatch:
     """Return the tokens of a model's forward call.
 
-    The target's tag is looked for in labels and in decoder inputs: these lack the last token, which is the tag in some
-    conventions, and labels may leave the tag out of the loss.
+    Labels go before decoder inputs, which lack their last token: the tag itself, in conventions that put it there.
+    Where labels leave the tag out of the loss, decoder inputs have it.
     """
     source = kwargs.get("input_ids", args[0] if args else None)
-    target = [ids for name in ("labels", "decoder_input_ids") if (ids := _ids(kwargs.get(name))) is not None]
-    return TokenBatch(_ids(source), torch.cat(target, 1) if target else None, _cached(kwargs))
+    labels, inputs = _ids(kwargs.get("labels")), _ids(kwargs.get("decoder_input_ids"))
+    if labels is None:
+        return TokenBatch(_ids(source), inputs, in_cache=_cached(kwargs))
+    return TokenBatch(_ids(source), labels, inputs, _cached(kwargs))
 
 
 def tokens_of_stack(stack: str, args: tuple, kwargs: Mapping[str, Any]) -> TokenBatch:
@@ -147,7 +152,9 @@ def tokens_of_generate(model: Any, language_ids: set[int], args: tuple, kwargs: 
             return TokenBatch(_ids(source), value)
         if isinstance(value, list | torch.Tensor) and name == "decoder_start_token_id":
             return TokenBatch(_ids(source), torch.as_tensor(value).reshape(-1, 1))
-    return TokenBatch(_ids(source), _ids(kwargs.get("labels")))
+    labels = _ids(kwargs.get("labels"))
+    tagged = labels is not None and bool(_is_any_of(labels, language_ids).any(1).all())
+    return TokenBatch(_ids(source), labels if tagged else None)
 
 
 def _is_any_of(tokens: torch.Tensor, ids: set[int]) -> torch.Tensor:
@@ -184,7 +191,11 @@ class TagReader:
             by_id = {token: code for code, token in self.ids.items()}
             samples = 1 if batch.source is None else len(batch.source)
             return on_source, [by_id.get(batch.target)] * samples
-        return on_source, None if batch.target is None else self.read(batch.target)
+        targets = None if batch.target is None else self.read(batch.target)
+        if targets is not None and None in targets and batch.decoder_input is not None:
+            fed = self.read(batch.decoder_input)
+            targets = [code or other for code, other in zip(targets, fed, strict=True)]
+        return on_source, targets
 
     def read(self, tokens: torch.Tensor) -> list[str | None]:
         """Return the one language of each sample, wherever its token is; None where there is none, or several."""

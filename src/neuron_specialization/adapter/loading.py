@@ -51,14 +51,22 @@ def _with_peft(model: Any, model_id: str | PathLike[str], adapter_name: str, *ar
     present = model.peft_config.get(adapter_name)
     if isinstance(present, NeuronSpecializationConfig):
         _check_replaces(present, model_id, adapter_name, kwargs)
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     with rolled_back_on_error(model), weights_follow():
         result = _WITH_PEFT(model, model_id, adapter_name, *args, **kwargs)
     loaded = model.peft_config[adapter_name]
     if isinstance(loaded, NeuronSpecializationConfig):
         loaded.read_from = None
         if loaded.trainable == "full" and kwargs.get("low_cpu_mem_usage"):
-            unwrap(model).tie_weights()  # loading replaced one of the tied parameters
+            _settle_assigned(model, dtypes)
     return result
+
+
+def _settle_assigned(model: Any, dtypes: dict[str, torch.dtype]) -> None:
+    """Tie again what was tied, in the model's dtypes: parameters were replaced by the file's, one by one."""
+    unwrap(model).tie_weights()
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
 
 
 @functools.wraps(_WITH_TRANSFORMERS)

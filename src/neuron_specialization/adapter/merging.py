@@ -104,7 +104,7 @@ def check_mergeable(layer: Any, adapters: list[str]) -> None:
     if layer.base_layer is not base and not getattr(layer.base_layer, "merged", False):
         raise ValueError(
             f"Cannot merge: between the masks and their linear layer is a {type(layer.base_layer).__name__} of "
-            "another adapter, whose update would escape them. Merge that one into the base first."
+            "another adapter, whose update would escape them. Merge that one into the base first, or remove it."
         )
     if isinstance(getattr(base, "weight", None), torch.distributed.tensor.DTensor):
         raise ValueError("Cannot merge into a sharded weight (FSDP). Save the adapter and merge in one process.")

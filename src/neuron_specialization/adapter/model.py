@@ -140,7 +140,7 @@ class NeuronSpecializationModel(BaseTuner):
             )
         block = self._blocks.get(current_key)
         stored = (peft_config.masks.stacks if peft_config.masks else peft_config.stacks) or {}
-        stack = stored.get(current_key) or stack_of(self.model, current_key)
+        stack = stored.get(current_key) or (block.stack if block else stack_of(self.model, current_key))
         peft_config.d_ff[current_key] = linear.out_features
         peft_config.stacks[current_key] = stack
         fresh = not isinstance(target, NeuronSpecializationLayer)
@@ -245,9 +245,6 @@ class NeuronSpecializationModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         storage.check_tensors(model, config, adapter_name, remapped)
-        if config.trainable == "full":  # without copying (low_cpu_mem_usage) the file's dtype would be kept
-            dtypes = {name: parameter.dtype for name, parameter in model.named_parameters(remove_duplicate=False)}
-            remapped = {name: tensor.to(dtypes.get(name, tensor.dtype)) for name, tensor in remapped.items()}
         return remapped
 
 

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -163,8 +164,8 @@ class CallRouter:
         """Return the pairs passed to a call after checking them, one name where all are the same."""
         if language_pairs is None:
             return None
-        pairs: Any = [language_pairs] if isinstance(language_pairs, str | int) else language_pairs
-        if isinstance(pairs, torch.Tensor) or (len(pairs) > 0 and all(isinstance(pair, int) for pair in pairs)):
+        pairs: Any = [language_pairs] if isinstance(language_pairs, str | Integral) else language_pairs
+        if isinstance(pairs, torch.Tensor) or (len(pairs) > 0 and all(isinstance(pair, Integral) for pair in pairs)):
             pairs = torch.as_tensor(pairs).flatten()
             if pairs.is_floating_point():
                 raise ValueError(f"Expected language pairs as names or integer ids, got {pairs.dtype}.")

@@ -6,16 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
-
 from ..translation.results import write_results
 from ..translation.runs import decisive_arguments
+from ..translation.trainer import SpecializationTrainingArguments
 from .folders import alone
 
-# arguments of the Trainer that each stage sets itself, or that change rounding only
+# arguments of the Trainer that each stage sets itself, or that change rounding at most
 _OWN = (
-    *("seed", "data_seed", "learning_rate", "patience", "per_device_eval_batch_size"),
-    *("eval_strategy", "eval_steps", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+    *("seed", "data_seed", "learning_rate", "eval_steps", "per_device_eval_batch_size", "full_determinism"),
+    *("batch_eval_metrics", "eval_do_concat_batches", "eval_use_gather_object"),
 )
 
 
@@ -49,9 +48,10 @@ class StageArguments:
     num_beams: int = field(default=5, metadata={"help": "Beams on the test set."})
 
 
-def shared_arguments(training: TrainingArguments) -> dict[str, Any]:
+def shared_arguments(training: SpecializationTrainingArguments) -> dict[str, Any]:
     """Return the arguments of the Trainer that every stage shares: name → value."""
-    shared = {name: value for name, value in decisive_arguments(training).items() if name not in _OWN}
+    left_out = {*_OWN, *training.NO_EFFECT}
+    shared = {name: value for name, value in decisive_arguments(training).items() if name not in left_out}
     return {**shared, "gradient_accumulation_steps": training.gradient_accumulation_steps}
 
 

@@ -80,8 +80,8 @@ def record_attribution(
     """Run `model` over each pair's batches with teacher forcing and sum |a · ∂L/∂a| of every neuron over positions.
 
     The sums take the place of counts: any selector works on them, the cumulative rule above all. Batches and processes
-    add up. Padding has no effect on the loss, and so none on the sums; batch sizes affect only their rounding. The loss
-    is that of all labels, the target's language tag among them where it is one.
+    add up. Padding has no effect on the loss, and so none on the sums; batch sizes affect only their rounding. The
+    loss is that of all labels, the target's language tag among them where it is one.
 
     The model runs in eval mode, never compiled; its parameters get no gradient. A batch needs the memory of its logits
     and of a backward pass without those of weights.

@@ -30,6 +30,12 @@ def number_of_positions(model: nn.Module) -> int | None:
     return getattr(unwrap(model).config, "max_position_embeddings", None)
 
 
+def positions_grow(model: nn.Module) -> bool:
+    """Whether a model makes positions as it needs them (the sinusoids of NLLB, M2M100 and FSMT), trained or not."""
+    makers = ("make_weights", "make_weight")
+    return any(hasattr(module, name) for module in unwrap(model).modules() for name in makers)
+
+
 def device_of(module: nn.Module) -> torch.device:
     """Return the device that a module takes its inputs on.
 

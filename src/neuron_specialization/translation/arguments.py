@@ -118,11 +118,11 @@ class DataArguments:
             raise ValueError(
                 f"train_sentences limits {', '.join(unknown)}, a language of no pair: {', '.join(sorted(languages))}."
             )
-        if wrong := [f"{code}={number}" for code, number in given.items() if not number.isdigit() or int(number) < 1]:
+        of_language = {code: int(number) if number.isdecimal() else 0 for code, number in given.items()}
+        if wrong := [f"{code}={given[code]}" for code, number in of_language.items() if number < 1]:
             raise ValueError(f"train_sentences takes numbers of at least 1, such as de=3000; got {' '.join(wrong)}.")
         if self.max_sentences is not None and self.max_sentences < 1:
             raise ValueError(f"max_sentences is a number of at least 1, got {self.max_sentences}.")
-        of_language = {code: int(number) for code, number in given.items()}
         limits = {}
         for pair in pairs:
             bounds = [self.max_sentences, *(of_language.get(code) for code in split_pair(pair))]

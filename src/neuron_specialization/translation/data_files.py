@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import datasets
-import pyarrow as pa
-import pyarrow.compute as pc
 from datasets import Dataset, Features, Value, get_dataset_config_names, load_dataset
 
 from ..neurons.language_pairs import shorten
@@ -55,13 +53,11 @@ def read_rows(path: str, quiet: bool = False) -> Dataset | None:
             if not opened.read(1):
                 raise ValueError(f"{file} is empty.")
     kind = _kind(files[0])
-    options = _csv_options(files[0], kind) if _READERS[kind] == "csv" else {}
+    options = [_csv_options(file, kind) for file in files][0] if _READERS[kind] == "csv" else {}
     paths = [glob.escape(str(file)) for file in files]
     large = sum(file.stat().st_size for file in files) >= _BAR_FROM
     with progress_bars(large and not quiet), _readable(path):
         rows = load_dataset(_READERS[kind], data_files=paths, split="train", **options)
-        if "names" in options:
-            rows = _without_carriage_returns(rows, options["names"][-1])
     return flat(rows)
 
 
@@ -198,12 +194,12 @@ def _csv_options(file: Path, kind: str) -> dict[str, Any]:
         raise ValueError(f"{file} has a single column, {header!r}; expected {separator} between columns.")
     _check_width(file, sample, names, delimiter, quoting)
     features = Features({name: Value("string") for name in names})
-    # "\r": an empty last cell, see below. Cells beyond the header are never taken for row labels
-    missing = {"keep_default_na": False, "na_values": ["", "\r"], "index_col": False}
+    # cells beyond the header are never taken for row labels
+    missing = {"keep_default_na": False, "na_values": [""], "index_col": False}
+    if b"\r\n" in sample:
+        _check_carriage_returns(file)
     # pandas would end a line at a carriage return inside a sentence, too
-    ends: dict[str, Any] = {"lineterminator": "\n"}
-    if b"\r\n" in sample:  # the carriage return stays in the last cell, and in the last name of the header
-        ends |= {"names": names, "header": 0}
+    ends = {} if b"\r\n" in sample else {"lineterminator": "\n"}
     return {"delimiter": delimiter, "quoting": quoting, "features": features, **missing, **ends}
 
 
@@ -213,7 +209,11 @@ def _check_width(file: Path, sample: bytes, names: Sequence[str], delimiter: str
     In later rows it is pandas that refuses more cells.
     """
     lines = sample.decode("utf-8-sig", errors="replace").replace("\r", " ").split("\n")[1:]
-    first: list[str] = next(csv.reader((f"{line}\n" for line in lines), delimiter=delimiter, quoting=quoting))
+    rows = csv.reader((f"{line}\n" for line in lines), delimiter=delimiter, quoting=quoting)
+    try:
+        first: list[str] = next((row for row in rows if "".join(row).strip()), [])
+    except csv.Error:  # a long cell, or a quote that is never closed: pandas reads it, or says so
+        return
     if any(cell.strip() for cell in first[len(names) :]):
         raise ValueError(
             f"{file} has {len(first)} cells in its first row, but {len(names)} columns in its header "
@@ -221,14 +221,15 @@ def _check_width(file: Path, sample: bytes, names: Sequence[str], delimiter: str
         )
 
 
-def _without_carriage_returns(rows: Dataset, column: str) -> Dataset:
-    """Return rows read from lines that end in CRLF, without the carriage return at the end of the last column."""
-
-    def strip(batch: pa.Table) -> pa.Table:
-        index = batch.column_names.index(column)
-        return batch.set_column(index, column, pc.replace_substring_regex(batch[column], r"\r$", ""))
-
-    return rows.with_format("arrow").map(strip, batched=True, features=rows.features).with_format(None)
+def _check_carriage_returns(file: Path) -> None:
+    """Refuse a file of CRLF lines with a carriage return inside one: pandas would end the line there."""
+    with _open(file) as opened:
+        for number, line in enumerate(opened, 1):
+            if b"\r" in line[:-2] and b'"' not in line:
+                raise ValueError(
+                    f"{file} ends its lines with CRLF, and line {number} has a carriage return in a sentence. Convert "
+                    "it to lines that end with LF (dos2unix), or remove the carriage return."
+                )
 
 
 def _is_quoted(sample: bytes) -> bool:

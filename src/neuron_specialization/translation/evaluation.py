@@ -103,8 +103,11 @@ def evaluate(
 
     Raises:
         ImportError: if a target language needs a word segmenter that is not installed, before anything is translated.
-        ValueError: if a sentence is too long and `long_sentences` is "error", also before anything is translated.
+        ValueError: if the pivot is a language of no direction, or a sentence is too long and `long_sentences` is
+            "error", also before anything is translated.
     """
+    if pivot is not None and not any(pivot in split_pair(pair) for pair in data):
+        raise ValueError(f"The pivot {pivot!r} is a language of no direction: {', '.join(data)}.")
     check_scorers(split_pair(pair)[1] for pair in data)
     if long_sentences == "error":
         check_lengths(model, tokenizer, data, language_tokens, source_tag)
@@ -141,13 +144,7 @@ def evaluate(
 
 
 def averages(directions: Mapping[str, Mapping[str, Any]], pivot: str | None) -> dict[str, dict[str, float]]:
-    """Return group → mean scores: "one-to-many" out of the pivot, "many-to-one" into it, and "all".
-
-    Raises:
-        ValueError: if the pivot is a language of no direction.
-    """
-    if pivot is not None and not any(pivot in split_pair(pair) for pair in directions):
-        raise ValueError(f"The pivot {pivot!r} is a language of no direction: {', '.join(directions)}.")
+    """Return group → mean scores: "one-to-many" out of the pivot, "many-to-one" into it, and "all"."""
     groups = {"all": list(directions)}
     if pivot is not None:
         groups["one-to-many"] = [pair for pair in directions if split_pair(pair)[0] == pivot]

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 
 from ..adapter.routing import pair_argument
-from ..neurons.base_model import device_of, moved, number_of_positions
+from ..neurons.base_model import device_of, moved, number_of_positions, positions_grow
 from ..neurons.language_pairs import split_pair
 from ..neurons.positions import IGNORED
 from .batching import TranslationCollator
@@ -70,7 +70,7 @@ def token_losses(
 
 def check_positions(model: Any, pair: str, encoded: Mapping[str, list]) -> None:
     """Raise ValueError if a side of a sentence pair, as `encode` returns them, has more tokens than positions."""
-    limit = number_of_positions(model)
+    limit = None if positions_grow(model) else number_of_positions(model)
     for name, side in (("source", "input_ids"), ("target", "labels")):
         for number, row in enumerate(encoded[side] if limit else (), 1):
             if len(row) > cast(int, limit):

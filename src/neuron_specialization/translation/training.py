@@ -78,10 +78,9 @@ def fit(
 
     Returns:
         The Trainer's metrics ("train_runtime" summed over the pieces of a resumed run, without the validation before
-        the first update), with "updates" and the
-        "target_tokens" of these, "base_validation_loss" and (under masks) "masked_validation_loss" before the first
-        update, "best_validation_loss", the log of losses, where it was "saved", and whether the run had
-        "finished_before".
+        the first update), with "updates" and the "target_tokens" of these, "base_validation_loss" and (under masks)
+        "masked_validation_loss" before the first update, "best_validation_loss", the log of losses, where it was
+        "saved", and whether the run had "finished_before".
 
     Raises:
         ValueError: if the data, the masks or the settings do not fit together, or the output directory holds a run
