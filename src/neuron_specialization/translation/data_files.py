@@ -18,6 +18,8 @@ from datasets import Dataset, Features, Value, get_dataset_config_names, load_da
 from ..neurons.language_pairs import shorten
 from .messages import in_one_line
 
+# rows that have not all the same languages; the lowest version of datasets reads them as it reads others
+_UNEVEN: Any = getattr(datasets, "Json", ())
 _READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
 FORMATS = ", ".join(_READERS)
 _BAR_FROM = 100_000_000  # bytes; less is read in seconds
@@ -113,7 +115,7 @@ _configurations = cache(get_dataset_config_names)  # asked for each direction
 def flat(rows: Dataset) -> Dataset:
     """Return rows with the languages of a nested column "translation", as on the Hub, as columns of their own."""
     nested = rows.features.get("translation")
-    if isinstance(nested, datasets.Json):  # not every row has the same languages
+    if isinstance(nested, _UNEVEN):
         return _of_uneven_rows(rows)
     if not isinstance(nested, dict | datasets.Translation):
         return rows
