@@ -326,7 +326,8 @@ def committed_scores():
         for row in json.loads(path.read_text()).get("rows", []):
             if row.get("bleu") is not None and "direction" in row:
                 pruned = "-".join(row.get(key, "") for key in ("when", "criterion", "scope"))
-                run = (path.parent.name, pruned.strip("-") or row.get("method"), row.get("seed"), row.get("order"))
+                result = "-".join(path.relative_to(ROOT / "recipes" / "results").parts[:-1])
+                run = (result, pruned.strip("-") or row.get("method"), row.get("seed"), row.get("order"))
                 found.setdefault(run, {})[row["direction"]] = (f"{row['bleu']:.2f}", f"{row['chrf++']:.2f}")
     return found
 
