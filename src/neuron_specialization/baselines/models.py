@@ -14,7 +14,7 @@ from transformers import TrainerCallback, set_seed
 
 from ..neurons.activations import ACTIVITY, ActivationCounts
 from ..neurons.controls import check_exchanged_pairs, exchanged
-from ..neurons.language_pairs import shorten, split_pair
+from ..neurons.language_pairs import check_pivot
 from ..translation.arguments import as_mapping
 from ..translation.identification import record_corpus
 from ..translation.processes import this_process
@@ -87,10 +87,7 @@ class Models:
                 "evaluations and tuning_directions are at least 1, got "
                 f"{self.stage.evaluations} and {self.stage.tuning_directions}."
             )
-        if self.pivot is not None and not any(self.pivot in split_pair(pair) for pair in self.language_pairs):
-            raise ValueError(
-                f"The pivot {self.pivot!r} is a language of no direction: {shorten(self.language_pairs)}."
-            )
+        check_pivot(self.pivot, self.language_pairs)
         knob_grids(self.stage.knobs)  # which checks them
         self.trials = Trials(self)
         self.check(seeds_of(self.stage.methods))

@@ -30,10 +30,14 @@ def number_of_positions(model: nn.Module) -> int | None:
     return getattr(unwrap(model).config, "max_position_embeddings", None)
 
 
-def positions_grow(model: nn.Module) -> bool:
-    """Whether a model makes positions as it needs them (the sinusoids of NLLB, M2M100 and FSMT), trained or not."""
+def fixed_positions(model: nn.Module) -> int | None:
+    """Return the number of positions of a model that cannot make more; None where sinusoids (NLLB, M2M100, FSMT) can.
+
+    Positions beyond `number_of_positions` have no training then, and still a loss.
+    """
     makers = ("make_weights", "make_weight")
-    return any(hasattr(module, name) for module in unwrap(model).modules() for name in makers)
+    grow = any(hasattr(module, name) for module in unwrap(model).modules() for name in makers)
+    return None if grow else number_of_positions(model)
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -57,6 +57,13 @@ def check_source_tag(source_tag: str) -> None:
         )
 
 
+def check_pivot(pivot: str | None, pairs: Iterable[str]) -> None:
+    """Raise ValueError if the pivot, where there is one, is a language of none of the pairs."""
+    pairs = list(pairs)
+    if pivot is not None and not any(pivot in split_pair(pair) for pair in pairs):
+        raise ValueError(f"The pivot {pivot!r} is a language of no direction: {shorten(pairs)}.")
+
+
 @dataclass
 class Routes:
     """Which encoder row and which decoder row each language pair uses.

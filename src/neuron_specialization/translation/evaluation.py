@@ -10,8 +10,9 @@ from datasets import Dataset
 from evaluate import load as load_metric
 from tqdm.auto import tqdm
 
+from ..neurons.base_model import fixed_positions
 from ..neurons.extras import install
-from ..neurons.language_pairs import split_pair
+from ..neurons.language_pairs import check_pivot, split_pair
 from .long_sentences import LongSentences
 from .processes import this_process
 from .token_loss import check_positions
@@ -61,7 +62,7 @@ def check_lengths(
     """
     for pair, rows in data.items():
         check_long_sentences(model, tokenizer, rows["source"], pair, language_tokens, source_tag)
-        if losses:
+        if losses and fixed_positions(model) is not None:
             tokens = resolve_tokens(tokenizer, [pair], language_tokens)
             encoded = encode(tokenizer, pair, rows["source"], rows["target"], tokens, source_tag)
             check_positions(model, pair, encoded)
@@ -106,8 +107,7 @@ def evaluate(
         ValueError: if the pivot is a language of no direction, or a sentence is too long and `long_sentences` is
             "error", also before anything is translated.
     """
-    if pivot is not None and not any(pivot in split_pair(pair) for pair in data):
-        raise ValueError(f"The pivot {pivot!r} is a language of no direction: {', '.join(data)}.")
+    check_pivot(pivot, data)
     check_scorers(split_pair(pair)[1] for pair in data)
     if long_sentences == "error":
         check_lengths(model, tokenizer, data, language_tokens, source_tag)

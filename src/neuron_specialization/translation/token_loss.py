@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from typing import Any, cast
+from typing import Any
 
 import torch
 from datasets import Dataset
 
 from ..adapter.routing import pair_argument
-from ..neurons.base_model import device_of, moved, number_of_positions, positions_grow
+from ..neurons.base_model import device_of, fixed_positions, moved
 from ..neurons.language_pairs import split_pair
 from ..neurons.positions import IGNORED
 from .batching import TranslationCollator
@@ -70,10 +70,12 @@ def token_losses(
 
 def check_positions(model: Any, pair: str, encoded: Mapping[str, list]) -> None:
     """Raise ValueError if a side of a sentence pair, as `encode` returns them, has more tokens than positions."""
-    limit = None if positions_grow(model) else number_of_positions(model)
+    limit = fixed_positions(model)
+    if limit is None:
+        return
     for name, side in (("source", "input_ids"), ("target", "labels")):
-        for number, row in enumerate(encoded[side] if limit else (), 1):
-            if len(row) > cast(int, limit):
+        for number, row in enumerate(encoded[side], 1):
+            if len(row) > limit:
                 raise ValueError(
                     f"The {name} of sentence pair {number} of {pair} has {len(row)} tokens, but the model has "
                     f"positions for {limit}, and a loss truncates nothing. Leave long sentences out (max_characters)."
