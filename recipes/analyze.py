@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 import neuron_specialization as ns
 from neuron_specialization.analysis import distances
+from neuron_specialization.analysis.figures import check_figures
 from neuron_specialization.analysis.mask_plots import plot_depth, plot_overlap
 from neuron_specialization.analysis.overlap import neuron_overlap, overlap_rows
 from neuron_specialization.analysis.report import write_report
@@ -64,6 +65,7 @@ def main() -> None:
         raise ValueError("Say what to do: --overlap, --report FILE.html, or both.")
     masks = {name: ns.NeuronMasks.from_pretrained(place) for name, place in as_mapping(args.masks).items()}
     if args.overlap:
+        check_figures()
         print(f"wrote {write_results(args.output_dir, compare_overlap(args, data, masks))}")
     if args.report is not None:
         directories = [*([args.output_dir] if args.overlap else []), *args.results]
@@ -78,8 +80,13 @@ def compare_overlap(args: AnalyzeArguments, data: DataArguments, masks: dict[str
         raise ValueError("--overlap needs --masks trained=build/masks, their --pivot, such as en, an --output_dir.")
     rows: list[dict[str, Any]] = []
     stacks: dict[str, Any] = {}
+    left_out: list[str] = []
     for stack in STACKS:
-        overlaps = {name: neuron_overlap(each, stack, data.pivot) for name, each in masks.items()}
+        try:
+            overlaps = {name: neuron_overlap(each, stack, data.pivot) for name, each in masks.items()}
+        except ValueError as error:  # masks of one side of the pivot have the other stack
+            left_out.append(str(error))
+            continue
         first = next(iter(overlaps.values()))
         odd = [name for name, each in overlaps.items() if each.languages != first.languages]
         if odd:
@@ -93,6 +100,9 @@ def compare_overlap(args: AnalyzeArguments, data: DataArguments, masks: dict[str
         controlled = {name: values.round(4).tolist() for name, values in about["controlled"].items()}
         about |= {"distances": about["distances"].round(4).tolist(), "controlled": controlled}
         stacks[stack] = {"languages": first.languages, **about, "iou": iou}
+    if not stacks:
+        raise ValueError(left_out[0])
+    print(*left_out, sep="\n", end="\n" if left_out else "")
     plot_depth(rows, Path(args.output_dir) / "overlap-depth.svg")
     print(table(rows, without=["block"]))
     selectors = {"selectors": {name: each.selector for name, each in masks.items()}}

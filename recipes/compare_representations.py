@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from neuron_specialization.analysis import representation_report as report
+from neuron_specialization.analysis.figures import check_figures
 from neuron_specialization.analysis.representations import language_similarity, layer_similarity, source_similarity
 from neuron_specialization.analysis.seeds import compare, summarize
 from neuron_specialization.analysis.spectrum_change import spectra, spectrum_changes
@@ -57,6 +58,7 @@ class RepresentationArguments:
 def main() -> None:
     (args,) = parse(RepresentationArguments)
     check_single_process()
+    check_figures()
     if args.level not in (SENTENCES, TOKENS) or not set(args.seen) <= set(args.languages):
         raise ValueError(f"Expected --level {SENTENCES} or {TOKENS}, and --seen among --languages.")
     limits = {"columns": as_mapping(args.columns), "max_sentences": args.max_sentences}

@@ -68,7 +68,7 @@ def main() -> None:
     if training.process_index == 0:
         print(table(checked))
     model, tokenizer = load_checkpoint(where.model_name_or_path, "float32")
-    tokens = resolve_tokens(tokenizer, data.language_pairs, data.tokens)
+    tokens = resolve_tokens(tokenizer, data.language_pairs, data.tokens, data.source_tag)
     tags: dict[str, Any] = {"language_tokens": tokens, "source_tag": data.source_tag}
     check_scorers(split_pair(pair)[1] for pair in test)
     check_lengths(model, tokenizer, test, **tags)

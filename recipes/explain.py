@@ -55,7 +55,7 @@ def main() -> None:
     if args.tags and args.tagged_file is None:
         raise ValueError("--tags needs tagged sentences, such as --tagged_file 'ud_pud/{lang}.parquet'.")
     model, tokenizer = load_checkpoint(where.model_name_or_path)
-    tokens = resolve_tokens(tokenizer, data.language_pairs, data.tokens)
+    tokens = resolve_tokens(tokenizer, data.language_pairs, data.tokens, data.source_tag)
     if args.tags:  # before anything is recorded
         check_fast(tokenizer)
         sentences = load_tagged(args.tagged_file, list(tokens), data.max_sentences)
@@ -67,6 +67,12 @@ def main() -> None:
         masks = ns.CumulativeThreshold(args.k).select(ns.record_corpus(model, tokenizer, corpus, **options))
     else:
         masks = ns.NeuronMasks.from_pretrained(where.adapter)
+        blocks = {block.name: block.d_ff for block in ns.find_ffn_blocks(model)}
+        if blocks != masks.d_ff:
+            raise ValueError(
+                f"The masks in {where.adapter} are of another model: they have {len(masks.d_ff)} blocks such as "
+                f"{next(iter(masks.d_ff.items()))}, this model {len(blocks)} such as {next(iter(blocks.items()))}."
+            )
     results = {"selector": masks.selector, "arguments": [vars(args), vars(where), vars(data)]}
     if args.gradients:
         config = {"trainable": "none", "source_tag": data.source_tag, "task_type": "SEQ_2_SEQ_LM"}

@@ -72,13 +72,15 @@ def main() -> None:
     vocabulary: dict = {}
     if args.trim_vocabulary:
         small, tokenizer, vocabulary = trim(small, tokenizer, adapted, args.trim_vocabulary, data.column_names)
+    remove_written(
+        output / "ctranslate2"
+    )  # what an earlier export of maybe another pair left tells nothing of this one
+    (output / "results.json").unlink(missing_ok=True)
     rows.append(export_checkpoint(small, tokenizer, adapted, args))
     if not args.trim_vocabulary and rows[-1]["identical"] < 1:
         print("The checkpoint translates some sentences differently; that is expected only of near ties.")
     if args.quantization:
         rows.append(export_ctranslate2(small, tokenizer, adapted, args))
-    else:
-        remove_written(output / "ctranslate2")  # of an earlier export, maybe of another pair
     print(table(rows))
     arguments = [vars(args), vars(where), vars(data)]
     results = {"exports": rows, "vocabulary": vocabulary, "sentences": len(sample), "arguments": arguments}

@@ -16,6 +16,7 @@ from typing import Any
 from datasets import disable_progress_bars
 
 from neuron_specialization.analysis import mass_prediction
+from neuron_specialization.analysis.figures import check_figures
 from neuron_specialization.analysis.mass_activation import MassActivation
 from neuron_specialization.analysis.mass_plots import plot_attention, plot_tag_shares
 from neuron_specialization.analysis.mass_recording import record_mass, trackable_tokens
@@ -48,6 +49,7 @@ def main() -> None:
     if args.site not in SITES:
         raise ValueError(f"site must be one of {', '.join(SITES)}, got {args.site!r}.")
     check_single_process()
+    check_figures()
     disable_progress_bars()
     transfer, output = transfer_data.load_finished(args.transfer_dir, *arguments)
     tagged = load_tagged_text(args.tagged_file, transfer.orders[0][0]) if args.tagged_file else None

@@ -61,7 +61,7 @@ def main() -> None:
     if training.process_index == 0:
         print(table(checked))
     model, tokenizer = load_checkpoint(where.model_name_or_path, "float32")
-    tokens = resolve_tokens(tokenizer, data.language_pairs, data.tokens)
+    tokens = resolve_tokens(tokenizer, data.language_pairs, data.tokens, data.source_tag)
     token_ids = ns.language_token_ids(tokenizer, tokens)
     if where.adapter is not None:
         masks = ns.NeuronMasks.from_pretrained(args.masks)

@@ -20,6 +20,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from neuron_specialization.analysis.figures import check_figures
 from neuron_specialization.analysis.seeds import compare as compare_seeds
 from neuron_specialization.analysis.seeds import summarize as summarize_seeds
 from neuron_specialization.analysis.transfer_plots import plot_transfer
@@ -75,6 +76,7 @@ class TransferArguments:
 def main() -> None:
     (args,) = parse(TransferArguments)
     check_single_process()
+    check_figures()
     checkpoints, head = named_checkpoints(args.models), (args.batch_size, args.pooling)
     models = {each.label: each.location for each in checkpoints}
     known = {

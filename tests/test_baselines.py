@@ -441,6 +441,14 @@ def test_the_warm_up_is_as_large_a_share_of_every_run(comparison):
         assert json.loads(run.read_text())["depends_on"]["warmup_steps"] == steps
 
 
+def test_a_rate_at_which_training_diverges_is_not_chosen(comparison):
+    comparison.training.max_grad_norm = 0.0
+    comparison.stage.learning_rates = [1e30, 1e-3]
+    assert comparison.setting("fine_tune").learning_rate == 1e-3
+    tried = comparison.directory / "fine_tune" / "trial-1e+30" / "trial.json"
+    assert set(json.loads(tried.read_text())["validation_loss"].values()) == {None}
+
+
 def test_a_diverged_run_is_a_failure(comparison):
     comparison.training.max_grad_norm = 0.0
     comparison.stage.learning_rates = [1e30]

@@ -1,6 +1,8 @@
 """Command lines: options from files and flags, a short help, errors of one sentence."""
 
 import ast
+import json
+import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,6 +73,7 @@ def test_the_trainer_reads_its_dictionaries_from_a_file(config, tmp_path):
         (["--name", "x", "a.tsv"], r"Unexpected a.tsv"),
         (["--quick"], r"required: --name"),
         (["--name", "x", "--max_length", "many"], r"--max.length: invalid int value: 'many'"),
+        (["--name", "x", "--max_length", "0"], r"max_length is a number of at least 1, got 0"),
         (["--config"], r"--config expects the path"),
         (["--config", "missing.yaml"], r"no configuration file missing.yaml"),
     ],
@@ -176,6 +179,13 @@ def test_an_interruption_shows_no_traceback(capsys):
     assert ended.value.code == 130 and "Interrupted. The same command goes on" in capsys.readouterr().err
 
 
+def test_who_reads_the_output_may_stop_before_its_end():
+    code = "from neuron_specialization.translation.command_line import run; run(lambda: print('line\\n' * 100_000))"
+    command = f'{sys.executable} -c "{code}" | head -1'
+    printed = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert (printed.stdout, printed.stderr) == ("line\n", "")
+
+
 def test_foreseen_errors_end_with_one_sentence_and_others_keep_their_traceback(capsys, monkeypatch):
     for main, message in ((fail_for_a_pair, "en_de"), (fail_on_a_file, "/missing/file")):
         with pytest.raises(SystemExit) as stopped:
@@ -260,3 +270,14 @@ def test_every_configuration_fits_its_recipe(run_here, tmp_path, file):
     configs = ("--config", str(file.with_stem(first))) if first else ()
     words = (*configs, "--config", str(file), *MISSING[recipe], "--output_dir", str(tmp_path / "out"))
     assert "nowhere" in run_here(f"{recipe}.py", *words, fails=True).rpartition("\nError: ")[2]
+
+
+def test_results_are_json_that_every_reader_takes(tmp_path):
+    numbers = {"loss": float("nan"), "deep": [{"p": (1.5, float("inf"))}], "n": 3}
+    path = write_results(tmp_path, numbers)
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    found = json.loads(path.read_text(), parse_constant=refuse)
+    assert {name: found[name] for name in numbers} == {"loss": None, "deep": [{"p": [1.5, None]}], "n": 3}

@@ -17,6 +17,7 @@ from neuron_specialization.translation.encoding import encode_parallel
 from neuron_specialization.translation.identification import record_corpus
 from neuron_specialization.translation.tokenization import resolve_tokens, train_tokenizer
 from neuron_specialization.translation.training import SpecializationTrainingArguments, fit
+from neuron_specialization.translation.translate import translate_tokens
 
 TEXT = ["the cat sits here", "die katze sitzt hier", "le chat est assis", "a dog runs fast", "ein hund rennt schnell"]
 CORPUS = {"en-de": (TEXT[:1] + TEXT[3:4], TEXT[1:2] + TEXT[4:]), "de-en": (TEXT[1:2], TEXT[:1])}
@@ -89,6 +90,35 @@ def madlad(directory):
     vocabulary = [(model.id_to_piece(i), model.get_score(i)) for i in range(model.get_piece_size())]
     tokenizer = tf.T5Tokenizer(vocab=vocabulary, extra_ids=0, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
     return tokenizer, {code: f"<2{code}>" for code in ("en", "de", "fr")}
+
+
+def test_a_marian_out_of_one_language_has_tags_of_the_others_only(tmp_path):
+    tokenizer, tokens = marian(tmp_path)
+    tokenizer.encoder.pop(tokens["en"])
+    model = marian_model(tokenizer)
+    corpus = {"en-de": Dataset.from_dict({"source": TEXT[:1], "target": TEXT[1:2]})}
+    options = {"language_tokens": {"de": tokens["de"]}, "source_tag": "target"}
+    counts = record_corpus(model, tokenizer, corpus, **options)
+    assert counts.language_token_ids == {"de": tokenizer.convert_tokens_to_ids(tokens["de"])}
+    with pytest.raises(ValueError, match="Not a language token .*'en' for 'en'"):
+        ns.translate(model, tokenizer, TEXT[1:2], "de-en", **options)
+    masks = ns.CumulativeThreshold(0.5).select(counts)
+    config = ns.NeuronSpecializationConfig(masks=masks, source_tag="target", task_type="SEQ_2_SEQ_LM")
+    assert len(ns.translate(get_peft_model(model, config), tokenizer, TEXT[:1], "en-de", max_new_tokens=3)) == 1
+
+
+@pytest.mark.parametrize("convention", ["mbart25", "mbart50", "marian"])
+def test_translations_end_where_positions_do(convention, tmp_path):
+    """Without a limit of its own, a search would go on to twice the source's length: an error of the embedding."""
+    make_tokenizer, make_model, source_tag = CONVENTIONS[convention]
+    torch.manual_seed(0)
+    tokenizer, tokens = make_tokenizer(tmp_path)
+    model = make_model(tokenizer)
+    model.generation_config.max_length = model.generation_config.eos_token_id = None
+    sentence = " ".join([TEXT[0]] * 3)
+    options = {"language_tokens": tokens, "source_tag": source_tag, "num_beams": 1}
+    (tokens_of,) = translate_tokens(model, tokenizer, [sentence], "en-de", **options)
+    assert 0 < len(tokens_of) < 64
 
 
 def test_text_longer_than_the_models_positions_is_truncated(tmp_path):

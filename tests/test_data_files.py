@@ -145,6 +145,16 @@ def test_languages_may_be_nested_as_on_the_hub(tmp_path, features):
         assert lines_of(load_parallel(tmp_path / "x.jsonl", ["de-en"]), "de-en") == [("b", "a")]
 
 
+@pytest.mark.parametrize("early", [{}, {"sa": None}])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_language_may_occur_late_in_json_lines(tmp_path, early, nested):
+    """datasets takes columns and their types from the first 10 MB."""
+    rows = [{"en": "x" * 1000, **early}] * 12_000 + [{"en": "a", "sa": "b"}]
+    lines = (json.dumps({"translation": row} if nested else row) for row in rows)
+    (tmp_path / "x.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    assert lines_of(load_parallel(tmp_path / "x.jsonl", ["en-sa"]), "en-sa") == [("a", "b")]
+
+
 def test_a_dataset_on_the_hub_is_named_with_its_configuration(tmp_path, monkeypatch):
     """datasets reads a folder as it reads a repository; one at the Hub cannot be reached from here."""
     monkeypatch.chdir(tmp_path)

@@ -10,6 +10,7 @@ import torch
 from peft import get_peft_model
 
 import neuron_specialization as ns
+from neuron_specialization.analysis import mask_plots
 from neuron_specialization.analysis.gradients import gradient_cosines, gradient_rows, pair_gradients, relation
 from neuron_specialization.analysis.tagged_activity import TaggedCounts, mean_rows, record_tagged, tag_rows
 from neuron_specialization.neurons.language_pairs import Routes
@@ -261,6 +262,17 @@ def test_tagged_text_is_read_before_anything_is_recorded(on_toy, tagged_file, tm
     assert "There is no file" in on_toy(*given, str(tmp_path / "missing-{lang}.jsonl"), fails=True)
     monkeypatch.setattr("transformers.PreTrainedTokenizerFast.is_fast", False)
     assert "use a fast tokenizer" in on_toy(*given, tagged_file, fails=True)
+
+
+def test_masks_of_another_model_are_refused_before_anything_is_recorded(on_toy, tagged_file, tmp_path):
+    make_masks(make_m2m100()).save_pretrained(tmp_path / "others")
+    words = ("explain", "--tags", "--tagged_file", tagged_file, "--adapter", str(tmp_path / "others"))
+    assert "are of another model: they have" in on_toy(*words, fails=True)
+
+
+def test_an_activity_of_zero_counts_in_the_mean_of_a_tag():
+    rows = [{"stack": "encoder", "layer": 0, "ratios": {"NOUN": ratio}} for ratio in (0.0, 2.0, None)]
+    assert mask_plots._log_ratios(rows, ["NOUN", "VERB"])[:, 0] == pytest.approx([(-4 + 1) / 2, np.nan], nan_ok=True)
 
 
 def test_masks_are_identified_again_on_other_text_and_after_training(

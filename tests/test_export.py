@@ -160,6 +160,28 @@ def test_ragged_models_convert_to_ctranslate2(toy, toy_model, toy_tokenizer, toy
         save_ctranslate2(architectures.make("fsmt"), toy_tokenizer, tmp_path / "x")
 
 
+@pytest.mark.parametrize("quantization", ["int8", "int16"])
+def test_a_model_is_left_as_it_is_by_its_conversion(quantization, tmp_path):
+    """CTranslate2 rounds weights in place."""
+    pytest.importorskip("ctranslate2")
+    tokenizer, _ = nllb(tmp_path)
+    model = m2m_model(tokenizer)
+    before = copy.deepcopy(model.state_dict())
+    for name in ("first", "second"):
+        save_ctranslate2(model, tokenizer, tmp_path / name, quantization)
+    assert all(weight.equal(before[name]) for name, weight in model.state_dict().items())
+    assert (tmp_path / "first" / "model.bin").read_bytes() == (tmp_path / "second" / "model.bin").read_bytes()
+
+
+def test_a_checkpoint_is_not_written_beside_an_adapter(tmp_path):
+    """transformers would load the adapter onto it."""
+    model = adapted()
+    model.save_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match="holds an adapter; choose another directory"):
+        save_compact(ns.compact(model, "de-en"), tmp_path)
+    assert not (tmp_path / "config.json").exists()
+
+
 @pytest.mark.parametrize("family", ["t5", "t5 v1.1", "mt5"])
 def test_the_t5_family_scales_its_output_in_ctranslate2_as_in_transformers(family, tmp_path):
     pytest.importorskip("ctranslate2")
@@ -285,6 +307,15 @@ def test_tokenizers_that_cannot_be_trimmed_are_refused(tmp_path):
     tokenizer, _ = m2m100(tmp_path)
     with pytest.raises(ValueError, match="Only BPE and Unigram tokenizers.*M2M100Tokenizer"):
         trim_vocabulary(make_m2m100(), tokenizer, ["text"], ["__en__"])
+
+
+def test_a_vocabulary_is_trimmed_to_some_text_and_tags_of_its_own(tmp_path):
+    tokenizer, _ = nllb(tmp_path)
+    model = m2m_model(tokenizer)
+    with pytest.raises(ValueError, match="takes text and language tokens"):
+        trim_vocabulary(model, tokenizer, [], ["eng_Latn", "deu_Latn"])
+    with pytest.raises(ValueError, match="Not a language token .*'de'"):
+        trim_vocabulary(model, tokenizer, TEXT[:2], ["eng_Latn", "de"])
 
 
 def test_unknown_characters_stay_unknown_in_a_trimmed_t5(tmp_path):

@@ -317,6 +317,31 @@ def test_factorized_masks_are_concatenated_by_language(four):
     assert german.concatenate(french).language_pairs[:2] == ["en-de", "en-fr"]
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_pair_of_rows_by_language_is_not_replaced_by_one_of_its_own_name(four, swapped):
+    """Rows of languages imply pairs that they do not list."""
+    by_language = four.factorize()
+    other = masks_of({"encoder.0": [[0, 0, 1, 1]], "decoder.0": [[1, 0, 0]]}, ["en-de"])
+    first, second = (other, by_language) if swapped else (by_language, other)
+    with pytest.raises(ValueError, match="Both masks hold en-de, with different rows. Identify one"):
+        first.concatenate(second)
+    italian = masks_of({"encoder.0": [[0, 0, 1, 1]], "decoder.0": [[1, 0, 0]]}, ["en-it"])
+    both = by_language.concatenate(italian)
+    assert both.row("en-de", BLOCK).equal(by_language.row("en-de", BLOCK))
+
+
+def test_masks_of_a_base_that_is_not_told_do_not_hide_that_of_others(four):
+    italian, czech, finnish = (
+        masks_of({"encoder.0": [[1, 1, 1, 0]], "decoder.0": [[0, 1, 1]]}, [f"en-{code}"])
+        for code in ("it", "cs", "fi")
+    )
+    told = replace(italian, weights_sample=[1.0, 3.0], base_model_name_or_path="me/base")
+    both = four.concatenate(told).concatenate(czech)
+    assert (both.weights_sample, both.base_model_name_or_path) == ([1.0, 3.0], "me/base")
+    with pytest.raises(ValueError, match="different weights .me/base and"):
+        both.concatenate(replace(finnish, weights_sample=[1.0, 2.0]))
+
+
 def test_what_cannot_be_concatenated_is_refused(four):
     other = masks_of({"encoder.0": [[0, 0, 1, 1]], "decoder.0": [[1, 0, 0]]}, ["en-de"])
     with pytest.raises(ValueError, match="Both masks hold en-de.*different neurons in encoder.0. Identify one"):

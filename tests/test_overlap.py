@@ -54,6 +54,14 @@ def test_overlap_takes_the_side_that_differs(related):
         neuron_overlap(masks, "encoder", "Aa")
 
 
+def test_a_default_pair_is_not_compared(related):
+    _, masks = related
+    listed = {**masks.routes.listed, "default": (0, 0)}
+    with_default = replace(masks, routes=replace(masks.routes, listed=listed))
+    found, expected = (neuron_overlap(each, "encoder", PIVOT) for each in (with_default, masks))
+    assert found.languages == expected.languages and np.array_equal(found.iou, expected.iou)
+
+
 def test_known_relations_are_found_and_shuffled_ones_are_not(related):
     toy, masks = related
     overlap = neuron_overlap(masks, "encoder", PIVOT)
@@ -136,6 +144,10 @@ def test_distances_come_from_the_table_from_a_file_or_from_urielplus(tmp_path):
     assert load_distances(["Aa", "Ab", "Ba"], str(own)).tolist() == [[0, 0.25, 1], [0.25, 0, 0.5], [1, 0.5, 0]]
     with pytest.raises(ValueError, match="no distance between Aa and Bb"):
         load_distances(["Aa", "Bb"], str(own))
+    for wrong in ("", "0,5", "nan"):
+        own.write_text(f'a,b,distance\nAb,Aa,"{wrong}"\n')
+        with pytest.raises(ValueError, match=f"no number for Ab and Aa: '{wrong}'"):
+            load_distances(["Aa", "Ab"], str(own))
     own.write_text("a,b,genetic\n")
     with pytest.raises(ValueError, match="expected a, b and distance"):
         load_distances(["Aa", "Ab"], str(own))
@@ -231,4 +243,15 @@ def test_analyze_finds_the_known_distances_in_trained_masks_and_not_in_others(
     assert {path.name for path in (tmp_path / "out").glob("*.svg")} == {
         f"overlap-{name}.svg" for name in ("encoder", "decoder", "depth")
     }
+    one_to_many = [pair for pair in masks.language_pairs if pair.startswith(f"{PIVOT}-")]
+    places = [masks.language_pairs.index(pair) for pair in one_to_many]
+    rows = {name: rows[places] for name, rows in masks.rows.items()}
+    replace(masks, rows=rows, routes=Routes.per_pair(one_to_many)).save_pretrained(tmp_path / "one-to-many")
+    words = ("--overlap", "--pivot", PIVOT, "--masks", f"trained={tmp_path / 'one-to-many'}", "--permutations", "9")
+    words += ("--distances", str(tmp_path / "distances.csv"), "--families", *(f"{c}={toy.family[c]}" for c in codes))
+    words += ("--scripts", *(f"{c}=Latin" for c in codes), "--output_dir", str(tmp_path / "half"))
+    assert f"directions into {PIVOT}; these masks have 0" in run_here("analyze.py", *words)
+    found = json.loads((tmp_path / "half" / "results.json").read_text())
+    assert {row["stack"] for row in found["overlap"]} == {"decoder"} and "encoder" not in found
+    assert {path.stem for path in (tmp_path / "half").glob("*.svg")} == {"overlap-decoder", "overlap-depth"}
     assert "Say what to do: --overlap" in run_here("analyze.py", "--output_dir", str(tmp_path / "out"), fails=True)

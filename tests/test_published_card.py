@@ -48,6 +48,19 @@ def test_scores_are_in_the_text_and_in_the_front_matter():
     }
 
 
+def test_a_base_of_another_directory_is_not_taken_for_one_of_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "here" / "checkpoints" / "small").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    masks = make_masks(make_m2m100())
+    masks.base_model_name_or_path = "checkpoints/small"
+    masks.save_pretrained("masks")
+    assert ns.NeuronMasks.from_pretrained("masks") == masks
+    monkeypatch.chdir(tmp_path)
+    ns.NeuronMasks.from_pretrained("here/masks").save_pretrained("copied")
+    card = Path("copied", "README.md").read_text(encoding="utf-8")
+    assert ModelCard(card).data.base_model is None and "checkpoints/small" not in card
+
+
 @pytest.mark.parametrize("base", ["t5-small", "facebook/nllb-200-distilled-600M"])
 def test_a_base_on_the_hub_is_named_whether_or_not_it_has_an_owner(base):
     config = {**make_masks(make_m2m100()).metadata(), "trainable": "none", "base_model_name_or_path": base}

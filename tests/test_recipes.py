@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import neuron_specialization as ns
 from neuron_specialization.analysis.shapes import NLLB_SHAPES
+from neuron_specialization.export import ctranslate2
 from neuron_specialization.translation.checkpoints import load_checkpoint, new_m2m100
 
 ROOT = Path(__file__).parent.parent
@@ -256,10 +257,10 @@ def test_export_writes_a_checkpoint_and_a_ctranslate2_model(identified, workspac
     options += ("--test_file", str(toy_files / "test.jsonl"))
     run("export.py", *options, "--quantization", "int8", "--output_dir", str(workspace / "export"))
     exports = json.loads((workspace / "export" / "results.json").read_text())["exports"]
-    base, checkpoint, ctranslate2 = exports
+    base, checkpoint, converted = exports
     assert checkpoint["identical"] == 1.0 and base["BLEU"] == checkpoint["BLEU"] > 0
-    assert ctranslate2["parameters"] <= checkpoint["parameters"] < base["parameters"]
-    assert ctranslate2["MB"] < checkpoint["MB"] < base["MB"]
+    assert converted["parameters"] <= checkpoint["parameters"] < base["parameters"]
+    assert converted["MB"] < checkpoint["MB"] < base["MB"]
 
     trimmed = workspace / "trimmed"
     printed = run(
@@ -274,8 +275,26 @@ def test_export_writes_a_checkpoint_and_a_ctranslate2_model(identified, workspac
     run("export.py", *options, "--output_dir", str(trimmed), "--sample", "2")
     assert not (trimmed / "ctranslate2").exists(), "of the export before"
     base, smaller, quantized = results["exports"]
-    assert smaller["parameters"] < checkpoint["parameters"] and quantized["MB"] < ctranslate2["MB"]
+    assert smaller["parameters"] < checkpoint["parameters"] and quantized["MB"] < converted["MB"]
     assert {"identical", "BLEU"} <= smaller.keys() & quantized.keys()
+
+
+def test_an_export_that_fails_leaves_nothing_that_tells_of_an_earlier_one(
+    identified, tmp_path, toy_files, toy_checkpoint, run_here, monkeypatch
+):
+    options = ["--model_name_or_path", str(toy_checkpoint), "--adapter", str(identified[0]), "--num_beams", "1"]
+    options += ["--test_file", str(toy_files / "test.jsonl"), "--sample", "2", "--quantization", "int8"]
+    options += ["--output_dir", str(tmp_path / "export")]
+    run_here("export.py", *options, "--pair", "Pv-Aa")
+    assert {path.name for path in (tmp_path / "export").glob("[!.]*")} == {"checkpoint", "ctranslate2", "results.json"}
+
+    def fail(*_args):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(ctranslate2, "save_ctranslate2", fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        run_here("export.py", *options, "--pair", "Aa-Pv")
+    assert [path.name for path in (tmp_path / "export").glob("[!.]*")] == ["checkpoint"]
 
 
 TINY = ("--layers", "1", "--d_model", "16", "--d_ff", "32", "--vocab_size", "60", "--batch_size", "8", "--length", "6")

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from neuron_specialization.analysis.overlap import neuron_overlap
 from neuron_specialization.analysis.report import write_report
 
 from .conftest import make_m2m100, make_masks
@@ -49,6 +50,34 @@ def test_values_are_escaped_and_nothing_comes_from_elsewhere(report):
     assert not re.findall(r'(?:src|href)="(?!data:|#)', html)
     policy = re.search(r'Content-Security-Policy" content="([^"]+)"', html)
     assert policy is not None and policy[1].startswith("default-src &#39;none&#39;") and "unsafe" not in policy[1]
+
+
+def shown_masks(path):
+    return json.loads(re.search(r'<script[^>]*type="application/json"[^>]*>(.*?)</script>', path.read_text(), re.S)[1])
+
+
+def test_means_are_over_the_pairs_that_a_stack_tells_apart(tmp_path):
+    """Encoders of directions out of one language see the same text, and decoders of those into it."""
+    masks = make_masks(make_m2m100(), ("en-de", "en-fr", "en-ru", "de-en", "fr-en", "ru-en"))
+    means = {b["name"]: b["mean"] for b in shown_masks(write_report(tmp_path / "r.html", "R", masks))["blocks"]}
+    for stack in ("encoder", "decoder"):
+        overlap = neuron_overlap(masks, stack, "en")
+        assert [means[name] for name in overlap.blocks] == pytest.approx(overlap.depth_curve())
+
+
+def test_of_many_pairs_those_on_both_sides_of_a_language_are_shown(tmp_path):
+    codes = [f"l{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(45)]
+    masks = make_masks(make_m2m100(), [pair for code in codes for pair in (f"en-{code}", f"{code}-en")]).factorize()
+    shown = shown_masks(write_report(tmp_path / "r.html", "R", masks))
+    assert len(shown["pairs"]) == 40 and "Shown are 40 of " in shown["note"]
+    assert all(block["mean"] < 1 for block in shown["blocks"]), "rows of one language are not compared with themselves"
+
+
+def test_numbers_beside_tables_are_shown(tmp_path):
+    headroom = {"met": True, "rows": [{"ceiling": "bilingual", "loss": 0.5}]}
+    (tmp_path / "results.json").write_text(json.dumps({"kept": {"en-de": 0.75, "de-en": 0.5}, "headroom": headroom}))
+    html = write_report(tmp_path / "r.html", "R", results=[tmp_path]).read_text()
+    assert "0.75" in html and "met" in html and "bilingual" in html
 
 
 def test_what_cannot_be_reported_is_refused(tmp_path):

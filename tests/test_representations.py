@@ -199,6 +199,26 @@ def test_seeds_are_summarized_and_tested_in_pairs():
     assert table[1] == {"languages": "all", "model": "cp", "layer 0": "61.0 ± 1.0"}
 
 
+def test_models_are_paired_by_seed():
+    about = {"measure": "retrieval", "group": "all", "place": "layer 0"}
+    seeds = {"source": {0: 50.0, 1: 52.0}, "cp": {0: 60.0, 1: 62.0, 2: 64.0}, "control": {1: 61.0, 2: 63.5, 3: 65.0}}
+    values = [{**about, "model": m, "seed": s, "value": v} for m, of in seeds.items() for s, v in of.items()]
+    tests = {(row["model"], row["compared_with"]): row["difference"] for row in compare(values, "source")}
+    assert tests == {
+        ("cp", "source"): pytest.approx(62 - 51),
+        ("control", "source"): pytest.approx(63.1667 - 51, abs=1e-3),
+    }
+
+
+def test_text_has_room_within_the_longest_input(toy_checkpoint):
+    _, tokenizer = load_checkpoint(str(toy_checkpoint))
+    around = len(tokenizer("")["input_ids"])
+    (row,) = encode_sentences(tokenizer, ["ba bu"], "Aa", max_length=around + 1)
+    assert len(row["input_ids"]) == around + 1 and sum(row["content"]) == 1
+    with pytest.raises(ValueError, match=f"max_length is {around}, and the tokens around a text are {around}"):
+        encode_sentences(tokenizer, ["ba bu"], "Aa", max_length=around)
+
+
 @pytest.fixture
 def options(sentences, tmp_path):
     """In place of Aa, Pv with its words in another order: translations that an embedding alone can tell."""

@@ -130,3 +130,5 @@ def test_toy_languages_have_as_many_words_as_asked_for():
     assert 40 <= len(words[0]) <= 44 < 200 <= len(words[1]) <= 220
     with pytest.raises(ValueError, match="multiple of 11"):
         ToyLanguages(roots=50)
+    with pytest.raises(ValueError, match="replaced is a share of roots, between 0 and 1; got 1.5"):
+        ToyLanguages(replaced=1.5)

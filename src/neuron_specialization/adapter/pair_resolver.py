@@ -54,7 +54,10 @@ class PairResolver:
         if pair in self.pairs:
             return self.pairs.index(pair)
         if self.routes.knows(pair):
-            raise ValueError(f"{pair!r} is composed of other pairs' rows and has no id; pass its name.")
+            raise ValueError(
+                f"{pair!r} is composed of other pairs' rows and has no id: pass its name, or an adapter of masks that "
+                "list it (masks.compose, or identify with --language_pairs)."
+            )
         if self.default_pair == BASE_PAIR:
             return BASE_ROW
         if self.default_pair is not None or self.pairs == [DEFAULT_PAIR]:

@@ -8,6 +8,7 @@ outside the table there is the package urielplus (`pip install urielplus`), or a
 """
 
 import csv
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib import resources
@@ -134,7 +135,7 @@ def _read_distances(codes: Sequence[str], path: Path) -> np.ndarray:
         reader = csv.DictReader(file)
         if not {"a", "b", "distance"} <= set(reader.fieldnames or ()):
             raise ValueError(f"{path} has the columns {reader.fieldnames}; expected a, b and distance.")
-        table = {frozenset((row["a"], row["b"])): float(row["distance"]) for row in reader}
+        table = {frozenset((row["a"], row["b"])): _number(row, path) for row in reader}
     distances = np.zeros((len(codes), len(codes)))
     for i, j in combinations(range(len(codes)), 2):
         pair = frozenset((codes[i], codes[j]))
@@ -142,6 +143,16 @@ def _read_distances(codes: Sequence[str], path: Path) -> np.ndarray:
             raise ValueError(f"{path} has no distance between {codes[i]} and {codes[j]}.")
         distances[i, j] = distances[j, i] = table[pair]
     return distances
+
+
+def _number(row: Mapping[str, str], path: Path) -> float:
+    try:
+        number = float(row["distance"])
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not math.isfinite(number):
+        raise ValueError(f"{path} has no number for {row['a']} and {row['b']}: {row['distance']!r}.")
+    return number
 
 
 def _iso639_3(code: str) -> str:

@@ -1,6 +1,7 @@
 """What all figures share: sizes, colors that color-blind people tell apart, files."""
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,24 @@ def panels(rows: int, columns: int, width: float, height: float) -> tuple[Any, A
     for each in axes.flat:
         each.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def turned(labels: Sequence[str], room: int) -> dict[str, Any]:
+    """Return how `set_xticks` writes labels beside each other: upright where there is no room for so many letters."""
+    return {"rotation": 90} if sum(map(len, labels)) + len(labels) > room else {}
+
+
+def layer_ticks(axes: Any) -> None:
+    """Mark layers on the x axis: whole numbers, and no more of them than can be read."""
+    from matplotlib.ticker import MaxNLocator  # an optional dependency
+
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=1))
+
+
+def visible(text: str) -> str:
+    """Return text that matplotlib draws as it is: no formula, and no legend entry that it hides."""
+    text = text.replace("$", r"\$")
+    return f"\u200b{text}" if text.startswith("_") else text
 
 
 def single(height: float) -> tuple[Any, Any]:

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..neurons.ffn import STACKS
-from .figures import COLORS, MARKERS, panels, save
+from .figures import COLORS, MARKERS, layer_ticks, panels, save, visible
 
 if TYPE_CHECKING:
     from .overlap import Overlap  # which imports scipy; recipes/identify.py runs without it
 
 Rows = Sequence[Mapping[str, Any]]
 _SHOWN_PAIRS = 60
+_LOWEST_RATIO = 1 / 16  # of activity on a tag, in figures: the logarithm of none has no mean
 _MOST_NUMBERS = 8  # languages, above which cells are too small for numbers
 
 
@@ -84,9 +85,9 @@ def plot_depth(rows: Rows, path: str | Path) -> Path:
             for kind, line in (("within", "-"), ("across", "--")):
                 if part[0].get(kind) is not None:
                     style = {"color": color, "linestyle": line, "marker": marker, "markersize": 4}
-                    upper.plot(layers, [row[kind] for row in part], label=f"{name}, {kind} families", **style)
+                    upper.plot(layers, [row[kind] for row in part], label=f"{visible(name)}, {kind} families", **style)
             if "within" not in part[0]:
-                upper.plot(layers, [row["iou"] for row in part], color=color, marker=marker, label=name)
+                upper.plot(layers, [row["iou"] for row in part], color=color, marker=marker, label=visible(name))
             tested = [row for row in part if row["p"] is not None]  # of a few languages any order is likely
             lower.plot([row["layer"] for row in tested], [row["rho"] for row in tested], color=color, linewidth=1)
             for row in tested:
@@ -98,7 +99,7 @@ def plot_depth(rows: Rows, path: str | Path) -> Path:
         lower.axhline(0, color="0.3", linewidth=0.8)
         lower.set_xlabel("layer")
         for each in (upper, lower):
-            each.set_xticks(sorted({row["layer"] for row in rows if row["stack"] == stack}))
+            layer_ticks(each)
     axes[0, 0].set_ylabel("IoU of specialized neurons")
     axes[1, 0].set_ylabel("Spearman's ρ with distance")
     axes[0, -1].legend(fontsize=7)
@@ -116,11 +117,11 @@ def plot_agreement(rows: Rows, path: str | Path) -> Path:
     for each, stack in zip(axes[0], STACKS, strict=True):
         for i, (name, part) in enumerate(_groups([row for row in rows if row["stack"] == stack], "masks").items()):
             layers, style = [row["layer"] for row in part], {"color": COLORS[i % 7], "marker": MARKERS[i % 7]}
-            each.plot(layers, [row["own"] for row in part], "-", markersize=5, label=name, **style)
+            each.plot(layers, [row["own"] for row in part], "-", markersize=5, label=visible(name), **style)
             if part[0]["others"] is not None:
                 each.plot(layers, [row["others"] for row in part], "--", markersize=3, **style)
             each.plot(layers, [row["chance"] for row in part], ":", color=COLORS[i % 7], linewidth=1)
-            each.set_xticks(layers)
+        layer_ticks(each)
         each.set_title(stack, fontsize=10)
         each.set_xlabel("layer")
         each.set_ylim(0, 1)
@@ -160,7 +161,8 @@ def plot_tags(rows: Rows, tags: Sequence[str], path: str | Path) -> Path:
     """Draw, per tag and layer, how much more of their activity specific neurons have there than shared ones (log2).
 
     Args:
-        rows: those of "tag_rows"; the mean over pairs is drawn. White: none was measured.
+        rows: those of "tag_rows"; the mean over pairs is drawn, in which neurons that never fire on a tag count as a
+            sixteenth. White: none was measured.
         tags: names of the tags, top to bottom.
         path: .svg file.
     """
@@ -187,8 +189,9 @@ def _log_ratios(rows: Rows, tags: Sequence[str]) -> np.ndarray:
     for i, tag in enumerate(tags):
         for layer in range(layers):
             ratios = [row["ratios"].get(tag) for row in rows if row["layer"] == layer]
-            if any(ratios):
-                table[i, layer] = np.mean([np.log2(ratio) for ratio in ratios if ratio])
+            measured = [max(ratio, _LOWEST_RATIO) for ratio in ratios if ratio is not None]
+            if measured:
+                table[i, layer] = np.log2(measured).mean()
     return table
 
 

@@ -3,13 +3,14 @@
 Gains and positive values are blue, losses and negative values orange; where lines are many, markers differ too.
 """
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .figures import COLORS, MARKERS, panels, save, single
+from .figures import COLORS, MARKERS, panels, save, single, turned, visible
 from .mass_activation import MassActivation
 from .mass_comparison import MassChange
 
@@ -55,7 +56,10 @@ def plot_alive(steps: Mapping[str, Mapping[str, tuple[int, int]]], path: str | P
     layers = list(next(iter(steps.values())))
     columns = min(2, len(layers))
     rows = -(-len(layers) // columns)
-    figure, axes = panels(rows, columns, 7, 0.8 + 1.5 * rows)
+    names = list(steps)
+    writing = turned(names, 50 if columns > 1 else 100)
+    names_take = 0.06 * max(map(len, names)) if writing else 0
+    figure, axes = panels(rows, columns, 7, 0.8 + (1.5 + names_take) * rows)
     for axis, layer in zip(axes.flat, layers, strict=False):
         alive = np.array([of[layer][0] for of in steps.values()])
         dead = np.array([of[layer][1] for of in steps.values()])
@@ -63,7 +67,7 @@ def plot_alive(steps: Mapping[str, Mapping[str, tuple[int, int]]], path: str | P
         axis.bar(range(len(steps)), dead, bottom=alive, color="0.85", hatch="///", edgecolor="0.6", label="dead")
         for x, value in enumerate(alive):
             axis.text(x, value / 2, str(value), ha="center", va="center", fontsize=8, color="white")
-        axis.set_xticks(range(len(steps)), list(steps), fontsize=7)
+        axis.set_xticks(range(len(names)), names, fontsize=7, **writing)
         axis.set_title(short_name(layer), fontsize=9)
         axis.set_ylim(0, (alive + dead).max())
     for axis in axes.flat[len(layers) :]:
@@ -167,10 +171,10 @@ def plot_matrix(matrices: Mapping[tuple[str, str], np.ndarray], path: str | Path
         for j in range(len(pairs)):
             frame = {"fill": False, "edgecolor": ORANGE, "linewidth": 2.0}
             axis.add_patch(_rectangle((j - 0.48, j + 0.52), 0.96, 0.96, **frame))
-        axis.set_xticks(range(len(pairs)), pairs, fontsize=8)
+        axis.set_xticks(range(len(pairs)), pairs, fontsize=8, **turned(pairs, 40 if columns > 1 else 80))
         axis.set_yticks(range(len(pairs) + 1), ["before", *(f"+ {pair}" for pair in pairs)], fontsize=8)
         axis.tick_params(length=0)
-        axis.set_title(f"{method}: {' → '.join(pairs)}", fontsize=9)
+        axis.set_title(textwrap.fill(f"{method}: {' → '.join(pairs)}", 40 if columns > 1 else 80), fontsize=9)
     for axis in axes.flat[len(matrices) :]:
         axis.set_visible(False)
     figure.colorbar(image, ax=list(axes.flat), label=f"{label} (framed: just trained)", shrink=0.9)
@@ -258,8 +262,7 @@ def short_name(layer: str) -> str:
 
 
 def _visible(token: str) -> str:
-    # matplotlib would read a dollar sign as the start of a formula
-    return token.replace("▁", "_").replace("$", r"\$")
+    return visible(token.replace("▁", "_"))
 
 
 def _rectangle(*args: Any, **kwargs: Any) -> Any:

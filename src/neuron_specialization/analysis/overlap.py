@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import permutation_test, rankdata
 
 from ..neurons.ffn import ENCODER, STACKS
-from ..neurons.language_pairs import split_pair
+from ..neurons.language_pairs import DEFAULT_PAIR, split_pair
 from ..neurons.masks import NeuronMasks
 
 FEWEST_LANGUAGES = 7  # six have 720 orders, too few for a p-value that survives a correction over layers
@@ -67,7 +66,8 @@ def neuron_overlap(masks: NeuronMasks, stack: str, pivot: str) -> Overlap:
     if stack not in STACKS:
         raise ValueError(f"Expected 'encoder' or 'decoder', got {stack!r}.")
     side = STACKS.index(stack)
-    fitting = {split_pair(pair)[side]: pair for pair in masks.language_pairs if split_pair(pair)[1 - side] == pivot}
+    codes = {pair: split_pair(pair) for pair in masks.language_pairs if pair != DEFAULT_PAIR}
+    fitting = {sides[side]: pair for pair, sides in codes.items() if sides[1 - side] == pivot}
     if len(fitting) < 2:
         wanted = f"into {pivot}" if stack == ENCODER else f"out of {pivot}"
         raise ValueError(
@@ -90,7 +90,9 @@ def mantel(
 ) -> dict[str, float | None]:
     """Test whether languages overlap more the closer they are: Spearman's Mantel test, permuting language labels.
 
-    The permutations are scipy's; scikit-bio's Mantel test has no partial form.
+    The permutations are scipy's; scikit-bio's Mantel test has no partial form. In the partial test the labels of the
+    overlap itself are permuted, and what is controlled for is regressed out of each order (Smouse, Long and Sokal,
+    1986). Where a single language has a label of its own, that test finds little: its orders correlate widely.
 
     Args:
         overlap: [n, n], symmetric; the IoU of one layer.
@@ -107,6 +109,8 @@ def mantel(
     Raises:
         ValueError: if the matrices differ in size, or there are fewer than 3 languages.
     """
+    from scipy.stats import permutation_test, rankdata  # an optional dependency
+
     n = len(overlap)
     if n < 3:
         raise ValueError(f"Overlap is compared with distance between 3 languages at least, 7 for a p-value; got {n}.")

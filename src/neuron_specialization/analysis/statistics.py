@@ -109,10 +109,10 @@ def paired_bootstrap(
     return tested
 
 
-def spread(rows: Sequence[Mapping[str, Any]], method: str, score: str) -> tuple[float, float]:
-    """Return the mean over directions and seeds, and the standard deviation of the seeds' means (nan for one seed)."""
+def spread(rows: Sequence[Mapping[str, Any]], method: str, score: str) -> tuple[float, float | None]:
+    """Return the mean over directions and seeds, and the standard deviation of the seeds' means, None for one seed."""
     means = [float(np.mean(list(values.values()))) for values in _by_seed(rows, method, score).values()]
-    return float(np.mean(means)), float(np.std(means, ddof=1)) if len(means) > 1 else float("nan")
+    return float(np.mean(means)), float(np.std(means, ddof=1)) if len(means) > 1 else None
 
 
 def reference_mean(rows: Sequence[Mapping[str, Any]], method: str, reference: str, score: str) -> float:

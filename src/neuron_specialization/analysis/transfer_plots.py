@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .figures import COLORS, MARKERS, panels, save
+from .figures import COLORS, MARKERS, panels, save, turned
 from .seeds import Values
 
 
@@ -38,7 +38,7 @@ def plot_transfer(languages: Values, source: str, apart: Sequence[str], path: st
         axis.axhline(0, color="0.3", linewidth=0.8)
         if set(codes) & set(apart):
             axis.axvline(sum(code not in apart for code in codes) - 0.5, color="0.7", linewidth=0.8)
-        axis.set_xticks(range(len(codes)), codes)
+        axis.set_xticks(range(len(codes)), codes, **turned(codes, 80))
         axis.set_title(f"{task}, {mode}".replace("_", " "), fontsize=9)
     figure.supylabel(f"accuracy minus that of {source} (points)", fontsize=9)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)

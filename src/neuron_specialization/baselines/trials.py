@@ -106,9 +106,10 @@ class Trials:
         with alone(self.models.directory, f"{method}-{directory.name}"):
             if not (directory / "trial.json").is_file():
                 self._try(method, setting, directory)
-        losses = json.loads((directory / "trial.json").read_text())["validation_loss"]
-        mean = sum(losses.values()) / len(losses)
-        return mean if math.isfinite(mean) else math.inf
+        losses = json.loads((directory / "trial.json").read_text())["validation_loss"].values()
+        if not all(loss is not None and math.isfinite(loss) for loss in losses):  # it diverged
+            return math.inf
+        return sum(losses) / len(losses)
 
     def _try(self, method: str, setting: Setting, directory: Path) -> None:
         stage, groups, of_stage = self.models.stage, self.models.groups(method), self.models.updates(method)

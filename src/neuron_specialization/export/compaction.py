@@ -2,6 +2,7 @@
 
 import copy
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from ..adapter.attachment import detach
 from ..adapter.compact_policy import single_row, why_not_compact
 from ..adapter.layer import NeuronSpecializationLayer
 from ..adapter.routing import router_of
+from ..neurons.adapter_file import CONFIG_NAME
 from ..neurons.base_model import build_on_meta, make_trainable, unwrap
 from ..neurons.ffn import STACKS, find_ffn_blocks
 from ..neurons.files import atomic_directory
@@ -68,8 +70,11 @@ def save_compact(model: Any, directory: str | PathLike[str], tokenizer: Any = No
         overwrite: also replace files of the same names that this package did not write.
 
     Raises:
-        ValueError: if the model's config has no FFN width that could be set.
+        ValueError: if the model's config has no FFN width that could be set, or `directory` holds an adapter:
+            transformers would load it onto the checkpoint.
     """
+    if Path(directory, CONFIG_NAME).is_file():
+        raise ValueError(f"{directory} holds an adapter; choose another directory for the checkpoint.")
     padded = pad_stacks(copy.deepcopy(model))
     with atomic_directory(directory, overwrite) as fresh:
         padded.save_pretrained(fresh)

@@ -1,5 +1,6 @@
 """Compact models for CTranslate2, converted from memory: it reads each layer's width, so nothing is padded."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from os import PathLike
@@ -23,7 +24,7 @@ def save_ctranslate2(
     """Convert a plain transformers model, such as `ns.compact` returns, into a CTranslate2 model directory.
 
     Args:
-        model: the model; it may be ragged.
+        model: the model; it may be ragged. It is left as it is.
         tokenizer: its tokenizer, written beside the converted model.
         directory: where to write; see `neurons.files.atomic_directory`.
         quantization: one of QUANTIZATIONS, or None to keep the type of the weights.
@@ -36,12 +37,15 @@ def save_ctranslate2(
     loader = check_convertible(model, quantization)
     from ctranslate2.converters import Converter
 
+    # CTranslate2 scales the weights in place before it rounds them to integers
+    weights = copy.deepcopy(model) if quantization is not None and quantization.startswith("int") else model
+
     class FromMemory(Converter):
         """CTranslate2's own converter reads from the disk, where layers of one stack cannot differ in width."""
 
         def _load(self) -> Any:
-            with _config_for_ctranslate2(model.config, tokenizer):
-                return loader(model, _WholeVocabulary(tokenizer, len(model.get_input_embeddings().weight)))
+            with _config_for_ctranslate2(weights.config, tokenizer):
+                return loader(weights, _WholeVocabulary(tokenizer, len(weights.get_input_embeddings().weight)))
 
     with atomic_directory(directory, overwrite) as fresh:
         FromMemory().convert(str(fresh), quantization=quantization, force=True)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer
 
+from ..adapter.language_tokens import check_language_tokens
 from ..neurons.ffn import STACKS
 
 _TOKEN_IDS = (
@@ -51,10 +52,14 @@ def trim_vocabulary(
         language_tokens: tags of the pair; those of other languages are dropped.
 
     Raises:
-        ValueError: if the tokenizer is of another kind, or the trimmed one would tokenize the text differently.
+        ValueError: if the tokenizer is of another kind, a tag is no language token of it, there is no text, or the
+            trimmed tokenizer would tokenize the text differently.
     """
     check_trimmable(tokenizer)
+    check_language_tokens(tokenizer, {token: token for token in language_tokens})
     text = list(dict.fromkeys(sentences))
+    if not text or not language_tokens:
+        raise ValueError("Trimming a vocabulary takes text and language tokens to keep; one of the two is empty.")
     used = {token for tokens in _cut(tokenizer, text) for token in tokens}
     with tempfile.TemporaryDirectory() as directory:
         tokenizer.save_pretrained(directory)

@@ -89,6 +89,7 @@ class ActivationCounts:
             counts={name: total(self.counts[name], other.counts[name]) for name in self.counts},
             tokens={stack: total(self.tokens[stack], other.tokens[stack]) for stack in self.tokens},
             language_token_ids=ids or None,
+            weights_sample=self.weights_sample or other.weights_sample,
         )
 
     def rates(self, block: str) -> torch.Tensor:

@@ -82,12 +82,12 @@ def describe_adapter(
     tensors = adapter_file.read_weights(adapter_file.fetch(directory, adapter_file.WEIGHTS_NAME))
     keys = {name: adapter_file.mask_key(name) for name in config["d_ff"]}
     packed = {name: tensors[key] for name, key in keys.items() if key in tensors}
-    if _names_no_base(Path(directory) / CARD_NAME):
+    if names_no_base(Path(directory) / CARD_NAME):
         config = {**config, "base_model_name_or_path": None}
     return write_card(card_directory or directory, config, packed, facts)
 
 
-def _names_no_base(card: Path) -> bool:
+def names_no_base(card: Path) -> bool:
     """Whether a card of this package names no base: it was a directory from where the adapter was saved."""
     if not card.is_file() or _MARK.search(text := card.read_text(encoding="utf-8")) is None:
         return False

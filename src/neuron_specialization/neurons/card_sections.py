@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from .language_pairs import DEFAULT_PAIR, split_pair
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_BASE_ID = re.compile(r"([\w.-]+/)?[\w.-]+")  # models of the Hub's first years have no owner, such as t5-small
+_BASE_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")  # models of the Hub's first years have no owner, such as t5-small
 _LANGUAGE = re.compile(r"[a-z]{2,3}")
 _VERSIONED = ("neuron-specialization", "transformers", "torch")
 _METRICS = {"bleu": "BLEU", "chrf++": "chrF++"}

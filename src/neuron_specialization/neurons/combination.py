@@ -1,7 +1,7 @@
 """Join or combine masks that were made for one base model, perhaps by different people."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -60,7 +60,8 @@ def combined(a: "NeuronMasks", b: "NeuronMasks", how: str) -> "NeuronMasks":
         if empty:
             raise ValueError(f"The {how} would keep no neuron of {', '.join(empty)} in {block}.")
     tokens = _tokens(a.language_token_ids, b.language_token_ids)
-    return replace(a, rows=rows, selector={"name": how, "of": [a.selector, b.selector]}, language_token_ids=tokens)
+    selector = {"name": how, "of": [a.selector, b.selector]}
+    return replace(a, rows=rows, selector=selector, language_token_ids=tokens, **_base(a, b))
 
 
 def joined(a: "NeuronMasks", b: "NeuronMasks") -> "NeuronMasks":
@@ -93,7 +94,27 @@ def joined(a: "NeuronMasks", b: "NeuronMasks") -> "NeuronMasks":
     routes = Routes(names[ENCODER], names[DECODER], {**a.routes.listed, **moved}, a.routes.source_tag)
     selector = a.selector if a.selector == b.selector else {"name": "concatenation", "of": [a.selector, b.selector]}
     tokens = _tokens(a.language_token_ids, b.language_token_ids)
-    return replace(a, rows=rows, routes=routes, selector=selector, language_token_ids=tokens)
+    both = replace(a, rows=rows, routes=routes, selector=selector, language_token_ids=tokens, **_base(a, b))
+    _check_kept(both, a, b)
+    return both
+
+
+def _base(a: "NeuronMasks", b: "NeuronMasks") -> dict[str, Any]:
+    """Return what is known of the base that both were made for, whichever of them knows it."""
+    known = ("fingerprint", "weights_sample", "base_model_name_or_path")
+    return {name: getattr(a, name) or getattr(b, name) for name in known}
+
+
+def _check_kept(both: "NeuronMasks", *parts: "NeuronMasks") -> None:
+    """Rows of single languages compose masks for pairs that no name tells, which the other part may hold by name."""
+    for masks in parts:
+        changed = [
+            pair
+            for pair in masks.language_pairs
+            if any(not torch.equal(both.row(pair, block), masks.row(pair, block)) for block in masks.stacks)
+        ]
+        if changed:
+            raise ValueError(f"Both masks hold {', '.join(changed)}, with different rows. {_REMEDY}")
 
 
 def _check_equal(first: torch.Tensor, second: torch.Tensor, places: list[int], names: list[str], block: str) -> None:

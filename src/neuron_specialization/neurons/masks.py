@@ -13,11 +13,11 @@ from huggingface_hub import HfApi
 from safetensors.torch import save_file
 
 from . import adapter_file
-from .card import describe_adapter, keep_card_of_hub, write_card
+from .card import describe_adapter, keep_card_of_hub, names_no_base, write_card
 from .card_sections import CardFacts
 from .combination import combined, joined
 from .ffn import ENCODER, STACKS, in_order
-from .files import WRITTEN, atomic_directory
+from .files import CARD_NAME, WRITTEN, atomic_directory
 from .language_pairs import Routes, shorten, split_pair
 
 ORIGIN = ("language_token_ids", "base_model_name_or_path", "weights_sample")
@@ -272,6 +272,9 @@ class NeuronMasks:
             adapter_file.check_packed_rows(key, tensors[key], count, width)
             rows[name] = adapter_file.unpack_rows(tensors[key], width)
         origin = {name: config.get(name) for name in ORIGIN}
+        base = origin["base_model_name_or_path"]
+        if base and not Path(base).exists() and names_no_base(Path(location) / CARD_NAME):
+            origin["base_model_name_or_path"] = None  # a directory of elsewhere, which a card would take for a Hub id
         return cls(rows, stacks, routes, config["selector"], config["fingerprint"], **origin)
 
 

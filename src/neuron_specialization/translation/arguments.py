@@ -10,6 +10,7 @@ from ..neurons.language_pairs import check_pairs, split_pair
 from .check import check_parallel, data_check_rows, warn_of_empty_sides
 from .data import load_parallel
 from .data_files import FORMATS
+from .messages import check_positive
 
 
 @dataclass
@@ -121,8 +122,8 @@ class DataArguments:
         of_language = {code: int(number) if number.isdecimal() else 0 for code, number in given.items()}
         if wrong := [f"{code}={given[code]}" for code, number in of_language.items() if number < 1]:
             raise ValueError(f"train_sentences takes numbers of at least 1, such as de=3000; got {' '.join(wrong)}.")
-        if self.max_sentences is not None and self.max_sentences < 1:
-            raise ValueError(f"max_sentences is a number of at least 1, got {self.max_sentences}.")
+        if self.max_sentences is not None:
+            check_positive(max_sentences=self.max_sentences)
         limits = {}
         for pair in pairs:
             bounds = [self.max_sentences, *(of_language.get(code) for code in split_pair(pair))]

@@ -45,7 +45,7 @@ def cross_attention(
         Weights of the last decoder layer, averaged over its heads, float64 [target, source], in the row of the token
         that is predicted; and the tokens of both sides.
     """
-    tokens = resolve_tokens(tokenizer, [pair], language_tokens)
+    tokens = resolve_tokens(tokenizer, [pair], language_tokens, source_tag)
     encoded = encode(tokenizer, pair, [source], [target], tokens, source_tag)
     batch = TranslationCollator(tokenizer, model)([{name: rows[0] for name, rows in encoded.items()}])
     batch = moved(batch, device_of(model))

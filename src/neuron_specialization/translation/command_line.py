@@ -19,11 +19,12 @@ from accelerate.utils import get_int_from_env
 from torch.distributed import distributed_c10d
 from transformers import HfArgumentParser, TrainingArguments
 
-from .messages import in_one_line
+from .messages import check_positive, in_one_line
 from .results import check_results
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _SHOWN_OF_TRAINER = {"output_dir", "max_steps", "per_device_train_batch_size", "eval_steps", "seed"}
+_COUNTS = {"batch_size", "num_beams", "sample", "sentences", "max_sentences", "zero_shot_sentences", "max_length"}
 _WAIT = 5.0  # seconds
 _LOCAL_RANK = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
 
@@ -39,6 +40,9 @@ def run(main: Callable[[], None]) -> None:
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     try:
         main()
+    except BrokenPipeError:  # who reads has enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        raise SystemExit(1) from None
     except Exception as error:
         first = _is_first_to_fail()
         if not first:
@@ -107,6 +111,9 @@ def parse(*types: Any, unused: Collection[str] = (), argv: Sequence[str] | None 
     )
     if stray:
         raise ValueError(f"Unexpected {' '.join(stray)}: every option starts with its name, such as --config FILE.")
+    for each in parsed:
+        given = {name: number for name, number in vars(each).items() if name in _COUNTS and number is not None}
+        check_positive(**given)
     overwrite = any(getattr(each, "overwrite_output_dir", False) for each in parsed)
     for directory in {each.output_dir for each in parsed if getattr(each, "output_dir", None) and not overwrite}:
         check_results(directory)

@@ -3,6 +3,7 @@
 import csv
 import glob
 import gzip
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any, BinaryIO
 
 import datasets
 from datasets import Dataset, Features, Value, get_dataset_config_names, load_dataset
+from datasets.exceptions import DatasetGenerationError
 
 from ..neurons.language_pairs import shorten
 from .messages import in_one_line
@@ -59,8 +61,37 @@ def read_rows(path: str, quiet: bool = False) -> Dataset | None:
     paths = [glob.escape(str(file)) for file in files]
     large = sum(file.stat().st_size for file in files) >= _BAR_FROM
     with progress_bars(large and not quiet), _readable(path):
-        rows = load_dataset(_READERS[kind], data_files=paths, split="train", **options)
+        try:
+            rows = load_dataset(_READERS[kind], data_files=paths, split="train", **options)
+        except DatasetGenerationError:
+            # columns and their types are taken from the first rows, where a language may be missing
+            features = _features_of_all_rows(files) if _READERS[kind] == "json" else None
+            if features is None:
+                raise
+            rows = load_dataset("json", data_files=paths, split="train", features=features)
     return flat(rows)
+
+
+def _features_of_all_rows(files: Sequence[Path]) -> Features | None:
+    """Return text as the type of every column that any row has, of nested languages too; None if not of JSON lines."""
+    features: dict[str, Any] = {}
+    for file in files:
+        with _open(file) as opened:
+            for line in opened:
+                try:
+                    row = json.loads(line.decode("utf-8-sig")) if line.strip() else {}
+                except ValueError:
+                    return None
+                if not isinstance(row, dict):
+                    return None
+                for name, value in row.items():
+                    if isinstance(value, dict):
+                        known = features.get(name)
+                        nested = known if isinstance(known, dict) else {}
+                        features[name] = nested | dict.fromkeys(value, Value("string"))
+                    else:
+                        features.setdefault(name, Value("string"))
+    return Features(features)
 
 
 def read_text(files: Mapping[str, str], quiet: bool = False) -> Dataset:
@@ -176,7 +207,7 @@ def _kind(file: Path) -> str:
 
 
 def _open(file: str | Path) -> BinaryIO:
-    if str(file).endswith(".gz"):
+    if str(file).lower().endswith(".gz"):
         return gzip.open(file)  # type: ignore[return-value]
     return open(file, "rb")
 

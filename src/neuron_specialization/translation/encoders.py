@@ -109,7 +109,7 @@ def encode_examples(
         first subword of each word.
     """
     before, after = _surroundings(tokenizer, tag)
-    room = max_length - len(before) - len(after)
+    room = _room(max_length, len(before) + len(after))
     rows = []
     for parts, labels in zip(subwords(tokenizer, examples, tagging), examples.labels, strict=True):
         if not tagging and len(parts) > 1:
@@ -141,7 +141,7 @@ def encode_sentences(
         and what else the tokenizer puts around it. Text that it makes no token of becomes its unknown token.
     """
     before, after = _surroundings(tokenizer, tag)
-    room = max_length - len(before) - len(after)
+    room = _room(max_length, len(before) + len(after))
     options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
     rows = []
     for ids in tokenizer(list(sentences), **options)["input_ids"]:
@@ -149,6 +149,12 @@ def encode_sentences(
         content = [0] * len(before) + [1] * len(ids) + [0] * len(after)
         rows.append({"input_ids": [*before, *ids, *after], "content": content})
     return rows
+
+
+def _room(max_length: int, around: int) -> int:
+    if max_length <= around:
+        raise ValueError(f"max_length is {max_length}, and the tokens around a text are {around}: none of it is left.")
+    return max_length - around
 
 
 def _surroundings(tokenizer: Any, tag: str | None) -> tuple[list[int], list[int]]:

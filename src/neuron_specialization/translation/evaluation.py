@@ -63,7 +63,7 @@ def check_lengths(
     for pair, rows in data.items():
         check_long_sentences(model, tokenizer, rows["source"], pair, language_tokens, source_tag)
         if losses and fixed_positions(model) is not None:
-            tokens = resolve_tokens(tokenizer, [pair], language_tokens)
+            tokens = resolve_tokens(tokenizer, [pair], language_tokens, source_tag)
             encoded = encode(tokenizer, pair, rows["source"], rows["target"], tokens, source_tag)
             check_positions(model, pair, encoded)
 

@@ -63,7 +63,7 @@ def record_corpus_parts(
             f"measure is {ACTIVITY!r} or, without count_padding, {ATTRIBUTION!r}; got {measure!r}"
             f"{' with count_padding' if count_padding else ''}."
         )
-    tokens = resolve_tokens(tokenizer, corpus, language_tokens)
+    tokens = resolve_tokens(tokenizer, corpus, language_tokens, source_tag)
     token_ids = language_token_ids(tokenizer, tokens)
     for pair, rows in corpus.items():
         if len(rows) < parts:

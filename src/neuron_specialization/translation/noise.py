@@ -120,7 +120,7 @@ def substitute_words(
     sentences = list(rows["source"])
     if not rate:
         return sentences
-    tokens = resolve_tokens(tokenizer, [pair], language_tokens)
+    tokens = resolve_tokens(tokenizer, [pair], language_tokens, source_tag)
     encoded = encode(tokenizer, pair, sentences, rows["target"], tokens, source_tag)
     words = _single_token_words(tokenizer, sentences, encoded["input_ids"])
     text = {word.token: sentences[i].split()[word.place] for i, found in enumerate(words) for word in found}

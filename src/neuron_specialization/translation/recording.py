@@ -50,7 +50,7 @@ def corpus_batches(
             word's tag, -100 for others. A word that does not stand in the text as it is (the two of a contraction
             such as "du" for "de le") tags nothing.
     """
-    tokens = resolve_tokens(tokenizer, corpus, language_tokens)
+    tokens = resolve_tokens(tokenizer, corpus, language_tokens, source_tag)
     max_length = min(max_length, number_of_positions(model) or max_length)
     collate = TranslationCollator(tokenizer, model)
     state = this_process()

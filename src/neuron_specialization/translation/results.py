@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 import platform
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -77,17 +78,26 @@ def write_results(directory: str | Path, results: Mapping[str, Any], name: str =
 
     Args:
         directory: created if missing.
-        results: anything JSON can hold.
+        results: anything JSON can hold; numbers that it cannot (NaN, infinite) become null.
         name: file name.
 
     Returns:
         Path of the file.
     """
     path = Path(directory) / name
-    written = {"recipe": _recipe(), **results, "environment": environment()}
+    written = without_nan({"recipe": _recipe(), **results, "environment": environment()})
     with replacing(path) as partial:
-        partial.write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n")
+        partial.write_text(json.dumps(written, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     return path
+
+
+def without_nan(value: Any) -> Any:
+    """Return a value, of dictionaries and lists, with None in the place of numbers that JSON has no word for."""
+    if isinstance(value, Mapping):
+        return {key: without_nan(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def has_scores(directory: str | Path, scored: Mapping[str, Any]) -> bool:

@@ -44,7 +44,7 @@ def token_losses(
     Raises:
         ValueError: if a side of a sentence pair has more tokens than the model has positions.
     """
-    tokens = resolve_tokens(tokenizer, data, language_tokens)
+    tokens = resolve_tokens(tokenizer, data, language_tokens, source_tag)
     device = device_of(model)
     training = model.training
     model.eval()

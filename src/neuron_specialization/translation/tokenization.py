@@ -16,20 +16,28 @@ SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")
 
 
 def resolve_tokens(
-    tokenizer: Any, language_pairs: Iterable[str], tokens: Mapping[str, str] | None = None
+    tokenizer: Any, language_pairs: Iterable[str], tokens: Mapping[str, str] | None = None, source_tag: str = "source"
 ) -> dict[str, str]:
     """Return language code → language token for every language of the pairs.
+
+    Where the source side carries the target's tag, sources need none, and are left out unless `tokens` names them:
+    Marian's models out of one language have tags of the others only.
 
     Args:
         tokenizer: the model's tokenizer.
         language_pairs: names of the pairs.
         tokens: language code → token; codes that it leaves out must be tokens themselves.
+        source_tag: what the tag on the source side names.
 
     Raises:
         ValueError: if one is no language token of the tokenizer; pieces of words are none.
     """
-    codes = dict.fromkeys(code for pair in language_pairs for code in split_pair(pair))
-    resolved = {code: (tokens or {}).get(code, code) for code in codes}
+    tokens, pairs = tokens or {}, [split_pair(pair) for pair in language_pairs]
+    codes = dict.fromkeys(code for pair in pairs for code in pair)
+    if source_tag == "target":
+        targets = {target for _, target in pairs}
+        codes = {code: None for code in codes if code in targets or code in tokens}
+    resolved = {code: tokens.get(code, code) for code in codes}
     check_language_tokens(tokenizer, resolved)
     return resolved
 

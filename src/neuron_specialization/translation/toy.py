@@ -48,6 +48,8 @@ class ToyLanguages:
     ) -> None:
         if families < 1 or families > len(_ORDERS) - 1 or languages_per_family < 1 or languages_per_family > 26:
             raise ValueError(f"Expected 1 to {len(_ORDERS) - 1} families of 1 to 26 languages.")
+        if not 0 <= replaced <= 1:
+            raise ValueError(f"replaced is a share of roots, between 0 and 1; got {replaced}.")
         parts = sum(_CLASSES.values())
         if roots < parts or roots % parts:
             raise ValueError(f"Expected a multiple of {parts} roots (nouns, verbs, adjectives, adverbs), got {roots}.")

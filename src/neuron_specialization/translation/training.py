@@ -90,7 +90,7 @@ def fit(
     overwrite = bool(args.overwrite_output_dir)
     check_replaceable(directory, ["adapter_config.json", "config.json", "model.safetensors"], overwrite)
     pairs = list(train)
-    tokens = resolve_tokens(tokenizer, pairs, language_tokens)
+    tokens = resolve_tokens(tokenizer, pairs, language_tokens, source_tag)
     if validation is not None and list(validation) != pairs:
         raise ValueError(
             f"Training data has the pairs {pairs}, validation data {list(validation)}; expected the same."

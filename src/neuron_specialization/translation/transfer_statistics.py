@@ -11,7 +11,6 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
-from scipy.stats import false_discovery_control, permutation_test
 
 from .transfer import CONTROLS, MAJORITY, RANDOM, Checkpoint, Predictions
 from .understanding import Examples, Task
@@ -242,6 +241,8 @@ def compare(
     model only, and these rows are adjusted by themselves.
     """
     cells = {(task.name, mode, model): (task, counts) for task, mode, model, counts in _cells(tasks, predictions)}
+    from scipy.stats import false_discovery_control  # an optional dependency
+
     rows: list[dict[str, Any]] = []
     for task_name, mode in dict.fromkeys(cell[:2] for cell in cells):
         known = [model for *cell, model in cells if tuple(cell) == (task_name, mode)]
@@ -271,6 +272,8 @@ def _difference(x: ItemCounts, y: ItemCounts, languages: Sequence[str]) -> dict[
 
 def _swap_test(x: np.ndarray, y: np.ndarray) -> float:
     """Return p of the difference between the sums of two models' scores per text, float64 [texts]."""
+    from scipy.stats import permutation_test  # an optional dependency
+
     tested = permutation_test(
         [x, y],
         lambda x, y, axis: (x - y).sum(axis),

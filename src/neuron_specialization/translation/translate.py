@@ -13,9 +13,10 @@ from tqdm.auto import tqdm
 from ..adapter.active import active_config, known_language_tokens
 from ..adapter.routing import is_routed
 from ..adapter.target_tag import label_shift
-from ..neurons.base_model import device_of, number_of_positions, unwrap
+from ..neurons.base_model import device_of, fixed_positions, number_of_positions, unwrap
 from ..neurons.language_pairs import split_pair
 from .long_sentences import LongSentences, encode_within, join_pieces
+from .messages import check_positive
 from .processes import this_process
 from .tokenization import encode, resolve_tokens
 
@@ -56,7 +57,7 @@ def translate(
 
     Raises:
         ValueError: if the pair is unknown to the adapter, or a language token to the tokenizer, or `sentences` holds
-            something other than strings, or one is too long.
+            something other than strings, or one is too long, or a batch has no sentence, or a search no beam.
     """
     rows = _translate_ids(
         *(model, tokenizer, sentences, pair),
@@ -102,11 +103,12 @@ def _translate_ids(
 ) -> list[list[list[int]]]:
     """Return token ids for each piece of each sentence; sentences that fit the model's positions have one piece."""
     sentences = _as_list(sentences)
+    check_positive(batch_size=batch_size, num_beams=generate_kwargs.get("num_beams", 1))
     config = active_config(model)
-    tokens = pair_tokens(model, tokenizer, pair, language_tokens)
+    source_tag = config.source_tag if config is not None else source_tag
+    tokens = pair_tokens(model, tokenizer, pair, language_tokens, source_tag)
     if not sentences:  # after the check above: an unknown language is an error in every process that shares the work
         return []
-    source_tag = config.source_tag if config is not None else source_tag
     pieces = _encode_sources(model, tokenizer, sentences, pair, tokens, source_tag, long_sentences, numbers)
     encoded = list(chain.from_iterable(pieces))
     sentence_of = [number for number, parts in enumerate(pieces) for _ in parts]
@@ -156,8 +158,8 @@ def check_long_sentences(
 ) -> None:
     """Raise ValueError if `translate` would refuse one of the sentences as too long."""
     config = active_config(model)
-    tokens = pair_tokens(model, tokenizer, pair, language_tokens)
     tag = config.source_tag if config is not None else source_tag
+    tokens = pair_tokens(model, tokenizer, pair, language_tokens, tag)
     _encode_sources(model, tokenizer, _as_list(sentences), pair, tokens, tag, "error", None)
 
 
@@ -211,24 +213,31 @@ def _target_tag(base: Any, tokenizer: Any, pair: str, tokens: Mapping[str, str])
 
 
 def pair_tokens(
-    model: Any, tokenizer: Any, pair: str, language_tokens: Mapping[str, str] | None = None
+    model: Any,
+    tokenizer: Any,
+    pair: str,
+    language_tokens: Mapping[str, str] | None = None,
+    source_tag: str = "source",
 ) -> dict[str, str]:
-    """Return the language tokens of a pair: those that the model's adapter knows, else those given.
+    """Return the language tokens of a pair, as `resolve_tokens` does: those that the model's adapter knows, else those
+    given.
 
     Raises:
         ValueError: if one is no language token of the tokenizer.
     """
-    return resolve_tokens(tokenizer, [pair], {**(language_tokens or {}), **known_language_tokens(model, tokenizer)})
+    known = {**(language_tokens or {}), **known_language_tokens(model, tokenizer)}
+    return resolve_tokens(tokenizer, [pair], known, source_tag)
 
 
 def _generate(model: Any, tokenizer: Any, rows: list[list[int]], kwargs: Mapping[str, Any]) -> list[list[int]]:
     device = device_of(model)
     inputs = tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(device)
-    # without any limit of its own, generate stops at 20 tokens
-    limit = {}
+    limit = {}  # without any limit of its own, generate stops at 20 tokens
     configs = [vars(config) for config in (unwrap(model).generation_config, kwargs.get("generation_config")) if config]
     if not any(settings.get(name) for settings in [*configs, kwargs] for name in ("max_length", "max_new_tokens")):
-        limit = {"max_new_tokens": 2 * inputs["input_ids"].shape[1] + 32}
+        given = kwargs.get("decoder_input_ids")
+        room = (fixed_positions(model) or sys.maxsize) - (1 if given is None else given.shape[1])
+        limit = {"max_new_tokens": max(1, min(2 * inputs["input_ids"].shape[1] + 32, room))}
     with torch.inference_mode():
         output = model.generate(
             input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], **limit, **kwargs

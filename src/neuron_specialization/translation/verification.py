@@ -44,8 +44,8 @@ class Verification:
     ) -> None:
         self.pair, self.num_beams = pair, num_beams
         self.sources, self.references = list(sample["source"]), list(sample["target"])
-        self.tokens = pair_tokens(model, tokenizer, pair, language_tokens)
         self.source_tag = active_config(model).source_tag
+        self.tokens = pair_tokens(model, tokenizer, pair, language_tokens, self.source_tag)
         self.target_token = self.tokens[split_pair(pair)[1]] if self.source_tag == "source" else None
         self.translations = self.translate(model, tokenizer)
 
