@@ -114,7 +114,7 @@ def sampler_memory() -> int:
 
 def resident() -> int:
     """Return the anonymous memory of this process; memory-mapped files are not in it."""
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.split("RssAnon:")[1].split()[0]) * 1024
 
 

@@ -94,7 +94,7 @@ def report(comparison: Comparison, baseline: str, tiers: dict[str, list[str]], s
     results = comparison_results(found, tables, significance, training_of(baseline))
     text = as_text(results["facts"], results["headroom"], tables)
     print("\n" + text)
-    (comparison.directory / "tables.md").write_text(text)
+    (comparison.directory / "tables.md").write_text(text, encoding="utf-8")
     print(f"wrote {write_results(comparison.directory, {**results, 'settings': settings})}")
     draw(usable_rows(found["rows"], found["stages"]), tables, comparison.directory, found["zero_shot"]["rows"])
 

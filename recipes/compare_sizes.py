@@ -40,7 +40,7 @@ def main() -> None:
         path = directory / "results.json"
         if not path.is_file():
             raise ValueError(f"There is no {path}: run compare_methods with --tables_only true first.")
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
         rows[directory.name] = usable_rows(found["rows"], found["stages"])
         missing = {"fine_tune", "bilingual"} - {row["method"] for row in rows[directory.name]}
         if missing:

@@ -76,7 +76,7 @@ def report(transfer: SequentialTransfer, about: dict[str, Any]) -> None:
         parts.append(f"Robustness\n\n{table(robustness_table(found['robustness']))}")
     text = "\n\n".join(parts) + "\n"
     print("\n" + text)
-    (transfer.directory / "tables.md").write_text(text)
+    (transfer.directory / "tables.md").write_text(text, encoding="utf-8")
     results = {**found, "transfer": tables, "mask overlap": overlap, **about}
     print(f"wrote {write_results(transfer.directory, results)}")
     whole = {key: matrix for key, matrix in begun.items() if not np.isnan(matrix).any()}

@@ -100,6 +100,20 @@ def test_the_target_tag_is_forced(toy, toy_model, toy_tokenizer):
     assert calls[0]["forced_bos_token_id"] == toy_tokenizer.convert_tokens_to_ids("Aa") and calls[0]["num_beams"] == 2
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": -1}, "batch_size is a number of at least 1, got -1"),
+        ({"num_beams": 0}, "num_beams is a number of at least 1, got 0"),
+        ({"num_return_sequences": 2, "num_beams": 2}, "One translation of each sentence"),
+        ({"return_dict_in_generate": True}, "One translation of each sentence"),
+    ],
+)
+def test_options_without_one_translation_of_each_sentence_are_refused(options, message, toy_model, toy_tokenizer):
+    with pytest.raises(ValueError, match=message):
+        ns.translate(toy_model, toy_tokenizer, ["ba bu"], "Pv-Aa", **options)
+
+
 def test_an_adapted_model_translates_under_its_pairs_and_tokens(toy, toy_data, toy_model, toy_tokenizer):
     counts = record_corpus(toy_model, toy_tokenizer, toy_data["validation"])
     config = ns.NeuronSpecializationConfig(

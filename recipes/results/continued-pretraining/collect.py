@@ -14,7 +14,7 @@ from neuron_specialization.translation.checkpoints import load_adapted
 from neuron_specialization.translation.results import table, write_results
 from neuron_specialization.translation.token_loss import token_losses
 
-CONFIG = yaml.safe_load(Path("recipes/configs/continue_pretraining/small.yaml").read_text())
+CONFIG = yaml.safe_load(Path("recipes/configs/continue_pretraining/small.yaml").read_text(encoding="utf-8"))
 RECIPES = ("pretrain", "continue_pretraining", "score")
 GROUPS = ("one-to-many", "many-to-one")
 OF_A_RUN = ("updates", "best_step", "target_tokens", "train_runtime", "best_validation_loss")
@@ -23,7 +23,7 @@ OF_A_RUN = ("updates", "best_step", "target_tokens", "train_runtime", "best_vali
 def main(directory: Path) -> None:
     rows, runs = [], []
     for path in sorted(directory.glob("*/results.json")):
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
         if found["recipe"] not in RECIPES:
             continue
         name, _, number = path.parent.name.rpartition("-")

@@ -20,7 +20,7 @@ LOWEST_RATE, DRAWN = 0.1, ("random", "mass_matched")
 
 
 def main(directory: Path, test_file: str) -> None:
-    parts = [json.loads(path.read_text()) for path in sorted(directory.glob("seed-*/**/part.json"))]
+    parts = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(directory.glob("seed-*/**/part.json"))]
     pair = parts[0]["rows"][0]["order"].split("/")[-1]
     references = list(load_parallel(test_file, [pair], split="test")[pair]["target"])
     models = [(part["rows"][0], part["translations"][pair]) for part in parts]

@@ -175,7 +175,7 @@ def described_training(create: Callable[..., Any]) -> Callable[..., Any]:
 
 def _holds_adapter(directory: str | PathLike[str]) -> bool:
     config = Path(directory) / CONFIG_NAME
-    return config.is_file() and json.loads(config.read_text()).get("peft_type") == PEFT_TYPE
+    return config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("peft_type") == PEFT_TYPE
 
 
 def as_model_keys(model: nn.Module, adapter_name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

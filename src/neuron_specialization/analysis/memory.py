@@ -78,7 +78,7 @@ def _peak_allocation(step: TrainingStep) -> int:
     with tempfile.TemporaryDirectory() as directory:
         trace = Path(directory) / "trace.json"
         profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
+        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
     allocations = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]")
     allocated = peak = 0
     for _, size in allocations:

@@ -51,4 +51,4 @@ def identification_seconds(directory: Path, kind: str) -> float:
     if kind not in IDENTIFIED_BY:
         return 0.0
     path = identification_folder(directory, IDENTIFIED_BY[kind]) / "results.json"
-    return json.loads(path.read_text())["seconds"] if path.is_file() else 0.0
+    return json.loads(path.read_text(encoding="utf-8"))["seconds"] if path.is_file() else 0.0

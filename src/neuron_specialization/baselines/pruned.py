@@ -217,5 +217,7 @@ def _share(masks: NeuronMasks) -> float:
 
 def collect_pruned(directory: str | Path) -> list[dict[str, Any]]:
     """Read the rows of whatever pruned stages are there: one per stage and direction."""
-    parts = (json.loads(path.read_text()) for path in sorted(Path(directory).glob(f"seed-*/**/{PART}")))
+    parts = (
+        json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(directory).glob(f"seed-*/**/{PART}"))
+    )
     return [row for part in parts for row in part["rows"]]

@@ -58,7 +58,7 @@ def shared_arguments(training: SpecializationTrainingArguments) -> dict[str, Any
 def recorded_settings(directory: Path, name: str) -> dict[str, Any]:
     """Return what `check_settings` recorded in a directory; nothing if there is no such file."""
     path = directory / name
-    return json.loads(path.read_text())["settings"] if path.is_file() else {}
+    return json.loads(path.read_text(encoding="utf-8"))["settings"] if path.is_file() else {}
 
 
 def check_settings(

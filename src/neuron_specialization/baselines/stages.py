@@ -95,7 +95,7 @@ class Comparison(Models):
             if self.run(method, seed):
                 print("done", flush=True)
             else:
-                error = json.loads((self.stage_directory(method, seed) / FAILED).read_text())["error"]
+                error = json.loads((self.stage_directory(method, seed) / FAILED).read_text(encoding="utf-8"))["error"]
                 failed.append(f"{method}, seed {seed} ({error})")
                 print(f"FAILED: {error}; more in {FAILED}", flush=True)
         return failed
@@ -203,7 +203,10 @@ class Comparison(Models):
             raise ValueError(
                 f"{method} is as long as {timed!r} at the speed of 'fine_tune': run both with the same seed first."
             )
-        first = {name: [json.loads(of[seed].read_text())["rows"][0] for seed in both] for name, of in done.items()}
+        first = {
+            name: [json.loads(of[seed].read_text(encoding="utf-8"))["rows"][0] for seed in both]
+            for name, of in done.items()
+        }
         means = {name: sum(row["seconds"] for row in rows) / len(both) for name, rows in first.items()}
         seconds = means[timed] + identification_seconds(self.directory, timed)
         return max(1, round(first["fine_tune"][0]["updates"] * seconds / means["fine_tune"]))

@@ -137,14 +137,14 @@ def collect(directory: str | Path) -> dict[str, Any]:
     """
     found: dict[str, Any] = {"rows": [], "stages": [], "robustness": [], "signatures": {}}
     for path in sorted(Path(directory).glob(f"seed-*/**/{PART}")):
-        part = json.loads(path.read_text())
+        part = json.loads(path.read_text(encoding="utf-8"))
         found["rows"] += part["rows"]
         found["stages"].append(part["stage"])
         found["signatures"] |= part["signatures"]
         noisy = path.with_name(ROBUSTNESS)
         if noisy.is_file():
             clean = {row["direction"]: row for row in part["rows"]}
-            for row in json.loads(noisy.read_text())["rows"]:
+            for row in json.loads(noisy.read_text(encoding="utf-8"))["rows"]:
                 scores = {f"clean {name}": clean[row["direction"]][name] for name in SCORES}
                 found["robustness"].append({**row, **scores})
     return found

@@ -106,7 +106,7 @@ class Trials:
         with alone(self.models.directory, f"{method}-{directory.name}"):
             if not (directory / "trial.json").is_file():
                 self._try(method, setting, directory)
-        losses = json.loads((directory / "trial.json").read_text())["validation_loss"].values()
+        losses = json.loads((directory / "trial.json").read_text(encoding="utf-8"))["validation_loss"].values()
         if not all(loss is not None and math.isfinite(loss) for loss in losses):  # it diverged
             return math.inf
         return sum(losses) / len(losses)

@@ -94,7 +94,7 @@ class ZeroShot:
 
     def _score(self, method: str, seed: int, directory: Path) -> None:
         found = _read(directory)
-        stage = line_digest([part.read_text() for part in sorted(directory.glob(f"**/{PART}"))])
+        stage = line_digest([part.read_text(encoding="utf-8") for part in sorted(directory.glob(f"**/{PART}"))])
         todo = []
         for route in (DIRECT, PIVOT) if method in self.args.pivoted else (DIRECT,):
             for pair, rows in self.data.items():
@@ -187,4 +187,4 @@ def collect_zero_shot(directory: str | Path) -> dict[str, Any]:
 def _read(directory: Path) -> dict[str, dict[str, Any]]:
     """Return route → pair → what was scored."""
     path = directory / ZERO_SHOT
-    return json.loads(path.read_text()).get("scored", {}) if path.is_file() else {}
+    return json.loads(path.read_text(encoding="utf-8")).get("scored", {}) if path.is_file() else {}

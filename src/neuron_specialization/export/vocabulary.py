@@ -64,9 +64,9 @@ def trim_vocabulary(
     with tempfile.TemporaryDirectory() as directory:
         tokenizer.save_pretrained(directory)
         path = Path(directory) / "tokenizer.json"
-        written = json.loads(path.read_text()) | {"truncation": None, "padding": None}
+        written = json.loads(path.read_text(encoding="utf-8")) | {"truncation": None, "padding": None}
         kept = _rewrite(written, used, set(language_tokens), set(_tags(tokenizer)))
-        path.write_text(json.dumps(written, ensure_ascii=False))
+        path.write_text(json.dumps(written, ensure_ascii=False), encoding="utf-8")
         _drop_tags(Path(directory) / "tokenizer_config.json", kept, language_tokens[0])
         trimmed = AutoTokenizer.from_pretrained(directory)
     ids = _old_ids(tokenizer, trimmed)
@@ -164,7 +164,7 @@ def _parts(merges: list[tuple[str, str, str]], kept: set[str]) -> set[str]:
 
 
 def _drop_tags(path: Path, kept: set[str], language_token: str) -> None:
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text(encoding="utf-8"))
     for name in ("extra_special_tokens", "additional_special_tokens"):
         if isinstance(config.get(name), list):
             config[name] = [token for token in config[name] if token in kept]
@@ -172,7 +172,7 @@ def _drop_tags(path: Path, kept: set[str], language_token: str) -> None:
         if config.get(name) not in (None, *kept):
             config[name] = language_token
     config.pop("added_tokens_decoder", None)
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False))
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def _old_ids(tokenizer: Any, trimmed: Any) -> torch.Tensor:

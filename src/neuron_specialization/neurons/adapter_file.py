@@ -104,7 +104,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
         ValueError: if it is damaged.
     """
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged: it is no JSON ({error}).") from error
     if not isinstance(config, dict) or "peft_type" not in config:

@@ -91,7 +91,7 @@ def finish_writing(target: Path, overwrite: bool = False) -> None:
     files = sorted(path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file())
     files = [name for name in files if name != WRITTEN]
     check_replaceable(target, files, overwrite)
-    (partial / WRITTEN).write_text(json.dumps(files, indent=1) + "\n")
+    (partial / WRITTEN).write_text(json.dumps(files, indent=1) + "\n", encoding="utf-8")
     os.rename(partial, target / _COMPLETE)
     complete_writing(target)
 
@@ -183,7 +183,9 @@ def complete_writing(target: str | PathLike[str]) -> None:
     for name in stale:
         (target / name).unlink(missing_ok=True)
     # in a file of its own: the list of new files is needed again if this is interrupted too
-    (complete / _PARTIAL).write_text(json.dumps(sorted((_listed(target / WRITTEN) | new) - stale), indent=1) + "\n")
+    (complete / _PARTIAL).write_text(
+        json.dumps(sorted((_listed(target / WRITTEN) | new) - stale), indent=1) + "\n", encoding="utf-8"
+    )
     _move(complete / _PARTIAL, target / WRITTEN)
     shutil.rmtree(complete, ignore_errors=True)
 
@@ -200,10 +202,10 @@ def _written(target: Path) -> set[str]:
     """Return the files in `target` that this package wrote, PEFT's saving of its adapters included."""
     config = target / "adapter_config.json"
     files = _listed(target / WRITTEN)
-    if config.is_file() and '"NEURON_SPECIALIZATION"' in config.read_text(errors="replace"):
+    if config.is_file() and '"NEURON_SPECIALIZATION"' in config.read_text(errors="replace", encoding="utf-8"):
         files |= {"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "kept_neurons.svg"}
         card = target / CARD_NAME
-        if card.is_file() and "library_name: peft" in card.read_text(errors="replace"):
+        if card.is_file() and "library_name: peft" in card.read_text(errors="replace", encoding="utf-8"):
             files.add(CARD_NAME)
     return files
 
@@ -219,7 +221,7 @@ def _family(name: str) -> tuple[str | None, ...] | None:
 def _listed(path: Path) -> set[str]:
     """Return the names in a list of files written; none that would lead out of its directory."""
     try:
-        names = json.loads(path.read_text()) if path.is_file() else []
+        names = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     except ValueError:
         return set()
     return {name for name in names if isinstance(name, str) and not {"..", "/"} & set(Path(name).parts)}

@@ -220,7 +220,9 @@ class NeuronMasks:
         with atomic_directory(directory, overwrite) as fresh:
             save_file(tensors, fresh / adapter_file.WEIGHTS_NAME, metadata={"format": "pt"})
             config["weights_digest"] = adapter_file.file_digest(fresh / adapter_file.WEIGHTS_NAME)
-            (fresh / adapter_file.CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+            (fresh / adapter_file.CONFIG_NAME).write_text(
+                json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+            )
             write_card(fresh, config, {name: tensors[adapter_file.mask_key(name)] for name in self.rows})
 
     def push_to_hub(self, repo_id: str, *, token: str | bool | None = None, private: bool | None = None) -> str:

@@ -163,7 +163,7 @@ class _Parser(HfArgumentParser):
         if not path.is_file():
             raise ValueError(f"There is no configuration file {path}.")
         try:
-            values = yaml.safe_load(path.read_text()) or {}
+            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not a YAML file: {in_one_line(error)}.") from error
         if not isinstance(values, dict):

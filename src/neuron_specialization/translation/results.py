@@ -57,7 +57,7 @@ def check_results(directory: str | Path, name: str = "results.json") -> None:
     if not path.is_file():
         return
     try:
-        author = json.loads(path.read_text())["recipe"]
+        author = json.loads(path.read_text(encoding="utf-8"))["recipe"]
     except (ValueError, KeyError, TypeError):
         author = "something else"
     if author != _recipe():
@@ -87,7 +87,7 @@ def write_results(directory: str | Path, results: Mapping[str, Any], name: str =
     path = Path(directory) / name
     written = without_nan({"recipe": _recipe(), **results, "environment": environment()})
     with replacing(path) as partial:
-        partial.write_text(json.dumps(written, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        partial.write_text(json.dumps(written, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
     return path
 
 
@@ -108,7 +108,7 @@ def has_scores(directory: str | Path, scored: Mapping[str, Any]) -> bool:
         scored: the test data and how it is scored, as "of" of the "scores" tells it.
     """
     path = Path(directory) / "results.json"
-    found = json.loads(path.read_text()).get("scores", {}) if path.is_file() else None
+    found = json.loads(path.read_text(encoding="utf-8")).get("scores", {}) if path.is_file() else None
     return found is not None and found.get("of", scored) == scored
 
 

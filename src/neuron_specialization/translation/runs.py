@@ -296,11 +296,11 @@ def load_trained(model: Any, directory: str | Path) -> None:
 def _read_json(path: Path) -> Any:
     """Return what a JSON file holds, or None if it is missing or truncated."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 
 
 def _write_json(path: Path, value: Any) -> None:
     with replacing(path) as partial:
-        partial.write_text(json.dumps(value, ensure_ascii=False) + "\n")
+        partial.write_text(json.dumps(value, ensure_ascii=False) + "\n", encoding="utf-8")

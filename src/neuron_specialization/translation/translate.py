@@ -104,6 +104,8 @@ def _translate_ids(
     """Return token ids for each piece of each sentence; sentences that fit the model's positions have one piece."""
     sentences = _as_list(sentences)
     check_positive(batch_size=batch_size, num_beams=generate_kwargs.get("num_beams", 1))
+    if generate_kwargs.get("num_return_sequences", 1) != 1 or generate_kwargs.get("return_dict_in_generate"):
+        raise ValueError("One translation of each sentence is returned; for several, or scores, call model.generate.")
     config = active_config(model)
     source_tag = config.source_tag if config is not None else source_tag
     tokens = pair_tokens(model, tokenizer, pair, language_tokens, source_tag)
