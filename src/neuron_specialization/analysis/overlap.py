@@ -91,8 +91,8 @@ def mantel(
     """Test whether languages overlap more the closer they are: Spearman's Mantel test, permuting language labels.
 
     The permutations are scipy's; scikit-bio's Mantel test has no partial form. In the partial test the labels of the
-    overlap itself are permuted, and what is controlled for is regressed out of each order (Smouse, Long and Sokal,
-    1986). Where a single language has a label of its own, that test finds little: its orders correlate widely.
+    overlap itself are permuted, not those of its residuals, and what is controlled for is regressed out of each order
+    (Legendre, 2000, method 1; R's vegan does so too). It finds little where a single language has a label of its own.
 
     Args:
         overlap: [n, n], symmetric; the IoU of one layer.

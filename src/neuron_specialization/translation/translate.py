@@ -103,7 +103,8 @@ def _translate_ids(
 ) -> list[list[list[int]]]:
     """Return token ids for each piece of each sentence; sentences that fit the model's positions have one piece."""
     sentences = _as_list(sentences)
-    check_positive(batch_size=batch_size, num_beams=generate_kwargs.get("num_beams", 1))
+    beams = generate_kwargs.get("num_beams")
+    check_positive(batch_size=batch_size, num_beams=1 if beams is None else beams)
     if generate_kwargs.get("num_return_sequences", 1) != 1 or generate_kwargs.get("return_dict_in_generate"):
         raise ValueError("One translation of each sentence is returned; for several, or scores, call model.generate.")
     config = active_config(model)
