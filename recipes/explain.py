@@ -54,6 +54,10 @@ def main() -> None:
         raise ValueError("Say what to explain: --gradients, --tags, or both.")
     if args.tags and args.tagged_file is None:
         raise ValueError("--tags needs tagged sentences, such as --tagged_file 'ud_pud/{lang}.parquet'.")
+    if args.tags and data.source_tag == "target":
+        raise ValueError(
+            "--tags needs a tokenizer that tags source and target itself, as NLLB's, M2M100's and mBART's."
+        )
     model, tokenizer = load_checkpoint(where.model_name_or_path)
     tokens = resolve_tokens(tokenizer, data.language_pairs, data.tokens, data.source_tag)
     if args.tags:  # before anything is recorded

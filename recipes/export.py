@@ -72,9 +72,8 @@ def main() -> None:
     vocabulary: dict = {}
     if args.trim_vocabulary:
         small, tokenizer, vocabulary = trim(small, tokenizer, adapted, args.trim_vocabulary, data.column_names)
-    remove_written(
-        output / "ctranslate2"
-    )  # what an earlier export of maybe another pair left tells nothing of this one
+    # an earlier export, maybe of another pair
+    remove_written(output / "ctranslate2")
     (output / "results.json").unlink(missing_ok=True)
     rows.append(export_checkpoint(small, tokenizer, adapted, args))
     if not args.trim_vocabulary and rows[-1]["identical"] < 1:

@@ -37,7 +37,7 @@ def main() -> None:
     toy = ToyLanguages(args.families, args.languages_per_family, args.seed, args.replaced, args.roots)
     with atomic_directory(args.output_dir) as folder:
         toy.write(folder, args.sentences, args.held_out)
-        with (folder / "distances.csv").open("w", newline="") as file:
+        with (folder / "distances.csv").open("w", newline="", encoding="utf-8") as file:
             rows = ((a, b, toy.distance(a, b)) for a, b in combinations(toy.languages, 2))
             csv.writer(file).writerows([("a", "b", "distance"), *rows])
     print(f"wrote {args.output_dir}; --language_pairs {' '.join(toy.language_pairs)}")

@@ -33,7 +33,7 @@ from neuron_specialization.baselines.methods import (
     planned_stages,
     seeds_of,
 )
-from neuron_specialization.baselines.settings import StageArguments
+from neuron_specialization.baselines.settings import StageArguments, check_settings
 from neuron_specialization.baselines.stages import PART, SETTINGS, Comparison
 from neuron_specialization.translation.identification import record_corpus
 from neuron_specialization.translation.results import write_results
@@ -439,6 +439,11 @@ def test_the_warm_up_is_as_large_a_share_of_every_run(comparison):
         assert comparison.run(method, 0)
         run = next(comparison.stage_directory(method, 0).rglob("run.json"))
         assert json.loads(run.read_text())["depends_on"]["warmup_steps"] == steps
+
+
+def test_a_setting_that_json_has_no_word_for_is_the_same_again(tmp_path):
+    for _ in range(2):
+        check_settings(tmp_path, "comparison.json", {"max_grad_norm": float("inf")})
 
 
 def test_a_rate_at_which_training_diverges_is_not_chosen(comparison):

@@ -155,6 +155,13 @@ def test_a_language_may_occur_late_in_json_lines(tmp_path, early, nested):
     assert lines_of(load_parallel(tmp_path / "x.jsonl", ["en-sa"]), "en-sa") == [("a", "b")]
 
 
+def test_lists_beside_text_do_not_hide_what_is_wrong_with_json_lines(tmp_path):
+    rows = [{"en": "x" * 1000, "scores": [1]}] * 12_000 + [{"en": "a", "sa": "b", "scores": [1]}]
+    (tmp_path / "x.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    with pytest.raises(ValueError, match="column names don't match"):
+        load_parallel(tmp_path / "x.jsonl", ["en-sa"])
+
+
 def test_a_dataset_on_the_hub_is_named_with_its_configuration(tmp_path, monkeypatch):
     """datasets reads a folder as it reads a repository; one at the Hub cannot be reached from here."""
     monkeypatch.chdir(tmp_path)

@@ -105,8 +105,8 @@ def test_the_target_tag_is_forced(toy, toy_model, toy_tokenizer):
     [
         ({"batch_size": -1}, "batch_size is a number of at least 1, got -1"),
         ({"num_beams": 0}, "num_beams is a number of at least 1, got 0"),
-        ({"num_return_sequences": 2, "num_beams": 2}, "One translation of each sentence"),
-        ({"return_dict_in_generate": True}, "One translation of each sentence"),
+        ({"num_return_sequences": 2, "num_beams": 2}, "Each sentence gets one translation"),
+        ({"generation_config": GenerationConfig(return_dict_in_generate=True)}, "Each sentence gets one translation"),
     ],
 )
 def test_options_without_one_translation_of_each_sentence_are_refused(options, message, toy_model, toy_tokenizer):

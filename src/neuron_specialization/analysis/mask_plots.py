@@ -10,7 +10,7 @@ from ..neurons.ffn import STACKS
 from .figures import COLORS, MARKERS, layer_ticks, panels, save, visible
 
 if TYPE_CHECKING:
-    from .overlap import Overlap  # which imports scipy; recipes/identify.py runs without it
+    from .overlap import Overlap
 
 Rows = Sequence[Mapping[str, Any]]
 _SHOWN_PAIRS = 60
@@ -161,8 +161,8 @@ def plot_tags(rows: Rows, tags: Sequence[str], path: str | Path) -> Path:
     """Draw, per tag and layer, how much more of their activity specific neurons have there than shared ones (log2).
 
     Args:
-        rows: those of "tag_rows"; the mean over pairs is drawn, in which neurons that never fire on a tag count as a
-            sixteenth. White: none was measured.
+        rows: those of "tag_rows"; the mean over pairs is drawn, in which no ratio counts as less than a sixteenth:
+            that of neurons that never fire has no logarithm. White: none was measured.
         tags: names of the tags, top to bottom.
         path: .svg file.
     """

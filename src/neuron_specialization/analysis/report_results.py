@@ -117,10 +117,11 @@ def _named(title: str, value: Any) -> Iterator[tuple[str, Rows, bool]]:
     if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
         yield title, value, False
     elif isinstance(value, dict) and value:
+        value = {key: each for key, each in value.items() if key != "of"}  # what scores are of: settings
         alone = {key: each for key, each in value.items() if not isinstance(each, dict | list)}
         if alone:
             yield title, [alone], False
-        if all(_is_row(row) for row in value.values()):
+        if value and all(_is_row(row) for row in value.values()):
             yield title, [{"": key, **row} for key, row in value.items()], True
         else:
             for key, each in value.items():

@@ -30,9 +30,9 @@ def compare(values: Values, source: str) -> list[dict[str, Any]]:
     """Return tests of every model with three seeds or more against the source and against models with the same seeds.
 
     The source, which the others were trained from, is a fixed number, the mean of its seeds where it has several;
-    other models are paired seed by seed. "p" is of
-    a two-sided t-test of the differences; "p_adjusted" controls the false discovery rate over the rows of one measure
-    (Benjamini-Hochberg). Models whose seeds all differ by the same number are not tested.
+    other models are paired seed by seed. "p" is of a two-sided t-test of the differences; "p_adjusted" controls the
+    false discovery rate over the rows of one measure (Benjamini-Hochberg). Models whose seeds all differ by the same
+    number are not tested.
     """
     from scipy.stats import false_discovery_control, ttest_1samp, ttest_rel  # an optional dependency
 

@@ -37,14 +37,14 @@ def scored_part(
         One row per direction, with the losses of both splits in nats per token and the scores on the test split.
 
     Raises:
-        ValueError: if a loss on validation data is not finite.
+        ValueError: if a loss is not finite.
     """
     of = {split: {pair: data[split][pair] for pair in pairs} for split in ("validation", "test")}
     options = {"batch_size": batch_size, **convention}
     losses = {split: token_losses(model, tokenizer, rows, **options) for split, rows in of.items()}
-    wrong = [pair for pair in pairs if not math.isfinite(losses["validation"][pair])]
+    wrong = [pair for pair in pairs if not all(math.isfinite(of_split[pair]) for of_split in losses.values())]
     if wrong:
-        raise ValueError(f"The validation loss is not finite in {', '.join(wrong)}: the training diverged.")
+        raise ValueError(f"The loss is not finite in {', '.join(wrong)}: the training diverged.")
     scored = evaluate(model, tokenizer, of["test"], num_beams=num_beams, **options)
     directions = scored["directions"]
     rows = [

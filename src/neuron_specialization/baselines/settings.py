@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..translation.results import write_results
+from ..translation.results import without_nan, write_results
 from ..translation.runs import decisive_arguments
 from ..translation.trainer import SpecializationTrainingArguments
 from .folders import alone
@@ -77,11 +77,11 @@ def check_settings(
     Raises:
         ValueError: if the file says otherwise; it names the settings that differ.
     """
-    settings = json.loads(json.dumps(settings))
+    settings, earlier = (without_nan(json.loads(json.dumps(each))) for each in (settings, defaults or {}))
 
     def merged() -> tuple[dict[str, Any], dict[str, Any]]:
-        recorded = recorded_settings(directory, name)
-        before = {**settings, **json.loads(json.dumps(defaults or {})), **recorded} if recorded else settings
+        recorded = without_nan(recorded_settings(directory, name))
+        before = {**settings, **earlier, **recorded} if recorded else settings
         changed = [key for key in settings if before.get(key) != settings[key]]
         if changed:
             raise ValueError(

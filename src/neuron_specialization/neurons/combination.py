@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .ffn import DECODER, ENCODER, STACKS, same_weights
-from .language_pairs import Routes
+from .language_pairs import Routes, shorten
 
 if TYPE_CHECKING:
     from .masks import NeuronMasks
@@ -106,15 +106,17 @@ def _base(a: "NeuronMasks", b: "NeuronMasks") -> dict[str, Any]:
 
 
 def _check_kept(both: "NeuronMasks", *parts: "NeuronMasks") -> None:
-    """Rows of single languages compose masks for pairs that no name tells, which the other part may hold by name."""
-    for masks in parts:
+    """Rows of single languages imply pairs that are not listed, which the other part may hold by name."""
+    for masks, other in (parts, parts[::-1]):
+        held = set(masks.language_pairs)
         changed = [
             pair
-            for pair in masks.language_pairs
-            if any(not torch.equal(both.row(pair, block), masks.row(pair, block)) for block in masks.stacks)
+            for pair in other.routes.listed
+            if pair in held
+            and any(not torch.equal(both.row(pair, block), masks.row(pair, block)) for block in masks.stacks)
         ]
         if changed:
-            raise ValueError(f"Both masks hold {', '.join(changed)}, with different rows. {_REMEDY}")
+            raise ValueError(f"Both masks hold {shorten(changed)}, with different rows. {_REMEDY}")
 
 
 def _check_equal(first: torch.Tensor, second: torch.Tensor, places: list[int], names: list[str], block: str) -> None:

@@ -3,6 +3,7 @@
 import json
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
@@ -275,8 +276,10 @@ class NeuronMasks:
             rows[name] = adapter_file.unpack_rows(tensors[key], width)
         origin = {name: config.get(name) for name in ORIGIN}
         base = origin["base_model_name_or_path"]
-        if base and not Path(base).exists() and names_no_base(Path(location) / CARD_NAME):
-            origin["base_model_name_or_path"] = None  # a directory of elsewhere, which a card would take for a Hub id
+        if base and not Path(base).exists():
+            with suppress(ValueError):  # without a card, who knows
+                if names_no_base(adapter_file.fetch(location, CARD_NAME, **hub)):
+                    origin["base_model_name_or_path"] = None  # a directory of elsewhere, not to be taken for a Hub id
         return cls(rows, stacks, routes, config["selector"], config["fingerprint"], **origin)
 
 

@@ -40,11 +40,10 @@ def run(main: Callable[[], None]) -> None:
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     try:
         main()
-    except BrokenPipeError:  # who reads has enough, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
-        raise SystemExit(1) from None
     except Exception as error:
         first = _is_first_to_fail()
+        if isinstance(error, BrokenPipeError) and _output_is_closed():
+            raise SystemExit(1) from None
         if not first:
             time.sleep(_WAIT)  # launchers end every process once one has ended, also the one that is about to print
         if first or not torch.distributed.is_initialized():
@@ -57,6 +56,16 @@ def run(main: Callable[[], None]) -> None:
         if get_int_from_env(_LOCAL_RANK, 0) == 0:
             print("\nInterrupted. The same command goes on from what was saved.", file=sys.stderr, flush=True)
         raise SystemExit(130) from None
+
+
+def _output_is_closed() -> bool:
+    """Whether who reads the output has enough, as `head` does; nothing is then written there any more."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        return True
+    return False
 
 
 def _is_first_to_fail() -> bool:

@@ -73,7 +73,10 @@ def read_rows(path: str, quiet: bool = False) -> Dataset | None:
 
 
 def _features_of_all_rows(files: Sequence[Path]) -> Features | None:
-    """Return text as the type of every column that any row has, of nested languages too; None if not of JSON lines."""
+    """Return text as the type of every column that any row has, of nested languages too.
+
+    None where the files are no JSON lines, or hold lists or what lies deeper.
+    """
     features: dict[str, Any] = {}
     for file in files:
         with _open(file) as opened:
@@ -85,6 +88,9 @@ def _features_of_all_rows(files: Sequence[Path]) -> Features | None:
                 if not isinstance(row, dict):
                     return None
                 for name, value in row.items():
+                    nested_too = value.values() if isinstance(value, dict) else [value]
+                    if any(isinstance(each, list | dict) for each in nested_too):
+                        return None
                     if isinstance(value, dict):
                         known = features.get(name)
                         nested = known if isinstance(known, dict) else {}

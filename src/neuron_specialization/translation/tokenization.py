@@ -20,8 +20,8 @@ def resolve_tokens(
 ) -> dict[str, str]:
     """Return language code → language token for every language of the pairs.
 
-    Where the source side carries the target's tag, sources need none, and are left out unless `tokens` names them:
-    Marian's models out of one language have tags of the others only.
+    Where the source side carries the target's tag, sources need none, and those without are left out: Marian's models
+    out of one language have tags of the others only.
 
     Args:
         tokenizer: the model's tokenizer.
@@ -33,11 +33,13 @@ def resolve_tokens(
         ValueError: if one is no language token of the tokenizer; pieces of words are none.
     """
     tokens, pairs = tokens or {}, [split_pair(pair) for pair in language_pairs]
-    codes = dict.fromkeys(code for pair in pairs for code in pair)
+    resolved = {code: tokens.get(code, code) for pair in pairs for code in pair}
     if source_tag == "target":
-        targets = {target for _, target in pairs}
-        codes = {code: None for code in codes if code in targets or code in tokens}
-    resolved = {code: tokens.get(code, code) for code in codes}
+        for code in resolved.keys() - {target for _, target in pairs} - tokens.keys():
+            try:
+                check_language_tokens(tokenizer, {code: code})
+            except ValueError:
+                del resolved[code]
     check_language_tokens(tokenizer, resolved)
     return resolved
 

@@ -105,8 +105,9 @@ def _translate_ids(
     sentences = _as_list(sentences)
     beams = generate_kwargs.get("num_beams")
     check_positive(batch_size=batch_size, num_beams=1 if beams is None else beams)
-    if generate_kwargs.get("num_return_sequences", 1) != 1 or generate_kwargs.get("return_dict_in_generate"):
-        raise ValueError("One translation of each sentence is returned; for several, or scores, call model.generate.")
+    for settings in _generation_settings(model, generate_kwargs):
+        if settings.get("num_return_sequences") not in (None, 1) or settings.get("return_dict_in_generate"):
+            raise ValueError("Each sentence gets one translation; for several, or scores, call model.generate.")
     config = active_config(model)
     source_tag = config.source_tag if config is not None else source_tag
     tokens = pair_tokens(model, tokenizer, pair, language_tokens, source_tag)
@@ -236,8 +237,8 @@ def _generate(model: Any, tokenizer: Any, rows: list[list[int]], kwargs: Mapping
     device = device_of(model)
     inputs = tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(device)
     limit = {}  # without any limit of its own, generate stops at 20 tokens
-    configs = [vars(config) for config in (unwrap(model).generation_config, kwargs.get("generation_config")) if config]
-    if not any(settings.get(name) for settings in [*configs, kwargs] for name in ("max_length", "max_new_tokens")):
+    settings = _generation_settings(model, kwargs)
+    if not any(each.get(name) for each in settings for name in ("max_length", "max_new_tokens")):
         given = kwargs.get("decoder_input_ids")
         room = (fixed_positions(model) or sys.maxsize) - (1 if given is None else given.shape[1])
         limit = {"max_new_tokens": max(1, min(2 * inputs["input_ids"].shape[1] + 32, room))}
@@ -246,3 +247,9 @@ def _generate(model: Any, tokenizer: Any, rows: list[list[int]], kwargs: Mapping
             input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], **limit, **kwargs
         )
     return output.tolist()
+
+
+def _generation_settings(model: Any, kwargs: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return everything that tells `generate` what to do."""
+    configs = unwrap(model).generation_config, kwargs.get("generation_config")
+    return [*(vars(config) for config in configs if config is not None), kwargs]
