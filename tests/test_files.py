@@ -222,7 +222,10 @@ def test_everything_that_is_saved_leaves_the_users_files(full, monkeypatch):
         ns.save_adapter(adapted, "peft", safe_serialization=False)  # in the place of what PEFT saved
     assert not (full / "peft" / "adapter_model.safetensors").exists()
     assert "My own card" in (full / "peft" / "README.md").read_text()
-    save_compact(ns.compact(adapted, "en-de"), ".")
+    (full / "checkpoint").mkdir()
+    (full / "checkpoint" / "notes.txt").write_text("mine")
+    save_compact(ns.compact(adapted, "en-de"), "checkpoint")
+    assert (full / "checkpoint" / "notes.txt").read_text() == "mine"
     assert before.items() <= content(full).items()
     loaded = ns.NeuronMasks.from_pretrained(".")
     assert loaded.language_pairs == PAIRS and loaded.rows.keys() == masks.rows.keys()

@@ -56,7 +56,9 @@ def trim_vocabulary(
             trimmed tokenizer would tokenize the text differently.
     """
     check_trimmable(tokenizer)
-    check_language_tokens(tokenizer, {token: token for token in language_tokens})
+    tags = _tags(tokenizer)
+    if tags:  # else the pair may be told otherwise, and any token kept for it
+        check_language_tokens(tokenizer, {token: token for token in language_tokens})
     text = list(dict.fromkeys(sentences))
     if not text or not language_tokens:
         raise ValueError("Trimming a vocabulary takes text and language tokens to keep; one of the two is empty.")
@@ -65,7 +67,7 @@ def trim_vocabulary(
         tokenizer.save_pretrained(directory)
         path = Path(directory) / "tokenizer.json"
         written = json.loads(path.read_text(encoding="utf-8")) | {"truncation": None, "padding": None}
-        kept = _rewrite(written, used, set(language_tokens), set(_tags(tokenizer)))
+        kept = _rewrite(written, used, set(language_tokens), set(tags))
         path.write_text(json.dumps(written, ensure_ascii=False), encoding="utf-8")
         _drop_tags(Path(directory) / "tokenizer_config.json", kept, language_tokens[0])
         trimmed = AutoTokenizer.from_pretrained(directory)
