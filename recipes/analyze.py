@@ -18,9 +18,8 @@ import neuron_specialization as ns
 from neuron_specialization.analysis import distances
 from neuron_specialization.analysis.figures import check_figures
 from neuron_specialization.analysis.mask_plots import plot_depth, plot_overlap
-from neuron_specialization.analysis.overlap import neuron_overlap, overlap_rows
+from neuron_specialization.analysis.overlap import overlap_rows, overlaps_by_stack
 from neuron_specialization.analysis.report import write_report
-from neuron_specialization.neurons.ffn import STACKS
 from neuron_specialization.translation.arguments import DataArguments, as_mapping
 from neuron_specialization.translation.command_line import parse, run
 from neuron_specialization.translation.processes import check_single_process
@@ -80,17 +79,11 @@ def compare_overlap(args: AnalyzeArguments, data: DataArguments, masks: dict[str
         raise ValueError("--overlap needs --masks trained=build/masks, their --pivot, such as en, an --output_dir.")
     rows: list[dict[str, Any]] = []
     stacks: dict[str, Any] = {}
-    left_out: list[str] = []
-    for stack in STACKS:
-        try:
-            overlaps = {name: neuron_overlap(each, stack, data.pivot) for name, each in masks.items()}
-        except ValueError as error:  # masks of one side of the pivot have the other stack
-            left_out.append(str(error))
-            continue
+    found, left_out = overlaps_by_stack(masks, data.pivot)
+    for why in left_out.values():
+        print(why)
+    for stack, overlaps in found.items():
         first = next(iter(overlaps.values()))
-        odd = [name for name, each in overlaps.items() if each.languages != first.languages]
-        if odd:
-            raise ValueError(f"The masks {odd[0]} are of other languages: {', '.join(overlaps[odd[0]].languages)}.")
         about = compared(args, data, first.languages)
         plot_overlap(first, about["families"], Path(args.output_dir) / f"overlap-{stack}.svg")
         settings = (about["distances"], about["families"], about["controlled"], args.permutations, args.seed)
@@ -100,9 +93,6 @@ def compare_overlap(args: AnalyzeArguments, data: DataArguments, masks: dict[str
         controlled = {name: values.round(4).tolist() for name, values in about["controlled"].items()}
         about |= {"distances": about["distances"].round(4).tolist(), "controlled": controlled}
         stacks[stack] = {"languages": first.languages, **about, "iou": iou}
-    if not stacks:
-        raise ValueError(left_out[0])
-    print(*left_out, sep="\n", end="\n" if left_out else "")
     plot_depth(rows, Path(args.output_dir) / "overlap-depth.svg")
     print(table(rows, without=["block"]))
     selectors = {"selectors": {name: each.selector for name, each in masks.items()}}
@@ -111,18 +101,17 @@ def compare_overlap(args: AnalyzeArguments, data: DataArguments, masks: dict[str
 
 def compared(args: AnalyzeArguments, data: DataArguments, codes: list[str]) -> dict[str, Any]:
     """Return the families, the distances, and the further distances to control for, of the languages compared."""
-    family, script, tier = (as_mapping(words) for words in (args.families, args.scripts, args.tiers))
-    labels = {"script": distances.scripts(codes, script)}
-    if tier:
-        labels["tier"] = [tier.get(code, "none") for code in codes]
-    controlled = {name: distances.label_distances(of) for name, of in labels.items() if len(set(of)) > 1}
+    controlled = distances.controlled_distances(codes, as_mapping(args.scripts), as_mapping(args.tiers))
     if args.tokenizer is not None:
         data.language_pairs = [f"{code}-{data.pivot}" for code in codes]
         text = data.load("validation", max_sentences=data.max_sentences)
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
         ids = [tokenizer(list(rows["source"]), add_special_tokens=False)["input_ids"] for rows in text.values()]
         controlled["subwords"] = distances.subword_distances([[i for row in each for i in row] for each in ids])
-    about: dict[str, Any] = {"families": distances.families(codes, family), "controlled": controlled}
+    about: dict[str, Any] = {
+        "families": distances.families(codes, as_mapping(args.families)),
+        "controlled": controlled,
+    }
     if args.distances == "family":
         return {**about, "distances": distances.label_distances(about["families"])}
     return {**about, "distances": distances.load_distances(codes, args.distances)}

@@ -71,12 +71,7 @@ def main() -> None:
         masks = ns.CumulativeThreshold(args.k).select(ns.record_corpus(model, tokenizer, corpus, **options))
     else:
         masks = ns.NeuronMasks.from_pretrained(where.adapter)
-        blocks = {block.name: block.d_ff for block in ns.find_ffn_blocks(model)}
-        if blocks != masks.d_ff:
-            raise ValueError(
-                f"The masks in {where.adapter} are of another model: they have {len(masks.d_ff)} blocks such as "
-                f"{next(iter(masks.d_ff.items()))}, this model {len(blocks)} such as {next(iter(blocks.items()))}."
-            )
+        tagged_activity.check_blocks(model, masks)
     results = {"selector": masks.selector, "arguments": [vars(args), vars(where), vars(data)]}
     if args.gradients:
         config = {"trainable": "none", "source_tag": data.source_tag, "task_type": "SEQ_2_SEQ_LM"}

@@ -267,7 +267,7 @@ def test_tagged_text_is_read_before_anything_is_recorded(on_toy, tagged_file, tm
 def test_masks_of_another_model_are_refused_before_anything_is_recorded(on_toy, tagged_file, tmp_path):
     make_masks(make_m2m100()).save_pretrained(tmp_path / "others")
     words = ("explain", "--tags", "--tagged_file", tagged_file, "--adapter", str(tmp_path / "others"))
-    assert "are of another model: they have" in on_toy(*words, fails=True)
+    assert "The masks are of another model: they have" in on_toy(*words, fails=True)
 
 
 def test_an_activity_of_zero_counts_in_the_mean_of_a_tag():

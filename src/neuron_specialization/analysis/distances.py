@@ -123,6 +123,22 @@ def scripts(codes: Sequence[str], known: Mapping[str, str] | None = None) -> lis
     return [(known or {}).get(code) or _languages(code)["script"] for code in codes]
 
 
+def controlled_distances(
+    codes: Sequence[str], known_scripts: Mapping[str, str] | None = None, tiers: Mapping[str, str] | None = None
+) -> dict[str, np.ndarray]:
+    """Return "script" and, with any tiers, "tier" → label distances to control for; none where all have one label.
+
+    Args:
+        codes: n languages.
+        known_scripts: see `scripts`.
+        tiers: code → tier of training data, "none" where it is left out.
+    """
+    labels = {"script": scripts(codes, known_scripts)}
+    if tiers:
+        labels["tier"] = [tiers.get(code, "none") for code in codes]
+    return {name: label_distances(of) for name, of in labels.items() if len(set(of)) > 1}
+
+
 def _check_kind(kind: str) -> None:
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}.")

@@ -81,6 +81,39 @@ def neuron_overlap(masks: NeuronMasks, stack: str, pivot: str) -> Overlap:
     return Overlap(stack, list(fitting), blocks, iou)
 
 
+def overlaps_by_stack(
+    masks: Mapping[str, NeuronMasks], pivot: str
+) -> tuple[dict[str, dict[str, Overlap]], dict[str, str]]:
+    """Return stack → name of the masks → overlap, and of the stacks left out, stack → why.
+
+    A stack is left out where some of the masks have fewer than two directions to compare: masks of one side of the
+    pivot have the other stack.
+
+    Args:
+        masks: name → masks.
+        pivot: see `neuron_overlap`.
+
+    Raises:
+        ValueError: if both stacks are left out, or the masks are of different languages.
+    """
+    found: dict[str, dict[str, Overlap]] = {}
+    left_out: dict[str, str] = {}
+    for stack in STACKS:
+        try:
+            overlaps = {name: neuron_overlap(each, stack, pivot) for name, each in masks.items()}
+        except ValueError as error:
+            left_out[stack] = str(error)
+            continue
+        languages = next(iter(overlaps.values())).languages
+        for name, overlap in overlaps.items():
+            if overlap.languages != languages:
+                raise ValueError(f"The masks {name} are of other languages: {', '.join(overlap.languages)}.")
+        found[stack] = overlaps
+    if not found:
+        raise ValueError(next(iter(left_out.values())))
+    return found, left_out
+
+
 def mantel(
     overlap: np.ndarray,
     distances: np.ndarray,

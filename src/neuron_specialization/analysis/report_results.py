@@ -10,7 +10,7 @@ from typing import Any
 Rows = Sequence[Mapping[str, Any]]
 _MOST_ROWS, _OPEN_ROWS = 400, 20
 _FIGURES = {".svg": "image/svg+xml", ".png": "image/png"}
-_SETTINGS = ("recipe", "environment", "arguments", "settings", "selector", "selectors")
+_SETTINGS = ("recipe", "environment", "arguments", "settings", "selector", "selectors", "of")
 _DETAILS = ("rows", "stages", "trials", "signatures", "log", "data")  # what the other tables are made from
 _CAPTIONS = {
     "agreement": "Agreement of masks identified again, over depth",
@@ -105,8 +105,7 @@ def _tables(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the tables: summaries first, then those of a value per key, last the details that these are made from."""
     found = [
         (key in _DETAILS, by_key, _table(title, rows, key not in _DETAILS and not (by_key and title != key)))
-        for key, value in results.items()
-        if key not in _SETTINGS
+        for key, value in _measured(results).items()
         for title, rows, by_key in _named(key, value)
     ]
     return [table for _, _, table in sorted(found, key=lambda each: each[:2])]
@@ -117,7 +116,7 @@ def _named(title: str, value: Any) -> Iterator[tuple[str, Rows, bool]]:
     if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
         yield title, value, False
     elif isinstance(value, dict) and value:
-        value = {key: each for key, each in value.items() if key != "of"}  # what scores are of: settings
+        value = _measured(value)
         alone = {key: each for key, each in value.items() if not isinstance(each, dict | list)}
         if alone:
             yield title, [alone], False
@@ -126,6 +125,11 @@ def _named(title: str, value: Any) -> Iterator[tuple[str, Rows, bool]]:
         else:
             for key, each in value.items():
                 yield from _named(f"{title}, {key}", each)
+
+
+def _measured(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a value of results without what tells how they were made."""
+    return {key: each for key, each in value.items() if key not in _SETTINGS}
 
 
 def _is_row(value: Any) -> bool:

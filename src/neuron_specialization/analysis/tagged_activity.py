@@ -104,6 +104,16 @@ def record_tagged(
     return TaggedCounts(list(batches), list(tags), counts, positions)
 
 
+def check_blocks(model: nn.Module, masks: NeuronMasks) -> None:
+    """Raise ValueError if masks are not over the blocks of a model, before anything is recorded for them."""
+    blocks = {block.name: block.d_ff for block in find_ffn_blocks(model)}
+    if blocks != masks.d_ff:
+        raise ValueError(
+            f"The masks are of another model: they have {len(masks.d_ff)} blocks such as "
+            f"{next(iter(masks.d_ff.items()))}, this model {len(blocks)} such as {next(iter(blocks.items()))}."
+        )
+
+
 def tag_rows(counts: TaggedCounts, masks: NeuronMasks, draws: int = 999) -> list[dict[str, Any]]:
     """Return one row per block and pair: how far specific neurons fire on other words than shared ones.
 

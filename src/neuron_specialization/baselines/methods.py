@@ -14,6 +14,7 @@ from ..neurons.masks import NeuronMasks
 from ..neurons.selection import CumulativeThreshold, RandomMatched, check_share
 from ..neurons.specificity import GeneralSpecific, Specificity
 from ..translation.arguments import as_mapping
+from ..translation.messages import check_positive
 from .bottleneck import bottleneck_adapters
 from .dropout import set_dropout
 from .ffn_copies import ffn_copies
@@ -72,9 +73,7 @@ class MethodArguments:
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {value}.")
-        for name in ("r", "adapter_width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        check_positive(r=self.r, adapter_width=self.adapter_width)
 
 
 # settings that a stage's name or a grid may give: what numbers they are, and the methods that have them

@@ -17,6 +17,7 @@ from ..neurons.controls import check_exchanged_pairs, exchanged
 from ..neurons.language_pairs import check_pivot
 from ..translation.arguments import as_mapping
 from ..translation.identification import record_corpus
+from ..translation.messages import check_positive
 from ..translation.processes import this_process
 from ..translation.results import write_results
 from ..translation.token_loss import token_losses
@@ -82,11 +83,7 @@ class Models:
         self.language_pairs = list(self.data["train"])
         if not 0 < self.stage.trial_share <= 1:
             raise ValueError(f"trial_share must be above 0 and at most 1, got {self.stage.trial_share}.")
-        if min(self.stage.evaluations, self.stage.tuning_directions) < 1:
-            raise ValueError(
-                "evaluations and tuning_directions are at least 1, got "
-                f"{self.stage.evaluations} and {self.stage.tuning_directions}."
-            )
+        check_positive(evaluations=self.stage.evaluations, tuning_directions=self.stage.tuning_directions)
         check_pivot(self.pivot, self.language_pairs)
         knob_grids(self.stage.knobs)  # which checks them
         self.trials = Trials(self)

@@ -24,6 +24,7 @@ from ..translation.checkpoints import freeze_unused_embedding
 from ..translation.encoding import text_digest
 from ..translation.evaluation import SCORES, check_lengths, check_scorers, evaluate
 from ..translation.identification import record_corpus
+from ..translation.messages import check_positive
 from ..translation.noise import NoiseArguments, noisy_characters, substitute_words
 from ..translation.processes import this_process
 from ..translation.recording import corpus_batches, vocabulary_digest
@@ -90,8 +91,7 @@ class SequentialTransfer:
     def __post_init__(self) -> None:
         check_one_gpu(self.training)
         check_max_steps(self.training)
-        if self.plan.evaluations < 1:
-            raise ValueError(f"evaluations is a number of at least 1, got {self.plan.evaluations}.")
+        check_positive(evaluations=self.plan.evaluations)
         self.directory = Path(str(self.training.output_dir))
         self.language_pairs = list(self.data["train"])
         self.orders = orders_of(self.plan.orders, self.language_pairs)

@@ -240,9 +240,9 @@ def compare(
     the false discovery rate (Benjamini-Hochberg) over all rows. The untrained encoder is compared with the source
     model only, and these rows are adjusted by themselves.
     """
-    cells = {(task.name, mode, model): (task, counts) for task, mode, model, counts in _cells(tasks, predictions)}
     from scipy.stats import false_discovery_control  # an optional dependency
 
+    cells = {(task.name, mode, model): (task, counts) for task, mode, model, counts in _cells(tasks, predictions)}
     rows: list[dict[str, Any]] = []
     for task_name, mode in dict.fromkeys(cell[:2] for cell in cells):
         known = [model for *cell, model in cells if tuple(cell) == (task_name, mode)]
