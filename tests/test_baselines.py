@@ -53,8 +53,8 @@ def counts(toy_model, toy_tokenizer, toy_data):
 
 def make_comparison(model, tokenizer, toy_data, directory, **budget):
     data = {split: {pair: rows.select(range(16)) for pair, rows in of.items()} for split, of in toy_data.items()}
-    budget = {"single_updates": 2, "bilingual_updates": 3, "evaluations": 2, "num_beams": 1, **budget}
-    stage = StageArguments(tuning_directions=1, **budget)
+    small = {"single_updates": 2, "bilingual_updates": 3, "evaluations": 2, "num_beams": 1, "tuning_directions": 1}
+    stage = StageArguments(**{**small, **budget})
     method = MethodArguments(k=0.5, exchange=["Aa=Ba", "Ba=Aa"])
     training = arguments(directory, max_steps=3, per_device_eval_batch_size=16)
     return Comparison(model, tokenizer, data, stage, method, training, pivot="Pv", max_length=64)
@@ -389,7 +389,7 @@ def test_a_stage_names_the_value_of_a_knob(comparison, counts):
         with pytest.raises(ValueError, match="dropout must be at least 0 and below 1"):
             knob_grids([f"bilingual_dropout=[0, {wrong}]"])
     for knob, value in {"k": 95, "rho": 7, "kappa": 0, "alpha": 1, "r": -1, "adapter_width": 0}.items():
-        with pytest.raises(ValueError, match=f"{knob} must be .*, got {value}"):
+        with pytest.raises(ValueError, match=f"^{knob} (must be|is a number of) .*, got {value}"):
             MethodArguments(**{knob: value})
     for stages, message in (
         (["our"], "no method 'our'"),
@@ -499,7 +499,8 @@ def test_a_trial_of_all_updates_is_the_stage_that_it_chooses(comparison, method)
 def test_the_budget_is_checked(toy_model, toy_tokenizer, toy_data, tmp_path):
     for wrong, message in (
         ({"trial_share": 1.5}, "trial_share must be above 0 and at most 1, got 1.5"),
-        ({"evaluations": 0}, "at least 1, got 0 and 1"),
+        ({"evaluations": 0}, "evaluations is a number of at least 1, got 0"),
+        ({"tuning_directions": 0}, "tuning_directions is a number of at least 1, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
             make_comparison(toy_model, toy_tokenizer, toy_data, tmp_path, **wrong)
