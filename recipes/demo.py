@@ -52,9 +52,9 @@ class DemoArguments:
     layers: int = field(default=2, metadata={"help": "Encoder layers, and decoder layers."})
     d_model: int = field(default=32, metadata={"help": "Width of the model."})
     d_ff: int = field(default=256, metadata={"help": "FFN neurons per layer."})
-    pretrain_steps: int = field(default=2000, metadata={"help": "Updates of the baseline."})
-    continue_steps: int = field(default=500, metadata={"help": "Updates of each method."})
-    continue_learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of each method."})
+    pretrain_steps: int = field(default=1200, metadata={"help": "Updates of the baseline."})
+    continue_steps: int = field(default=400, metadata={"help": "Updates of each method."})
+    continue_learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate of each method."})
     k: float = field(default=0.95, metadata={"help": "Share of activations that the kept neurons make up."})
 
 
