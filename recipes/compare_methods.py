@@ -71,21 +71,22 @@ def main() -> None:
     failed = comparison.run_all(planned if not compare.zero_shot_only else [])
     for name, seed in planned if zero_shot is not None else []:
         print(f"\n== zero-shot, {name}, seed {seed}", flush=True)
-        zero_shot.score(name, seed)
+        failed += zero_shot.score(name, seed)
     if compare.only is None:
         tiers = compare.languages_of_tiers
         parts = (("stage", stage), ("method", method), ("zero_shot", zero), ("data", data), ("tiers", tiers))
         settings = {name: part if isinstance(part, dict) else vars(part) for name, part in parts}
-        report(comparison, where.model_name_or_path, tiers, {**settings, "training": training.to_dict()})
+        stages = report(comparison, where.model_name_or_path, tiers, {**settings, "training": training.to_dict()})
         if compare.report is not None:
-            masks = CumulativeThreshold(method.k).select(comparison.counts())
+            k = next((s["knobs"]["k"] for s in stages if s["method"] == "ours" and "parts" in s), method.k)
+            masks = CumulativeThreshold(k).select(comparison.counts())
             print(f"wrote {write_report(compare.report, 'Comparison of methods', masks, [comparison.directory])}")
     if failed:
         raise ValueError(f"Not all stages ran: {'; '.join(failed)}. The same command tries them again.")
 
 
-def report(comparison: Comparison, baseline: str, tiers: dict[str, list[str]], settings: dict[str, Any]) -> None:
-    """Print and write the tables and figures of the stages that exist."""
+def report(comparison: Comparison, baseline: str, tiers: dict[str, list[str]], settings: dict[str, Any]) -> list[Any]:
+    """Print and write the tables and figures of the stages that exist, and return these."""
     found = collect(comparison.directory, planned_stages(comparison.stage.methods))
     found["zero_shot"] = collect_zero_shot(comparison.directory)
     references = {pair: list(rows["target"]) for pair, rows in comparison.data["test"].items()}
@@ -97,6 +98,7 @@ def report(comparison: Comparison, baseline: str, tiers: dict[str, list[str]], s
     (comparison.directory / "tables.md").write_text(text, encoding="utf-8")
     print(f"wrote {write_results(comparison.directory, {**results, 'settings': settings})}")
     draw(usable_rows(found["rows"], found["stages"]), tables, comparison.directory, found["zero_shot"]["rows"])
+    return found["stages"]
 
 
 def as_text(facts: Sequence[str], headroom: Mapping[str, Any], tables: Mapping[str, Any]) -> str:

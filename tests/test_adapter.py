@@ -252,6 +252,12 @@ def test_adapter_names_per_sample_with_pairs_and_beams():
     assert with_name.equal(adapted.generate(**one)), "every beam of an only sample runs its adapter"
     with pytest.raises(ValueError, match="non-existing adapter.*missing"):
         adapted(**batch, adapter_names=["missing"] * 4)
+    for run in (
+        lambda names: adapted(**batch, adapter_names=names),
+        lambda names: adapted.generate(**inputs, adapter_names=names),
+    ):
+        with pytest.raises(ValueError, match="same as the number of inputs, but got 2 and 4"):
+            run(["default", "__base__"])
 
 
 def test_several_adapters_are_switched_and_deleted():

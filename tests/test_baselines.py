@@ -35,6 +35,7 @@ from neuron_specialization.baselines.methods import (
 )
 from neuron_specialization.baselines.settings import StageArguments, check_settings
 from neuron_specialization.baselines.stages import PART, SETTINGS, Comparison
+from neuron_specialization.baselines.trials import depends_on
 from neuron_specialization.translation.identification import record_corpus
 from neuron_specialization.translation.results import write_results
 from neuron_specialization.translation.token_loss import token_losses
@@ -238,6 +239,36 @@ def test_a_stage_that_another_process_runs_is_left_for_later(comparison):
                 time.sleep(0.1)
             assert done[1].is_file() and not done[0].parent.exists()
         assert running.result(timeout=60) == [] and done[0].is_file()
+
+
+def test_what_is_timed_comes_after_what_another_process_runs(comparison):
+    order = []
+    comparison.run = lambda method, seed: order.append(method) or True
+    with alone(comparison.directory, "ours-seed-0"):
+        comparison.run_all([("ours", 0), ("fine_tune_equal_seconds", 0)])
+    assert order == ["ours", "fine_tune_equal_seconds"]
+
+
+def test_the_settings_of_a_method_that_only_failed_may_be_corrected(comparison):
+    comparison.method.families = ["Pv=P", "Aa=A"]
+    comparison.training.max_steps = 1
+    assert not comparison.run("adapter_fam", 0)
+    comparison.method.families = [*comparison.method.families, "Ba=A"]
+    assert comparison.run("adapter_fam", 0)
+    comparison.method.families = ["Pv=P", "Aa=P", "Ba=A"]
+    with pytest.raises(ValueError, match=r"other settings \(families of adapter_fam\)"):
+        comparison.run("adapter_fam", 0)
+
+
+def test_controls_share_the_knob_that_the_trials_of_their_method_choose(comparison):
+    """With another alpha they would differ from it in sparsity, too."""
+    comparison.stage.knobs = ["lass_alpha=[0.3, 0.7]"]
+    for alpha, loss in ((0.3, 2.0), (0.7, 1.0)):
+        trial = comparison.directory / "lass" / f"trial-{comparison.stage.learning_rates[0]:g}-alpha={alpha:g}"
+        write_results(trial, {"validation_loss": {"Pv-Aa": loss}}, "trial.json")
+    assert {comparison.setting(method).knobs.alpha for method in LASS} == {0.7}
+    assert comparison.setting("ours").knobs.alpha == comparison.method.alpha
+    assert "grid of lass" in {name for name in depends_on("lass_shared", comparison.method, comparison.stage)}
 
 
 def test_stages_of_other_settings_are_not_mixed(comparison):
@@ -452,6 +483,8 @@ def test_a_rate_at_which_training_diverges_is_not_chosen(comparison):
     assert comparison.setting("fine_tune").learning_rate == 1e-3
     tried = comparison.directory / "fine_tune" / "trial-1e+30" / "trial.json"
     assert set(json.loads(tried.read_text())["validation_loss"].values()) == {None}
+    found = collect(comparison.directory)
+    assert [trial["validation_loss"] is None for trial in found["trials"]] == [False, True]
 
 
 def test_a_diverged_run_is_a_failure(comparison):

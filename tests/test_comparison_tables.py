@@ -223,3 +223,20 @@ def test_comparisons_of_several_sizes_are_put_together(tmp_path, monkeypatch, ca
     with pytest.raises(SystemExit):
         runpy.run_path(recipe, run_name="__main__")
     assert "no rows of bilingual: interference is not measured" in capsys.readouterr().err
+
+
+def test_a_run_that_diverged_is_said_and_leaves_its_cells_empty():
+    stages = [stage("fine_tune", validation_losses=[[5, 3], [10, 2]])]
+    stages += [stage("ours", validation_losses=[[5, 4], [10, None]])]
+    assert curves_table(stages)[1] == {"method": "ours", "seeds": 1, "after 5": 1, "after 10": None}
+    assert "WARNING, diverged after the validation that they are left at: ours, seed 0." in budget_facts(
+        stages, [], None
+    )
+
+
+def test_a_sweep_knows_what_was_tuned_where_more_seeds_are_to_come():
+    rows = rows_of("fine_tune", [[2] * 4]) + rows_of("ours", [[1.5] * 4]) + rows_of("ours_k=0.7", [[1] * 4])
+    waiting = swept("ours", 0.95, None) | {"seed": 1, "status": "not begun"}
+    del waiting["parts"]
+    stages = [stage("fine_tune"), swept("ours", 0.9, None), waiting, swept("ours_k=0.7", 0.7, "k")]
+    assert [line["value"] for line in sweep_table(rows, stages)] == ["0.7", "0.9"]

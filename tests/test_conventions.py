@@ -262,3 +262,30 @@ def test_mbart25_starts_the_decoder_with_the_tag_and_the_others_generate_it(tmp_
         tokenizer, tokens = make_tokenizer(tmp_path / convention)
         tag = _target_tag(make_model(tokenizer), tokenizer, "en-de", tokens)
         assert tag == {expected: tokenizer.convert_tokens_to_ids("de_DE")}
+
+
+@pytest.mark.parametrize("convention", ["mbart25", "mbart50"])
+def test_the_decoder_starts_alike_from_text_padded_on_the_left_and_from_encoder_states(convention, tmp_path):
+    """Where the source's tag lies says how the target begins; padding may precede it, and states have no tokens."""
+    make_tokenizer, make_model, _ = CONVENTIONS[convention]
+    torch.manual_seed(0)
+    tokenizer, tokens = make_tokenizer(tmp_path)
+    ids = ns.language_token_ids(tokenizer, tokens)
+    model = make_model(tokenizer)
+    corpus = {p: Dataset.from_dict({"source": s, "target": t}) for p, (s, t) in CORPUS.items()}
+    masks = ns.CumulativeThreshold(0.5).select(record_corpus(model, tokenizer, corpus, language_tokens=tokens))
+    config = ns.NeuronSpecializationConfig(masks=masks, language_token_ids=ids, task_type="SEQ_2_SEQ_LM")
+    model = get_peft_model(model, config).eval()
+    tokenizer.src_lang = tokens["en"]
+    sentences = [TEXT[0], " ".join(TEXT[0].split()[:2])]
+    begins = set()
+    for side in ("right", "left"):
+        batch = dict(tokenizer(sentences, return_tensors="pt", padding=True, padding_side=side))
+        assert batch["input_ids"].eq(tokenizer.pad_token_id).any()
+        states = model.get_encoder()(**batch, language_pairs="en-de")
+        from_states = {"encoder_outputs": states, "attention_mask": batch["attention_mask"]}
+        for inputs in (batch, from_states):
+            found = model.generate(**inputs, language_pairs="en-de", max_new_tokens=3)
+            begins.add(tuple(found[:, : found[0].tolist().index(ids["de"]) + 1].flatten().tolist()))
+    start = [] if convention == "mbart25" else [model.config.decoder_start_token_id]
+    assert begins == {tuple([*start, ids["de"]] * 2)}

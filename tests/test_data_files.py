@@ -183,6 +183,18 @@ def test_a_dataset_on_the_hub_is_named_with_its_configuration(tmp_path, monkeypa
         load_parallel("some/corpus:de-en", ["de-en"], split="test")
 
 
+def test_shards_that_were_written_unlike_are_read_each_in_its_way(tmp_path):
+    (tmp_path / "train-0.tsv").write_bytes(b'"en"\t"de"\n"a ""q"" b"\t"c\td"\n')
+    (tmp_path / "train-1.tsv").write_bytes(b'en\tde\n"Yes\tja\nNo"\tnein\n')
+    (tmp_path / "train-2.tsv").write_bytes(b"en\tde\r\ne\tf\r\n")
+    (tmp_path / "train-3.tsv").write_bytes(b"en\tde\ng\rh\ti\n")
+    expected = [('a "q" b', "c\td"), ('"Yes', "ja"), ('No"', "nein"), ("e", "f"), ("g\rh", "i")]
+    assert lines_of(load_parallel(tmp_path / "train-*.tsv", ["en-de"]), "en-de") == expected
+    (tmp_path / "train-4.tsv").write_bytes(b"en\tfr\nj\tk\n")
+    with pytest.raises(ValueError, match="same columns, but .*train-0.tsv has en, de, and .*train-4.tsv has en, fr"):
+        load_parallel(tmp_path / "train-*.tsv", ["en-de"])
+
+
 def test_shards_are_read_as_one_and_files_are_never_mixed(tmp_path):
     for name, text in (("train-00000-of-00002", "a"), ("train-00001-of-00002", "b"), ("[dev]", "c")):
         pandas.DataFrame({"en": [text], "de": [text]}).to_parquet(tmp_path / f"{name}.parquet")

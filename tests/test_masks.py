@@ -90,6 +90,13 @@ def test_rows_are_combined_by_the_names_of_their_pairs(four):
     assert union.selector["name"] == "union" and intersection.selector["name"] == "intersection"
 
 
+def test_overlap_is_of_a_stack_that_the_masks_have():
+    masks = masks_of({"decoder.0": [[1, 0], [1, 1]]}, ["en-de", "en-fr"])
+    assert masks.mean_overlap("decoder")["en-de"]["en-fr"] == 0.5
+    with pytest.raises(ValueError, match=r"a stack of \['decoder'\], got 'encoder'"):
+        masks.mean_overlap("encoder")
+
+
 def test_what_is_combined_knows_the_tokens_of_both(four):
     known = replace(four, language_token_ids={"en": 8})
     for a, b in ((four, known), (known, four), (known, known)):

@@ -198,6 +198,39 @@ class NewTensors(MasterWeights):
         parameter.data = values.clone()
 
 
+class ScheduleFree(torch.optim.Optimizer):
+    """Keeps a second copy of the weights, which decays too, and becomes the weights in part when it evaluates."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is not None:
+                state = self.state[parameter]
+                state["z"] = state.get("z", parameter.clone()) * 0.9 - parameter.grad
+                parameter.lerp_(state["z"], 0.5)
+
+    @torch.no_grad()
+    def eval(self):
+        for parameter, state in self.state.items():
+            parameter.lerp_(state["z"], 0.5)
+
+
+def test_a_second_copy_of_the_weights_leaves_frozen_rows_too():
+    model = make_m2m100()
+    masks = make_masks(model, ["en-de"], k=0.4)
+    before = {name: model.get_submodule(name).weight.detach().clone() for name in masks.rows}
+    adapted = adapt(model, masks, trainable="full").train()
+    optimizer = ScheduleFree([p for p in adapted.parameters() if p.requires_grad])
+    train(adapted, optimizer)
+    optimizer.eval()
+    for name, weight in before.items():
+        rest, now = unselected(masks, name), adapted.get_submodule(f"base_model.model.{name}").weight
+        assert rest.any() and now[rest].equal(weight[rest]) and not now[~rest].equal(weight[~rest])
+
+
 def train(adapted, optimizer, steps=2, **call):
     for step in range(steps):
         adapted(**make_batch(seed=step), **call).loss.backward()

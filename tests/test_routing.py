@@ -517,6 +517,9 @@ def test_ids_and_names_of_pairs_agree(default):
     else:
         unknown = resolver.pair_id("it-en")
         assert unknown == (-1 if default == "base" else PAIRS.index(default))
+    composed = router_of(adapted(default_pair="de-fr")).resolvers["default"]
+    with pytest.raises(ValueError, match="'de-fr' is composed.*pass its name"):
+        composed.pair_id("it-en")
 
 
 @pytest.mark.parametrize("ids", [[0, 1, 2, 3], 2, torch.tensor(2), torch.tensor([[0], [1], [2], [3]])], ids=str)
@@ -524,8 +527,25 @@ def test_pairs_are_given_by_ids_in_any_form(ids):
     model = adapted()
     names = PAIRS if isinstance(ids, list) or getattr(ids, "ndim", 0) else PAIRS[2]
     assert model(**make_batch(), language_pairs=ids).logits.equal(model(**make_batch(), language_pairs=names).logits)
-    with pytest.raises(ValueError, match="names or integer ids, got torch.float32"):
-        model(**make_batch(), language_pairs=torch.zeros(4))
+    for wrong in (torch.float32, torch.bool):
+        with pytest.raises(ValueError, match=f"names or integer ids, got {wrong}"):
+            model(**make_batch(), language_pairs=torch.zeros(4, dtype=wrong))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_ids_of_pairs_may_be_small_integers(dtype):
+    model, ids = adapted(), torch.tensor([0, 1, 0, 1])
+    expected = model(**make_batch(), language_pairs=ids).logits
+    assert model(**make_batch(), language_pairs=ids.to(dtype)).logits.equal(expected)
+
+
+@pytest.mark.parametrize("pair", [0, None, ["en-de"]], ids=str)
+def test_what_is_no_name_of_a_pair_is_said_so(pair):
+    model = adapted()
+    with pytest.raises(ValueError, match="Expected a language pair such as 'en-de'"), ns.language_pair(model, pair):
+        pass
+    with pytest.raises(ValueError, match="Expected a language pair such as 'en-de'"):
+        model(**make_batch(), language_pairs=["en-de", pair, "en-de", "en-de"])
 
 
 def test_a_pair_set_on_the_model_goes_with_the_last_adapter_that_has_it():
@@ -547,3 +567,16 @@ def test_pair_ids_that_are_none_are_refused(ids):
     config = ns.NeuronSpecializationConfig(masks=make_masks(model), task_type="SEQ_2_SEQ_LM")
     with pytest.raises(ValueError, match="Expected pair ids from 0 to"):
         get_peft_model(model, config)(**make_batch(), language_pairs=torch.tensor(ids))
+
+
+def test_generate_refuses_a_batch_of_which_it_can_tag_some_samples_only():
+    """Those of the adapter's pairs would begin with any language."""
+    model = adapted(default_pair="base")
+    sources = tagged(["en-de"] * 3, "nllb")["input_ids"]
+    options = {"input_ids": sources, "language_pairs": ["en-de", "base", "en-fr"], "max_new_tokens": 3}
+    with pytest.raises(
+        ValueError, match=r"of some samples of the batch, but none for \['base'\]. Pass decoder_input_ids"
+    ):
+        model.generate(**options)
+    starts = torch.tensor([[START, token] for token in (DE, FR, FR)])
+    assert model.generate(**options, decoder_input_ids=starts)[:, :2].equal(starts)

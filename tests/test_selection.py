@@ -74,6 +74,25 @@ def test_lape_takes_its_shares_exactly(share):
     assert len(kept(masks, "fr-en", "encoder.0")) == 100 - round(100 * share)
 
 
+def test_lape_gives_no_place_to_what_is_assigned_to_nobody():
+    """The first neuron's highest probability is the threshold itself; the second is clearly one language's."""
+    counts = counts_of({"encoder.0": [[50, 90], [0, 10]], "decoder.0": [[50, 50]] * 2}, ["de-en", "fr-en"])
+    masks = ns.LAPE(entropy_share=0.5, activity_quantile=0.75).select(counts)
+    assert kept(masks, "fr-en", "encoder.0") == [0] and kept(masks, "de-en", "encoder.0") == [0, 1]
+
+
+@pytest.mark.parametrize("selector", [ns.CumulativeThreshold, ns.TopShare])
+def test_the_smallest_share_keeps_a_neuron(selector):
+    counts = counts_of({"encoder.0": [[1, 5, 2]]}, ["en-de"])
+    assert kept(selector(1e-17).select(counts), "en-de", "encoder.0") == [1]
+
+
+@pytest.mark.parametrize("gamma", [-1, float("nan"), float("inf"), "1"])
+def test_an_exponent_is_a_finite_number(gamma):
+    with pytest.raises(ValueError, match="gamma is a finite exponent of at least 0"):
+        Specificity(gamma=gamma)
+
+
 def test_lape_keeps_the_pairs_of_a_language_with_itself():
     """Models copy and denoise, too."""
     counts = counts_of({"encoder.0": [[3, 1], [1, 3]], "decoder.0": [[3, 1], [1, 3]]}, ["en-en", "en-de"])

@@ -9,6 +9,7 @@ import pytest
 from peft import get_peft_model
 
 import neuron_specialization as ns
+from neuron_specialization.baselines.collected import collect
 from neuron_specialization.baselines.methods import masks_of
 from neuron_specialization.baselines.stages import PART
 from neuron_specialization.baselines.zero_shot import ZERO_SHOT, ZeroShot, ZeroShotArguments, collect_zero_shot
@@ -116,6 +117,29 @@ def test_a_model_that_was_not_kept_is_said_and_scored_once_it_is_back(zero_shot,
     zero_shot.score("ours", 0)
     found = collect_zero_shot(zero_shot.comparison.directory)
     assert len(found["rows"]) == 2 and not found["not_applicable"]
+
+
+def test_a_direction_that_fails_is_said_and_what_does_not_apply_is_no_failure(zero_shot, monkeypatch, capsys):
+    assert zero_shot.score("fine_tune_single", 0) == []
+    right = zero_shot._direct
+
+    def breaks(model, pair):
+        if pair == "Ba-Aa":
+            raise MemoryError("none left")
+        return right(model, pair)
+
+    monkeypatch.setattr(zero_shot, "_direct", breaks)
+    assert zero_shot.score("masks_only", 0) == ["masks_only, seed 0, Ba-Aa (MemoryError: none left)"]
+    assert "FAILED: MemoryError: none left" in capsys.readouterr().out
+
+
+def test_a_copy_of_a_stage_is_none(zero_shot):
+    zero_shot.score("masks_only", 0)
+    stage = zero_shot.comparison.stage_directory("masks_only", 0)
+    shutil.copytree(stage, stage.with_name("seed-0-old"))
+    shutil.rmtree(stage.parents[1] / "fine_tune_single")  # whose part is a stand-in
+    assert {row["seed"] for row in collect_zero_shot(zero_shot.comparison.directory)["rows"]} == {0}
+    assert {s["seed"] for s in collect(zero_shot.comparison.directory)["stages"]} == {0}
 
 
 def test_directions_that_are_trained_or_of_other_languages_are_refused(zero_shot, unseen):

@@ -4,7 +4,8 @@ In `trainable="full"` these are the rows of W1 that no language pair selects, an
 ΔW1 that a protected pair selects. Their gradient is zero, but weight decay would shrink them and momentum from before
 would move them. Each optimizer step therefore saves and restores them. Optimizers that step on copies of the weights
 (master weights of mixed precision) write the weights after their step: what they moved is put back when a model is
-called next, and before a layer is saved, loaded, merged or removed.
+called next, and before a layer is saved, loaded, merged or removed. Schedule-free ones keep a second copy ("z"), which
+the weights become when they evaluate: its rows are restored too.
 """
 
 import weakref
@@ -97,7 +98,14 @@ def _local(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _restore(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
-    _write(_saved.pop(optimizer, []))
+    rows = _saved.pop(optimizer, [])
+    _write(rows)
+    saved = {weight.data_ptr(): (index, values) for weight, index, values in rows}
+    for parameter, state in optimizer.state.items():
+        second = state.get("z") if isinstance(state, dict) else None
+        start = _local(parameter.detach()).data_ptr() if second is not None else None
+        if isinstance(second, torch.Tensor) and start in saved:
+            _write([(_local(second), *saved[start])])
 
 
 def _write(rows: list[Rows]) -> None:

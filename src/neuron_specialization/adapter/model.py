@@ -76,7 +76,7 @@ class NeuronSpecializationModel(BaseTuner):
             raise
 
     def _inject(self, model: nn.Module, adapter_name: str, config: Any, *args: Any, **kwargs: Any) -> None:
-        self._check_other_adapters(adapter_name)
+        self._check_other_adapters()
         storage.take_stored_masks(config)
         self._blocks = _find_blocks(config, model)
         self._places = _places(model)
@@ -92,7 +92,7 @@ class NeuronSpecializationModel(BaseTuner):
         config.d_ff = {name: config.d_ff[name] for name in layers}
         config.stacks = {name: config.stacks[name] for name in layers}
 
-    def _check_other_adapters(self, adapter_name: str) -> None:
+    def _check_other_adapters(self) -> None:
         trained = [n for n, c in self.peft_config.items() if getattr(c, "trainable", None) == "full"]
         if trained and len(self.peft_config) > 1:
             raise ValueError(

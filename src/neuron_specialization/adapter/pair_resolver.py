@@ -61,7 +61,7 @@ class PairResolver:
         if self.default_pair == BASE_PAIR:
             return BASE_ROW
         if self.default_pair is not None or self.pairs == [DEFAULT_PAIR]:
-            return self.pairs.index(self.default_pair or DEFAULT_PAIR)
+            return self.pair_id(self.default_pair or DEFAULT_PAIR)
         raise ValueError(f"There is no language pair {pair!r} in the adapter. {self.routes.known()}")
 
     def fallback(self) -> str:

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..neurons.base_model import unwrap
 from ..neurons.ffn import STACKS
+from ..neurons.language_pairs import split_pair
 from . import frozen_rows
 from .call import Call, LanguagePairs, MaskRows, sequence, take_adapter_names
 from .language_tokens import TokenBatch
@@ -57,6 +58,8 @@ class CallRouter:
 
     def check(self, pair: str) -> None:
         """Raise ValueError unless some adapter routes `pair`: one with a default pair routes all."""
+        if not isinstance(pair, str):
+            split_pair(pair)  # says what is expected
         if not self.resolvers:
             raise ValueError(f"Got the language pair {pair!r}, but the model's adapters were deleted.")
         errors = []
@@ -117,16 +120,24 @@ class CallRouter:
             generates: whether it is a `generate`.
 
         Raises:
-            ValueError: if a name is unknown to every adapter, or there are fewer or more pairs than samples.
+            ValueError: if a name is unknown to every adapter, or there are fewer or more pairs or adapter names than
+                samples.
         """
         frozen_rows.put_back()
         names = take_adapter_names()
+        if names is not None and samples is not None and len(names) != samples:
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(names)} and {samples} respectively."
+            )
         pairs, tokens = self._passed(language_pairs, samples), tokens or TokenBatch()
         chosen = self.chosen() if pairs is None else None
         if chosen is not None:
             pairs = [chosen]
         elif pairs is None and origin is not None:
             pairs, tokens = origin.pairs, tokens.continuing(origin.tokens)
+        if origin is not None and tokens.source is None:  # where the source's tag lies tells how the target begins
+            tokens = replace(tokens, source=origin.tokens.source)
         side = None if stack is None else STACKS.index(stack)
         rows = {
             name: _found(resolver, pairs, tokens, None if names is None else [n == name for n in names], side, device)
@@ -167,8 +178,9 @@ class CallRouter:
         pairs: Any = [language_pairs] if isinstance(language_pairs, str | Integral) else language_pairs
         if isinstance(pairs, torch.Tensor) or (len(pairs) > 0 and all(isinstance(pair, Integral) for pair in pairs)):
             pairs = torch.as_tensor(pairs).flatten()
-            if pairs.is_floating_point():
+            if pairs.is_floating_point() or pairs.dtype == torch.bool:
                 raise ValueError(f"Expected language pairs as names or integer ids, got {pairs.dtype}.")
+            pairs = pairs.long()  # torch takes uint8 for a mask where ids select rows
         if samples is not None and len(pairs) not in (1, samples):
             raise ValueError(
                 f"Got language pairs for {len(pairs)} samples, but a batch of {samples}. Pass one per sample, or a "
@@ -176,7 +188,7 @@ class CallRouter:
             )
         if isinstance(pairs, torch.Tensor):
             return pairs
-        for pair in dict.fromkeys(pairs):
+        for pair in [pair for pair in pairs if not isinstance(pair, str)] or dict.fromkeys(pairs):
             self.check(pair)
         return list(pairs)[:1] if len(set(pairs)) == 1 else list(pairs)
 

@@ -29,7 +29,7 @@ def target_arguments(
         kwargs: the caller's arguments, which take precedence.
 
     Raises:
-        ValueError: if the tag of a source contradicts the pair that was chosen.
+        ValueError: if the tag of a source contradicts the pair that was chosen, or only some samples have a tag.
     """
     resolver = next((r for r in resolvers if r.reader is not None), None)
     if resolver is None or resolver.reader is None:
@@ -37,13 +37,21 @@ def target_arguments(
     reader = resolver.reader
     begins = _says_how_to_begin(kwargs, reader)
     pairs = _names(resolver, call) or ([] if begins else _only_pairs(model, resolver, reader, call))
-    if not pairs or any("-" not in pair for pair in pairs):  # unknown, the base, or pairs without language codes
+    if not pairs:
         return {}
     if call.pairs is not None and call.tokens.source is not None:
         _check_source_tags(reader, call.tokens.source, pairs)
-    tags = [reader.ids.get(split_pair(pair)[1]) for pair in pairs]
-    if reader.source_tag == "target" or None in tags or begins:
+    # none for the base, and for pairs without language codes
+    tags = [reader.ids.get(split_pair(pair)[1]) if "-" in pair else None for pair in pairs]
+    known = [tag for tag in tags if tag is not None]
+    if reader.source_tag == "target" or not known or begins:
         return {}
+    if len(known) < len(tags):
+        without = sorted({pair for pair, tag in zip(pairs, tags, strict=True) if tag is None})
+        raise ValueError(
+            f"The adapter knows the target's language token of some samples of the batch, but none for {without}. "
+            "Pass decoder_input_ids with what each sample begins with, or generate those apart."
+        )
     opens = tag_opens_decoder(model, reader, call.tokens.source)
     if len(set(tags)) == 1:
         return {"decoder_start_token_id" if opens else "forced_bos_token_id": tags[0]}
@@ -64,7 +72,10 @@ def tag_opens_decoder(model: Any, reader: TagReader, source: torch.Tensor | None
     It is where the tag ends a sentence, on both sides, and the model moves the last label to the front.
     """
     tag, word = next(iter(reader.ids.values())), -1
-    leads = source is None or bool(torch.isin(source[0, 0].cpu(), torch.tensor(list(reader.ids.values()))))
+    leads = source is None
+    if source is not None:
+        words = source[0][source[0] != model.config.pad_token_id].cpu()  # padding may be on the left
+        leads = bool(torch.isin(words[:1], torch.tensor(list(reader.ids.values()))).any())
     labels = torch.tensor([[tag, word, word] if leads else [word, word, tag]])
     return int(label_shift(model)(labels)[0, 0]) == tag
 
@@ -117,7 +128,7 @@ def _check_source_tags(reader: TagReader, source: torch.Tensor, pairs: list[str]
     side = 0 if reader.source_tag == "source" else 1
     for sample, code in enumerate(reader.read(source)):
         pair = pairs[sample * len(pairs) // len(source)]
-        if code is not None and code != split_pair(pair)[side]:
+        if code is not None and "-" in pair and code != split_pair(pair)[side]:
             raise ValueError(
                 f"Sample {sample} of the batch carries the language token of {code!r} ({reader.ids[code]}), but the "
                 f"language pair chosen for it is {pair!r}. Encode it with the tag of {split_pair(pair)[side]!r} (most "

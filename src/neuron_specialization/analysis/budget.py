@@ -13,7 +13,7 @@ def budget_facts(stages: Rows, trials: Rows, baseline: Mapping[str, int | None] 
         trials: one per learning rate tried.
         baseline: its "updates", "max_steps" and "patience"; None where that is unknown.
     """
-    return [_baseline(baseline), *_updates(stages), *_learning_rates(stages, trials)]
+    return [_baseline(baseline), *_updates(stages), *_diverged(stages), *_learning_rates(stages, trials)]
 
 
 def _baseline(training: Mapping[str, int | None] | None) -> str:
@@ -35,6 +35,16 @@ def _updates(stages: Rows) -> list[str]:
         return []
     shown = "; ".join(f"{updates} ({', '.join(methods)})" for updates, methods in sorted(joint.items()))
     return [f"Updates of joint methods: {shown}. Equal updates are on the same batches in one order: equal tokens."]
+
+
+def _diverged(stages: Rows) -> list[str]:
+    """Such a run keeps the weights of its best validation, and would look like a method that learns little."""
+    found = [
+        f"{stage['method']}, seed {stage['seed']}"
+        for stage in stages
+        if any(loss is None for _, loss in stage.get("validation_losses", []))
+    ]
+    return [f"WARNING, diverged after the validation that they are left at: {'; '.join(found)}."] if found else []
 
 
 def _learning_rates(stages: Rows, trials: Rows) -> list[str]:

@@ -80,6 +80,7 @@ def sweep_table(rows: Rows, stages: Rows) -> list[dict[str, Any]]:
     table = []
     for kind, knob in sorted(swept):
         of_kind = [s for s in stages if s.get("kind") == kind and s.get("knob") in (knob, None)]
+        of_kind.sort(key=lambda s: "parts" in s)  # what was tuned is known of those that were trained
         named = {s["method"]: s for s in of_kind if s["knobs"].get(knob) is not None}  # None: as in the baseline
         for method, stage in sorted(named.items(), key=lambda item: item[1]["knobs"][knob]):
             if any(row["method"] == method for row in rows):
@@ -104,8 +105,11 @@ def curves_table(stages: Rows) -> list[dict[str, Any]]:
         seeds = [seed for seed in own if [u for u, _ in own[seed]] == [u for u, _ in reference.get(seed, [])]]
         line: dict[str, Any] = {"method": method, "seeds": len(seeds)}
         for i, (updates, _) in enumerate(own[seeds[0]] if seeds else []):
-            losses = [own[seed][i][1] - (0 if method == REFERENCE else reference[seed][i][1]) for seed in seeds]
-            line[f"after {updates}"] = sum(losses) / len(losses)
+            both = [(own[seed][i][1], 0 if method == REFERENCE else reference[seed][i][1]) for seed in seeds]
+            diverged = any(None in losses for losses in both)
+            line[f"after {updates}"] = (
+                None if diverged else sum(loss - of_reference for loss, of_reference in both) / len(both)
+            )
         table += [line] if seeds else []
     return table
 

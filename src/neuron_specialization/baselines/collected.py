@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .folders import identification_seconds
+from .folders import identification_seconds, seed_folders, seed_of
 from .methods import EQUAL_SECONDS, MethodArguments, parse_method
 from .settings import recorded_settings
 from .stages import FAILED, PART, SETTINGS
@@ -29,7 +29,7 @@ def collect(directory: str | Path, planned: Iterable[tuple[str, int]] = ()) -> d
     directory = Path(directory)
     known = recorded_settings(directory, SETTINGS)
     found: dict[str, Any] = {"rows": [], "stages": [], "trials": [], "signatures": {}, "translations": {}}
-    begun = [(place.parent.name, int(place.name.removeprefix("seed-"))) for place in directory.glob("*/seed-*")]
+    begun = [(place.parent.name, seed_of(place)) for place in seed_folders(directory)]
     for method, seed in sorted({*begun, *planned}):
         place = directory / method / f"seed-{seed}"
         parts = [_read(path) for path in sorted([*place.glob(PART), *place.glob(f"*/{PART}")])]
@@ -71,7 +71,8 @@ def _stage(
 def _trial(path: Path) -> dict[str, Any]:
     trial = _read(path)
     losses = trial["validation_loss"]
-    mean = {"validation_loss": sum(losses.values()) / len(losses), "directions": len(losses)}
+    diverged = None in losses.values()
+    mean = {"validation_loss": None if diverged else sum(losses.values()) / len(losses), "directions": len(losses)}
     tried = {key: trial.get(key) for key in ("learning_rate", "updates")} | {"knobs": trial.get("knobs", {})}
     return {"method": path.parts[-3], **tried, **mean}
 

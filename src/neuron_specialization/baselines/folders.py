@@ -40,6 +40,17 @@ def remove_checkpoints(directory: Path) -> None:
         shutil.rmtree(checkpoint)
 
 
+def seed_folders(directory: str | Path) -> list[Path]:
+    """Return the folders of the stages that have begun."""
+    return sorted(place for place in Path(directory).glob("*/seed-*/") if seed_of(place) >= 0)
+
+
+def seed_of(stage: Path) -> int:
+    """Return the seed of a stage by its folder's name; -1 where it has none, such as a copy's."""
+    number = stage.name.removeprefix("seed-")
+    return int(number) if number.isdecimal() else -1
+
+
 def identification_folder(directory: Path, by: str) -> Path:
     """Return where a comparison keeps what masks are made from."""
     folder = directory / "identification"

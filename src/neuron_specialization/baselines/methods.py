@@ -96,7 +96,7 @@ def seeds_of(words: Sequence[str]) -> dict[str, int]:
         ValueError: if a word has another form.
     """
     split = [word.rpartition("=") for word in words]
-    wrong = [word for word, (name, _, number) in zip(words, split, strict=True) if not name or not number.isdigit()]
+    wrong = [word for word, (name, _, number) in zip(words, split, strict=True) if not name or not number.isdecimal()]
     if wrong:
         raise ValueError(f"Expected method=number of seeds, such as fine_tune=3, got {' '.join(wrong)}.")
     names = [name for name, _, _ in split]

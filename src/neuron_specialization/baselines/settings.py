@@ -1,7 +1,7 @@
 """What the stages of a comparison have in common: written down, so that no others are mixed with them."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,11 @@ def recorded_settings(directory: Path, name: str) -> dict[str, Any]:
 
 
 def check_settings(
-    directory: Path, name: str, settings: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+    directory: Path,
+    name: str,
+    settings: Mapping[str, Any],
+    defaults: Mapping[str, Any] | None = None,
+    free: Collection[str] = (),
 ) -> None:
     """Record what every stage depends on; raise if the directory holds stages that depend on something else.
 
@@ -73,6 +77,7 @@ def check_settings(
         name: of the JSON file.
         settings: name → value that JSON can hold.
         defaults: what stages had that were run before a setting existed. Whatever else was not recorded is as now.
+        free: settings that may change, since nothing was trained with those that are recorded.
 
     Raises:
         ValueError: if the file says otherwise; it names the settings that differ.
@@ -81,6 +86,7 @@ def check_settings(
 
     def merged() -> tuple[dict[str, Any], dict[str, Any]]:
         recorded = without_nan(recorded_settings(directory, name))
+        recorded = {key: value for key, value in recorded.items() if key not in free}
         before = {**settings, **earlier, **recorded} if recorded else settings
         changed = [key for key in settings if before.get(key) != settings[key]]
         if changed:

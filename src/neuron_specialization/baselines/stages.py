@@ -31,7 +31,7 @@ from .methods import EQUAL_SECONDS, IDENTIFIED_BY, MethodArguments, seeds_of
 from .models import Models
 from .scored_part import scored_part
 from .settings import StageArguments, check_settings, recorded_settings, shared_arguments
-from .trials import Setting, depends_on
+from .trials import TRIAL, Setting, depends_on
 
 PART, FAILED, SETTINGS = "part.json", "failed.json", "comparison.json"
 # settings that are recorded for each method by itself
@@ -91,6 +91,7 @@ class Comparison(Models):
                 print("runs in another process; later", flush=True)
                 postponed.add((method, seed))
                 waiting.append((method, seed))
+                waiting.sort(key=lambda stage: stage[0] in EQUAL_SECONDS)  # they are timed by the others
                 continue
             if self.run(method, seed):
                 print("done", flush=True)
@@ -148,11 +149,20 @@ class Comparison(Models):
             stage = StageArguments(**{name: recorded[name] for name in vars(self.stage) if name in recorded})
             for method in self._begun():
                 earlier |= depends_on(method, args, stage)
-        check_settings(self.directory, SETTINGS, settings, earlier)
+        known = {name.partition(" of ")[2] for name in recorded}
+        begun = [method for method in self._begun() if method in known]
+        needed = {name for method in begun for name in depends_on(method, self.method, self.stage)}
+        check_settings(self.directory, SETTINGS, settings, earlier, free=set(settings) - needed)
 
     def _begun(self) -> list[str]:
-        """Return the methods that have stages or trials."""
-        return sorted({path.parent.name for of in ("seed-*", "trial-*") for path in self.directory.glob(f"*/{of}")})
+        """Return the methods that have trained or scored something; settings of one that only failed may change."""
+        kept = {
+            path.relative_to(self.directory).parts[0]
+            for of in ("seed-*", "trial-*")
+            for name in (PART, TRIAL, RUN_FILE)
+            for path in self.directory.glob(f"*/{of}/**/{name}")
+        }
+        return sorted(kept)
 
     def _part(self, method: str, seed: int, setting: Setting, pairs: list[str], directory: Path) -> None:
         if (directory / PART).is_file():

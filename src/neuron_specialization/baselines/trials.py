@@ -13,6 +13,7 @@ from .folders import alone, remove_checkpoints
 from .methods import (
     EQUAL_SECONDS,
     IDENTIFIED_BY,
+    LASS,
     OURS,
     UNTRAINED,
     WEIGHTS,
@@ -25,6 +26,9 @@ from .settings import StageArguments
 
 if TYPE_CHECKING:
     from .models import Models
+
+
+TRIAL = "trial.json"
 
 
 @dataclass(frozen=True)
@@ -49,9 +53,10 @@ def depends_on(method: str, args: MethodArguments, stage: StageArguments) -> dic
     others = ["fine_tune"] if kind in EQUAL_SECONDS else []
     if IDENTIFIED_BY.get(kind) == WEIGHTS:
         others.append("fine_tune_single")
-    if _shares_knobs(kind):
-        found["grid of ours"] = grids.get("ours", {})
-        others += ["ours"] if "ours" in grids else []
+    shared = _shares_knobs_of(kind)
+    if shared is not None:
+        found[f"grid of {shared}"] = grids.get(shared, {})
+        others += [shared] if shared in grids else []
     for other in others:
         found |= depends_on(other, args, stage)
     return found
@@ -62,9 +67,11 @@ def _rates_of(kind: str) -> str:
     return "scratch_learning_rates" if kind == "bilingual" else "learning_rates"
 
 
-def _shares_knobs(kind: str) -> bool:
-    """Whether masks are made from those of "ours", with the knobs that its trials choose."""
-    return kind in OURS and kind != "ours"
+def _shares_knobs_of(kind: str) -> str | None:
+    """Return the method whose masks those of this one are made from, with the knobs that its trials choose."""
+    if kind in OURS and kind != "ours":
+        return "ours"
+    return "lass" if kind in LASS and kind != "lass" else None
 
 
 @dataclass
@@ -77,16 +84,17 @@ class Trials:
         """Return what a stage is trained with: what gave the lowest validation loss in trials.
 
         Learning rates are tried first, then the values of each knob that the comparison lists for the method, one knob
-        after the other, all with seed 0. Methods with masks made from those of "ours" share its knobs. A knob's value
-        in the stage's name is not tuned. Where there is one value, none is tried. Trials never see test data, and
-        their results are kept beside the stages. The methods of EQUAL_SECONDS are trained as "fine_tune" is.
+        after the other, all with seed 0. Methods with masks made from those of "ours" or "lass" share its knobs. A
+        knob's value in the stage's name is not tuned. Where there is one value, none is tried. Trials never see test
+        data, and their results are kept beside the stages. The methods of EQUAL_SECONDS are trained as "fine_tune" is.
         """
         kind = self.models.kind(method)
         if kind in EQUAL_SECONDS:
             return self.setting("fine_tune")
         grids = knob_grids(self.models.stage.knobs)
-        shares = _shares_knobs(kind) and "ours" in grids
-        knobs = parse_method(method, self.setting("ours").knobs if shares else self.models.method)[1]
+        shared = _shares_knobs_of(kind)
+        tuned = self.setting(shared).knobs if shared is not None and shared in grids else self.models.method
+        knobs = parse_method(method, tuned)[1]
         if kind in UNTRAINED:
             return Setting(None, knobs)
         rates = getattr(self.models.stage, _rates_of(kind))
@@ -104,9 +112,9 @@ class Trials:
         """Return the mean validation loss over directions after `trial_share` of the updates."""
         directory = self._trial_directory(method, setting)
         with alone(self.models.directory, f"{method}-{directory.name}"):
-            if not (directory / "trial.json").is_file():
+            if not (directory / TRIAL).is_file():
                 self._try(method, setting, directory)
-        losses = json.loads((directory / "trial.json").read_text(encoding="utf-8"))["validation_loss"].values()
+        losses = json.loads((directory / TRIAL).read_text(encoding="utf-8"))["validation_loss"].values()
         if not all(loss is not None and math.isfinite(loss) for loss in losses):  # it diverged
             return math.inf
         return sum(losses) / len(losses)
@@ -126,7 +134,7 @@ class Trials:
             else:
                 shutil.rmtree(where)
         knobs = {"learning_rate": setting.learning_rate, "knobs": self._other_knobs(method, setting.knobs)}
-        write_results(directory, {**knobs, "updates": updates, "validation_loss": losses}, "trial.json")
+        write_results(directory, {**knobs, "updates": updates, "validation_loss": losses}, TRIAL)
 
     def _trial_directory(self, method: str, setting: Setting) -> Path:
         knobs = [f"{name}={value:g}" for name, value in self._other_knobs(method, setting.knobs).items()]

@@ -22,7 +22,7 @@ from ..translation.results import write_results
 from ..translation.text_files import line_digest
 from ..translation.token_loss import token_losses
 from ..translation.translate import translate
-from .folders import alone
+from .folders import alone, seed_folders, seed_of
 from .stages import PART, Comparison
 
 ZERO_SHOT = "zero_shot.json"
@@ -81,18 +81,21 @@ class ZeroShot:
         check_lengths(self.comparison.baseline, self.comparison.tokenizer, self.data, **convention, losses=True)
         self._identify = language_identifier(known, as_mapping(self.args.identifier_codes))
 
-    def score(self, method: str, seed: int) -> None:
+    def score(self, method: str, seed: int) -> list[str]:
         """Score a stage in every direction that it was not scored in; an unfinished one is left alone.
 
         A direction that cannot be scored says why in the file, and is tried again when asked for again.
+
+        Returns:
+            What failed, and why; directions that the method has no model or masks for are no failures.
         """
         directory = self.comparison.stage_directory(method, seed)
         if not list(directory.glob(f"**/{PART}")):
-            return
+            return []
         with alone(self.comparison.directory, f"zero-shot-{method}-seed-{seed}"):
-            self._score(method, seed, directory)
+            return self._score(method, seed, directory)
 
-    def _score(self, method: str, seed: int, directory: Path) -> None:
+    def _score(self, method: str, seed: int, directory: Path) -> list[str]:
         found = _read(directory)
         stage = line_digest([part.read_text(encoding="utf-8") for part in sorted(directory.glob(f"**/{PART}"))])
         todo = []
@@ -104,6 +107,7 @@ class ZeroShot:
                     todo.append((route, pair, made_from))
         model: Any = None
         through: dict[str, list[str]] = {}
+        failed = []
         for route, pair, made_from in todo:
             try:
                 model = self.comparison.final_model(method, seed) if model is None else model
@@ -111,8 +115,12 @@ class ZeroShot:
                 found.setdefault(route, {})[pair] = {**scored, "made_from": made_from}
             except Exception as error:
                 reason = str(error) if isinstance(error, ValueError) else f"FAILED: {type(error).__name__}: {error}"
+                if not isinstance(error, ValueError):
+                    failed.append(f"{method}, seed {seed}, {pair} ({type(error).__name__}: {error})")
+                    print(reason, flush=True)
                 found.setdefault(route, {})[pair] = {"not_applicable": reason}
             write_results(directory, {"scored": found}, ZERO_SHOT)
+        return failed
 
     def _direct(self, model: Any, pair: str) -> dict[str, Any]:
         rows, comparison = {pair: self.data[pair]}, self.comparison
@@ -130,6 +138,8 @@ class ZeroShot:
         if comparison.pivot is None:
             raise ValueError("The comparison has no pivot.")
         source, target = split_pair(pair)
+        if comparison.pivot in (source, target):
+            raise ValueError(f"{pair} has the pivot itself as a side.")
         options = {
             "batch_size": comparison.training.per_device_eval_batch_size,
             "num_beams": comparison.stage.num_beams,
@@ -171,8 +181,8 @@ def collect_zero_shot(directory: str | Path) -> dict[str, Any]:
         rows; "signatures": pair → signatures.
     """
     collected: dict[str, Any] = {"rows": [], "not_applicable": {}, "signatures": {}}
-    for path in sorted(Path(directory).glob(f"*/seed-*/{ZERO_SHOT}")):
-        method, seed = path.parts[-3], int(path.parts[-2].removeprefix("seed-"))
+    for path in sorted(place / ZERO_SHOT for place in seed_folders(directory) if (place / ZERO_SHOT).is_file()):
+        method, seed = path.parts[-3], seed_of(path.parent)
         for route, of in _read(path.parent).items():
             for pair, scored in of.items():
                 if "result" in scored:

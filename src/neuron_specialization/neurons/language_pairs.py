@@ -19,7 +19,7 @@ def split_pair(pair: str) -> tuple[str, str]:
     Raises:
         ValueError: if `pair` is not two codes of letters, digits and underscores joined by one hyphen.
     """
-    source, hyphen, target = pair.partition("-")
+    source, hyphen, target = pair.partition("-") if isinstance(pair, str) else ("", "", "")
     if not hyphen or not _CODE.fullmatch(source) or not _CODE.fullmatch(target):
         raise ValueError(
             f"Expected a language pair such as 'en-de' or 'eng_Latn-deu_Latn' (source first), got {pair!r}."

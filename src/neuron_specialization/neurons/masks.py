@@ -108,9 +108,15 @@ class NeuronMasks:
         return shared / (sizes[:, None] + sizes - shared)
 
     def mean_overlap(self, stack: str) -> dict[str, dict[str, float]]:
-        """Return pair → pair → IoU of the neurons they keep, mean over the blocks of one stack."""
+        """Return pair → pair → IoU of the neurons they keep, mean over the blocks of one stack.
+
+        Raises:
+            ValueError: if the masks have no block in that stack.
+        """
         pairs = self.language_pairs
         blocks = [name for name, of in self.stacks.items() if of == stack]
+        if not blocks:
+            raise ValueError(f"Expected a stack of {sorted(set(self.stacks.values()))}, got {stack!r}.")
         mean = torch.stack([self.iou_matrix(block, pairs) for block in blocks]).mean(0)
         return {pair: dict(zip(pairs, row, strict=True)) for pair, row in zip(pairs, mean.tolist(), strict=True)}
 

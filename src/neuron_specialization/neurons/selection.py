@@ -110,7 +110,7 @@ class LAPE:
 
     Attributes:
         entropy_share: share of a stack's neurons, lowest entropy first, that count as language specific.
-        activity_quantile: quantile, over all layers, neurons and languages, that a probability must reach.
+        activity_quantile: quantile, over all layers, neurons and languages, that a probability must exceed.
     """
 
     entropy_share: float = 0.01
@@ -144,7 +144,7 @@ class LAPE:
         threshold = flat.kthvalue(max(1, round(exact_share(self.activity_quantile) * len(flat)))).values
         shares = probabilities / probabilities.sum(0, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
         entropy = -torch.special.xlogy(shares, shares).sum(0)
-        entropy[probabilities.amax(0) < threshold] = torch.inf
+        entropy[probabilities.amax(0) <= threshold] = torch.inf
         wanted = math.ceil(exact_share(self.entropy_share) * probabilities.shape[1])
         specific = torch.zeros(probabilities.shape[1], dtype=torch.bool)
         specific[entropy.argsort(stable=True)[:wanted]] = True
@@ -194,7 +194,7 @@ def exact_share(share: float) -> Fraction:
     Products of floats are slightly off, and would sometimes keep one neuron too many.
     """
     simple = Fraction(share).limit_denominator(10**6)
-    return simple if abs(simple - Fraction(share)) < 2**-52 else Fraction(str(share))
+    return simple if simple and abs(simple - Fraction(share)) < 2**-52 else Fraction(str(share))
 
 
 def per_pair_masks(rows: dict[str, torch.Tensor], counts: ActivationCounts, selector: Any) -> NeuronMasks:

@@ -60,8 +60,8 @@ class Specificity:
 
     def __post_init__(self) -> None:
         check_share("k", self.k)
-        if self.gamma < 0:
-            raise ValueError(f"gamma is an exponent of at least 0, got {self.gamma!r}.")
+        if not isinstance(self.gamma, int | float) or not 0 <= self.gamma < math.inf:
+            raise ValueError(f"gamma is a finite exponent of at least 0, got {self.gamma!r}.")
 
     def select(self, counts: ActivationCounts) -> NeuronMasks:
         """Return one row per pair and stack."""

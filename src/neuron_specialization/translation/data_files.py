@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import datasets
-from datasets import Dataset, Features, Value, get_dataset_config_names, load_dataset
+from datasets import Dataset, Features, Value, concatenate_datasets, get_dataset_config_names, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from ..neurons.language_pairs import shorten
@@ -57,7 +57,13 @@ def read_rows(path: str, quiet: bool = False) -> Dataset | None:
             if not opened.read(1):
                 raise ValueError(f"{file} is empty.")
     kind = _kind(files[0])
-    options = [_csv_options(file, kind) for file in files][0] if _READERS[kind] == "csv" else {}
+    options: dict[str, Any] = {}
+    if _READERS[kind] == "csv":
+        each = [_csv_options(file, kind) for file in files]
+        options = each[0]
+        if any(other != options for other in each):  # shards that were written with other quotes or line ends
+            _check_columns(files, [of["features"] for of in each])
+            return concatenate_datasets([read for file in files if (read := read_rows(str(file), quiet)) is not None])
     paths = [glob.escape(str(file)) for file in files]
     large = sum(file.stat().st_size for file in files) >= _BAR_FROM
     with progress_bars(large and not quiet), _readable(path):
@@ -216,6 +222,15 @@ def _open(file: str | Path) -> BinaryIO:
     if str(file).lower().endswith(".gz"):
         return gzip.open(file)  # type: ignore[return-value]
     return open(file, "rb")
+
+
+def _check_columns(files: Sequence[Path], columns: Sequence[Features]) -> None:
+    for file, of_file in zip(files, columns, strict=True):
+        if of_file != columns[0]:
+            raise ValueError(
+                f"Expected shards with the same columns, but {files[0]} has {', '.join(columns[0])}, and {file} has "
+                f"{', '.join(of_file)}."
+            )
 
 
 def _csv_options(file: Path, kind: str) -> dict[str, Any]:
