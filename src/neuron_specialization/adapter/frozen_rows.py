@@ -99,6 +99,8 @@ def _local(weight: torch.Tensor) -> torch.Tensor:
 
 def _restore(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
     rows = _saved.pop(optimizer, [])
+    if not rows:
+        return
     _write(rows)
     saved = {weight.data_ptr(): (index, values) for weight, index, values in rows}
     for parameter, state in optimizer.state.items():

@@ -9,6 +9,7 @@ from .folders import identification_seconds, seed_folders, seed_of
 from .methods import EQUAL_SECONDS, MethodArguments, parse_method
 from .settings import recorded_settings
 from .stages import FAILED, PART, SETTINGS
+from .trials import TRIAL
 
 _DEFAULTS = vars(MethodArguments())
 
@@ -38,7 +39,7 @@ def collect(directory: str | Path, planned: Iterable[tuple[str, int]] = ()) -> d
             found["rows"] += part["rows"]
             found["signatures"] |= part["signatures"]
             found["translations"].setdefault(method, {}).setdefault(seed, {}).update(part["translations"])
-    found["trials"] = [_trial(path) for path in sorted(directory.glob("*/trial-*/trial.json"))]
+    found["trials"] = [_trial(path) for path in sorted(directory.glob(f"*/trial-*/{TRIAL}"))]
     return found
 
 
